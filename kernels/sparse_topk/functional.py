@@ -1,0 +1,246 @@
+"""The door to the verbs: argument checks, the choice of backend, and the gradients.
+
+Every function here is differentiable in its float arguments; each line of a backward is a verb.
+
+Legend: N tokens, D inputs, M latents, K active latents a token; "…" any leading shape.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import torch_ops
+
+
+class TopK(NamedTuple):
+    """The active latents of each token."""
+
+    values: Tensor
+    """(…, K) activations, ≥ 0."""
+    indices: Tensor
+    """(…, K) int64 ids of the latents, ascending within a token."""
+
+
+def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> TopK:
+    """ReLU of the K largest of x W_encᵀ + b_enc, without ever storing the (N, M) scores.
+
+    x (…, D), W_enc (M, D), b_enc (M,) or None → values and indices (…, K). Computed in W_enc's
+    dtype, or in autocast's where that is on. Ties go to the smaller index; NaN is kept.
+
+    Gradients: of a value clipped by ReLU, 0; of the selection, none (it is piecewise constant).
+
+    Raises ValueError where a shape does not fit or k is not in [1, M].
+    """
+    _check_weights(x, W_enc, b_enc, None)
+    check_k(k, len(W_enc))
+    values, indices = _Encode.apply(x.reshape(-1, x.shape[-1]), W_enc, b_enc, k, _dtype(W_enc))
+    return TopK(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k))
+
+
+def decode(top: TopK, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """Σ_k values · W_dec[indices] + b_dec: (…, K) → (…, D), as (dense codes) @ W_dec would be.
+
+    Raises ValueError where a shape does not fit. An index outside [0, M) raises on a CPU; on a
+    GPU, where looking would stop the stream, it is undefined as in torch's own indexing.
+    """
+    values, indices = top
+    if values.shape != indices.shape:
+        raise ValueError(
+            "values and indices must have the same shape, "
+            f"got {tuple(values.shape)} and {tuple(indices.shape)}"
+        )
+    k = values.shape[-1]
+    out = _Decode.apply(values.reshape(-1, k), indices.reshape(-1, k), W_dec, b_dec, _dtype(W_dec))
+    return out.view(*values.shape[:-1], W_dec.shape[1])
+
+
+def topk_sae(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, W_dec: Tensor, b_dec: Tensor | None, k: int
+) -> tuple[Tensor, TopK]:
+    """x̂ = decode(encode(x − b_dec)), and the codes: `encode` and `decode` in one Function, whose
+    backward sorts the selections once for both weights.
+
+    x (…, D), W_enc and W_dec (M, D), b_enc (M,), b_dec (D,) → x̂ (…, D) and codes (…, K).
+
+    Raises ValueError as `encode` does.
+    """
+    _check_weights(x, W_enc, b_enc, b_dec)
+    if W_dec.shape != W_enc.shape:
+        raise ValueError(
+            "W_dec must have W_enc's shape (n_latents, d_in), both row-major; "
+            f"got {tuple(W_dec.shape)} and {tuple(W_enc.shape)}"
+        )
+    check_k(k, len(W_enc))
+    flat = x.reshape(-1, x.shape[-1])
+    out, values, indices = _TopKSAE.apply(flat, W_enc, b_enc, W_dec, b_dec, k, _dtype(W_enc))
+    shape = x.shape[:-1]
+    return out.view(x.shape), TopK(values.view(*shape, k), indices.view(*shape, k))
+
+
+def _check_weights(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None
+) -> None:
+    if W_enc.ndim != 2:
+        raise ValueError(
+            f"W_enc must have the shape (n_latents, d_in), got {tuple(W_enc.shape)}"
+        )
+    n_latents, d_in = W_enc.shape
+    if x.ndim == 0 or x.shape[-1] != d_in:
+        raise ValueError(
+            f"x's last dimension must be {d_in} (d_in, the columns of W_enc), "
+            f"got x of shape {tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of a floating-point dtype, got {x.dtype}")
+    if b_enc is not None and b_enc.shape != (n_latents,):
+        raise ValueError(
+            f"b_enc must have the shape ({n_latents},) (n_latents), got {tuple(b_enc.shape)}"
+        )
+    if b_dec is not None and b_dec.shape != (d_in,):
+        raise ValueError(f"b_dec must have the shape ({d_in},) (d_in), got {tuple(b_dec.shape)}")
+
+
+def check_k(k: int, n_latents: int) -> None:
+    """Raise ValueError unless 1 ≤ k ≤ n_latents."""
+    if not 1 <= k <= n_latents:
+        raise ValueError(f"k must be in [1, {n_latents}] (the number of latents), got {k}")
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, k: int, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+        ops = _backend(x)
+        cast_x, cast_W = x.to(dtype), W.to(dtype)
+        scores, indices = ops.topk_encode(cast_x, cast_W, None if b is None else b.to(dtype), k)
+        values = scores.relu()
+        ctx.save_for_backward(cast_x, cast_W, values, indices)
+        ctx.dtypes = (x.dtype, W.dtype, None if b is None else b.dtype)
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, values, indices = ctx.saved_tensors
+        x_dtype, W_dtype, b_dtype = ctx.dtypes
+        ops = _backend(x)
+        d_scores = _relu_backward(d_values, values)
+        dx = dW = db = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.gather_sum(d_scores, indices, W).to(x_dtype)
+        if ctx.needs_input_grad[1]:
+            order = ops.order_by_latent(indices, len(W))
+            dW = ops.scatter_outer(d_scores, order, x).to(W_dtype)
+        if ctx.needs_input_grad[2]:
+            db = _sum_by_latent(d_scores, indices, len(W)).to(b_dtype)
+        return dx, dW, db, None, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, values: Tensor, indices: Tensor, W: Tensor, b: Tensor | None, dtype: torch.dtype
+    ):
+        cast_values, cast_W = values.to(dtype), W.to(dtype)
+        out = _backend(values).gather_sum(cast_values, indices, cast_W)
+        ctx.save_for_backward(cast_values, indices, cast_W)
+        ctx.dtypes = (values.dtype, W.dtype, None if b is None else b.dtype)
+        return out if b is None else out + b.to(dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        values, indices, W = ctx.saved_tensors
+        values_dtype, W_dtype, b_dtype = ctx.dtypes
+        ops = _backend(values)
+        d_values = dW = db = None
+        if ctx.needs_input_grad[0]:
+            d_values = ops.gather_dot(d_out, indices, W).to(values_dtype)
+        if ctx.needs_input_grad[2]:
+            order = ops.order_by_latent(indices, len(W))
+            dW = ops.scatter_outer(values, order, d_out).to(W_dtype)
+        if ctx.needs_input_grad[3]:
+            db = d_out.sum(0).to(b_dtype)
+        return d_values, None, dW, db, None
+
+
+class _TopKSAE(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor | None,
+        W_dec: Tensor,
+        b_dec: Tensor | None,
+        k: int,
+        dtype: torch.dtype,
+    ):
+        ops = _backend(x)
+        centred = (x if b_dec is None else x - b_dec).to(dtype)
+        cast_enc, cast_dec = W_enc.to(dtype), W_dec.to(dtype)
+        cast_b = None if b_enc is None else b_enc.to(dtype)
+        scores, indices = ops.topk_encode(centred, cast_enc, cast_b, k)
+        values = scores.relu()
+        out = ops.gather_sum(values, indices, cast_dec)
+        if b_dec is not None:
+            out += b_dec
+        ctx.save_for_backward(centred, cast_enc, cast_dec, values, indices)
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, W_enc, b_enc, W_dec, b_dec)]
+        ctx.mark_non_differentiable(indices)
+        return out, values, indices
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor, d_codes: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        centred, W_enc, W_dec, values, indices = ctx.saved_tensors
+        x_dtype, enc_dtype, b_enc_dtype, dec_dtype, b_dec_dtype = ctx.dtypes
+        need_x, need_enc, need_b_enc, need_dec, need_b_dec, *_rest = ctx.needs_input_grad
+        ops = _backend(centred)
+        d_values = ops.gather_dot(d_out, indices, W_dec) + d_codes
+        d_scores = _relu_backward(d_values, values)
+        dx = d_enc = d_b_enc = d_dec = d_b_dec = None
+        if need_enc or need_dec:
+            order = ops.order_by_latent(indices, len(W_enc))
+            if need_enc:
+                d_enc = ops.scatter_outer(d_scores, order, centred).to(enc_dtype)
+            if need_dec:
+                d_dec = ops.scatter_outer(values, order, d_out).to(dec_dtype)
+        if need_x:
+            dx = ops.gather_sum(d_scores, indices, W_enc).to(x_dtype)
+        if need_b_enc or need_b_dec:
+            by_latent = _sum_by_latent(d_scores, indices, len(W_enc))
+            if need_b_enc:
+                d_b_enc = by_latent.to(b_enc_dtype)
+            if need_b_dec:
+                # Σ_n dx[n] = by_latent @ W_enc: one matrix-vector product, no dx needed.
+                d_b_dec = (d_out.sum(0) - by_latent.to(W_enc.dtype) @ W_enc).to(b_dec_dtype)
+        return dx, d_enc, d_b_enc, d_dec, d_b_dec, None, None
+
+
+def _relu_backward(d_values: Tensor, values: Tensor) -> Tensor:
+    """0 where ReLU clipped; `values <= 0` and not its opposite, so that NaN is passed on."""
+    return torch.where(values <= 0, torch.zeros_like(d_values), d_values)
+
+
+def _sum_by_latent(d_scores: Tensor, indices: Tensor, n_latents: int) -> Tensor:
+    """Σ of d_scores over the tokens that chose each latent: (N, K), (N, K) → (M,), in float32
+    at least."""
+    dtype = torch.promote_types(d_scores.dtype, torch.float32)
+    total = torch.zeros(n_latents, device=d_scores.device, dtype=dtype)
+    return total.index_add_(0, indices.flatten(), d_scores.flatten().to(dtype))
+
+
+def _backend(x: Tensor) -> ModuleType:
+    return torch_ops
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    """What to compute in: autocast's dtype where it is on, else the weights'."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

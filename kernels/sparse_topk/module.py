@@ -1,0 +1,75 @@
+"""`SparseTopKSAE`: a TopK sparse autoencoder as a drop-in module.
+
+Legend: D inputs, M latents, K active latents a token; "…" any leading shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .functional import TopK
+
+
+class SparseTopKSAE(nn.Module):
+    """A TopK sparse autoencoder that never stores the dense activations.
+
+        encode(x)  = ReLU(TopK((x − b_dec) W_encᵀ + b_enc))    (…, D) → values, indices (…, K)
+        decode(top) = Σ_k values · W_dec[indices] + b_dec       (…, K) → (…, D)
+        forward(x) = decode(encode(x))                          (…, D) → (…, D)
+
+    Parameters: `W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,) and, with `bias`, `b_enc` (M,). Both
+    weights have a row a latent. At first W_enc = W_dec, with rows of norm 1, and the biases are 0.
+    `UnitNormAdam` keeps W_dec's rows at norm 1 (Gao et al., arXiv 2406.04093, §2).
+
+    Computes in the parameters' dtype, or in autocast's. Raises ValueError where k is not in [1, M].
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        n_latents: int,
+        k: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if d_in < 1:
+            raise ValueError(f"d_in must be at least 1, got {d_in}")
+        functional.check_k(k, n_latents)
+        self.d_in, self.n_latents, self.k = d_in, n_latents, k
+        rows = nn.functional.normalize(torch.randn(n_latents, d_in, device=device), dim=1)
+        self.W_enc = nn.Parameter(rows.to(dtype or torch.get_default_dtype()))
+        self.W_dec = nn.Parameter(self.W_enc.detach().clone())
+        self.b_dec = nn.Parameter(torch.zeros_like(self.W_dec[0]))
+        self.b_enc = nn.Parameter(torch.zeros_like(self.W_enc[:, 0])) if bias else None
+
+    def encode(self, x: Tensor) -> TopK:
+        """The active latents of each token: values ≥ 0 and int64 indices, each (…, K)."""
+        return functional.encode(x - self.b_dec, self.W_enc, self.b_enc, self.k)
+
+    def decode(self, top: TopK) -> Tensor:
+        """The reconstruction from active latents, (…, K) → (…, D). Any K will do."""
+        return functional.decode(top, self.W_dec, self.b_dec)
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, TopK]:
+        """x̂ and the active latents behind it, in one differentiable pass."""
+        return functional.topk_sae(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x̂ (…, D)."""
+        return self.reconstruct(x)[0]
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The activations as a dense tensor (…, M), zero where a latent is not active: for tools
+        that expect one. It is M / K times the size of `encode(x)`; differentiable."""
+        values, indices = self.encode(x)
+        zeros = values.new_zeros(*values.shape[:-1], self.n_latents)
+        return zeros.scatter(-1, indices, values)
+
+    def extra_repr(self) -> str:
+        bias = self.b_enc is not None
+        return f"d_in={self.d_in}, n_latents={self.n_latents}, k={self.k}, bias={bias}"

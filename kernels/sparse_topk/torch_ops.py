@@ -1,0 +1,170 @@
+"""The verbs in plain torch: what runs on a CPU, and wherever Triton is turned off.
+
+No (N, K, D) array is ever made, and of the (N, M) scores only a block of rows at a time.
+Arguments are checked in `functional`; here they are trusted.
+
+Legend: N tokens, D inputs, M latents, K active latents a token, G latents a group.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.adam import adam
+
+_BLOCK_BYTES = 64 * 2**20  # of scores held at a time
+_MIN_BLOCK_ROWS = 256  # fewer rows stream W again too often: 32 measured 2.1 times slower
+_ADAM_BLOCK_BYTES = 2**20  # of weights updated at a time, so that they stay in the cache
+
+
+class LatentOrder(NamedTuple):
+    """The N·K selections sorted by latent, tokens ascending within one: a CSC of the codes."""
+
+    order: Tensor
+    """(N·K,) positions into the flattened selections."""
+    offsets: Tensor
+    """(M + 1,) where each latent's run begins in `order`."""
+
+
+def topk_encode(
+    x: Tensor, W: Tensor, b: Tensor | None, k: int, latents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The K largest scores of each row of x Wᵀ + b, among `latents` only if given.
+
+    x (N, D), W (M, D), b (M,), latents (Q,) int64 ascending → values (N, K) in x's dtype and
+    indices (N, K) int64. Indices ascend within a row; ties go to the smaller index; NaN ranks
+    above +Inf, as in `torch.topk`, so it is never dropped.
+    """
+    if latents is not None:
+        values, indices = topk_encode(x, W[latents], None if b is None else b[latents], k)
+        return values, latents[indices]
+    n, m = len(x), len(W)
+    group = _group_size(m, k)
+    width = math.ceil(m / group) * group
+    rows = max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // (width * x.element_size()))
+    rows = max(1, min(n, rows))
+    values, indices = x.new_empty(n, k), x.new_empty(n, k, dtype=torch.int64)
+    scores = x.new_empty(rows, width)
+    scores[:, m:] = -math.inf  # padding comes last, so no real latent ever loses a tie to it
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        block = scores[: len(x[part])]
+        if b is None:
+            torch.mm(x[part], W.T, out=block[:, :m])
+        else:
+            torch.addmm(b, x[part], W.T, out=block[:, :m])
+        values[part], indices[part] = _select(block, k, group)
+    return values, indices
+
+
+def gather_sum(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    """out[n] = Σ_k values[n, k] · W[indices[n, k]]. (N, K), (N, K), (M, D) → (N, D)."""
+    return F.embedding_bag(indices, W, mode="sum", per_sample_weights=values)
+
+
+def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    """out[n, k] = x[n] · W[indices[n, k]]. (N, D), (N, K), (M, D) → (N, K)."""
+    n, k = indices.shape
+    offsets = torch.arange(0, n * k, k, device=x.device)
+    tokens = torch.arange(n, device=x.device).repeat_interleave(k)
+    # The gradient that torch itself uses for embedding_bag's weights: no (N, K, D) array.
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        x, W, indices.flatten(), offsets, tokens, 0
+    )
+    return dots.view(n, k)
+
+
+def order_by_latent(indices: Tensor, n_latents: int) -> LatentOrder:
+    """Sort the selections by latent, stably: the one sort that every `scatter_outer` shares."""
+    latents, order = indices.flatten().int().sort(stable=True)
+    bounds = torch.arange(n_latents + 1, device=indices.device, dtype=torch.int32)
+    return LatentOrder(order, torch.searchsorted(latents, bounds))
+
+
+def scatter_outer(values: Tensor, order: LatentOrder, x: Tensor) -> Tensor:
+    """out[m] = Σ values[n, k] · x[n] over the (n, k) that chose m; in a fixed order.
+
+    values (N, K), x (N, D) → (M, D), zero where no token chose m.
+    """
+    tokens = order.order // values.shape[1]
+    weights = values.flatten()[order.order]
+    return F.embedding_bag(
+        tokens, x, order.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+@torch.no_grad()
+def adam_unit_norm_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    unit_norm: bool,
+) -> None:
+    """One Adam step in place; with `unit_norm`, on the unit sphere of each row.
+
+    For each row w of `weight` with gradient g:
+        g ← g − (g·w) w          the part that would only change the norm is removed
+        w ← Adam(w, g)           bias-corrected (Kingma and Ba, 2015), `step` counted from 1
+        w ← w / |w|
+
+    weight, grad, exp_avg, exp_avg_sq (…) of one shape; (M, D) with `unit_norm`. `grad` is left
+    as it was. Rows are done a block at a time, so that memory is passed over once.
+    """
+    steps = torch.tensor(float(step - 1))
+    flat = [t.view(len(t), -1) if t.ndim else t.view(1, 1) for t in (weight, grad, exp_avg, exp_avg_sq)]
+    rows = max(1, _ADAM_BLOCK_BYTES // max(1, flat[0].shape[1] * weight.element_size()))
+    for w, g, m, v in zip(*(t.split(rows) for t in flat), strict=True):
+        if unit_norm:
+            g = g.addcmul((g * w).sum(1, keepdim=True), w, value=-1)
+        adam(
+            [w], [g], [m], [v], [], [steps.clone()],
+            fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1],
+            lr=lr, weight_decay=0.0, eps=eps, maximize=False,
+        )  # fmt: skip
+        if unit_norm:
+            w /= torch.linalg.vector_norm(w, dim=1, keepdim=True)
+
+
+def _group_size(m: int, k: int) -> int:
+    """Latents a group: near √(M/K), where group maxima and candidates cost the least together;
+    1, no groups, where the candidates would be no fewer than half of the latents."""
+    group = 2 ** round(math.log2(max(1.0, math.sqrt(m / k))))
+    return group if group >= 4 else 1
+
+
+def _select(scores: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
+    """The K largest of each row. The K groups with the largest maxima hold them all: were an
+    element of the top K in another group, K groups would each hold a larger one."""
+    if group == 1:
+        chosen = _top_positions(scores, k)
+        return scores.gather(1, chosen), chosen
+    grouped = scores.unflatten(1, (-1, group))  # (N, M/G, G)
+    groups = _top_positions(grouped.amax(2), k)  # (N, K)
+    index = groups[:, :, None].expand(-1, -1, group)
+    candidates = grouped.gather(1, index).flatten(1)  # (N, K·G), indices ascending
+    chosen = _top_positions(candidates, k)
+    indices = groups.gather(1, chosen // group) * group + chosen % group
+    return candidates.gather(1, chosen), indices
+
+
+def _top_positions(scores: Tensor, k: int) -> Tensor:
+    """Positions of the K largest of each row, ascending, ties to the smaller position."""
+    wanted = min(k + 1, scores.shape[1])
+    top = scores.topk(wanted, dim=1)
+    chosen = top.indices[:, :k].sort(1).values
+    if wanted > k:
+        tied = (top.values[:, k - 1] == top.values[:, k]).nonzero().flatten()
+        if len(tied):  # topk took any of the equal ones
+            ranked = scores[tied].sort(dim=1, descending=True, stable=True).indices
+            chosen[tied] = ranked[:, :k].sort(1).values
+    return chosen
