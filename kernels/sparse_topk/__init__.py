@@ -1,9 +1,9 @@
 """TopK sparse autoencoders, fast and small in memory.
 
-    from sparse_topk import SparseTopKSAE, UnitNormAdam
+from sparse_topk import SparseTopKSAE, UnitNormAdam
 
-    sae = SparseTopKSAE(d_in=512, n_latents=32768, k=32)
-    x_hat = sae(x)  # differentiable; the (tokens, latents) matrix is never stored
+sae = SparseTopKSAE(d_in=512, n_latents=32768, k=32)
+x_hat = sae(x)  # differentiable; the (tokens, latents) matrix is never stored
 """
 
 from .functional import TopK, decode, encode, topk_sae

@@ -82,13 +82,9 @@ def topk_sae(
     return out.view(x.shape), TopK(values.view(*shape, k), indices.view(*shape, k))
 
 
-def _check_weights(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None
-) -> None:
+def _check_weights(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None) -> None:
     if W_enc.ndim != 2:
-        raise ValueError(
-            f"W_enc must have the shape (n_latents, d_in), got {tuple(W_enc.shape)}"
-        )
+        raise ValueError(f"W_enc must have the shape (n_latents, d_in), got {tuple(W_enc.shape)}")
     n_latents, d_in = W_enc.shape
     if x.ndim == 0 or x.shape[-1] != d_in:
         raise ValueError(
@@ -124,7 +120,7 @@ class _Encode(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, W, values, indices = ctx.saved_tensors
         x_dtype, W_dtype, b_dtype = ctx.dtypes
@@ -153,7 +149,7 @@ class _Decode(torch.autograd.Function):
         return out if b is None else out + b.to(dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         values, indices, W = ctx.saved_tensors
         values_dtype, W_dtype, b_dtype = ctx.dtypes
@@ -196,7 +192,7 @@ class _TopKSAE(torch.autograd.Function):
         return out, values, indices
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_codes: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         centred, W_enc, W_dec, values, indices = ctx.saved_tensors
         x_dtype, enc_dtype, b_enc_dtype, dec_dtype, b_dec_dtype = ctx.dtypes

@@ -15,7 +15,8 @@ class UnitNormAdam(torch.optim.Optimizer):
     """Adam whose groups with `unit_norm=True` keep every row at norm 1.
 
         optimizer = UnitNormAdam(
-            [{"params": [sae.W_enc, sae.b_dec]}, {"params": [sae.W_dec], "unit_norm": True}], lr=4e-4
+            [{"params": [sae.W_enc, sae.b_dec]}, {"params": [sae.W_dec], "unit_norm": True}],
+            lr=4e-4,
         )
 
     For a row w of such a group: g ← g − (g·w) w, then Adam (Kingma and Ba, 2015), then

@@ -8,15 +8,16 @@ Legend: N tokens, D inputs, M latents, K active latents a token.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Tensor:
-    """f = ReLU(TopK(x W_encᵀ + b_enc)), the k largest scores of each row kept, ties to the
-    smaller index. x (N, D), W_enc (M, D), b_enc (M,) → f (N, M), zero where not selected."""
+    """f = ReLU(TopK(x W_encᵀ + b_enc)), the k largest scores of each row kept; of equal ones, those
+    that `torch.topk` takes. x (N, D), W_enc (M, D), b_enc (M,) → f (N, M), 0 where not kept."""
     scores = x @ W_enc.T if b_enc is None else x @ W_enc.T + b_enc  # (N, M)
-    chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]  # (N, K)
-    return scores.new_zeros(scores.shape).scatter(1, chosen, scores.gather(1, chosen).relu())
+    values, indices = scores.topk(k, dim=1)  # (N, K)
+    return torch.zeros_like(scores).scatter(1, indices, values.relu())
 
 
 def decode(f: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:

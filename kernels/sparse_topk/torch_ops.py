@@ -121,7 +121,9 @@ def adam_unit_norm_(
     as it was. Rows are done a block at a time, so that memory is passed over once.
     """
     steps = torch.tensor(float(step - 1))
-    flat = [t.view(len(t), -1) if t.ndim else t.view(1, 1) for t in (weight, grad, exp_avg, exp_avg_sq)]
+    flat = [
+        t.view(len(t), -1) if t.ndim else t.view(1, 1) for t in (weight, grad, exp_avg, exp_avg_sq)
+    ]
     rows = max(1, _ADAM_BLOCK_BYTES // max(1, flat[0].shape[1] * weight.element_size()))
     for w, g, m, v in zip(*(t.split(rows) for t in flat), strict=True):
         if unit_norm:

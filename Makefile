@@ -1,0 +1,36 @@
+# make train    train a multi-layer SAE of the built-in model, offline: runs/demo/report.html
+# make test     the tests
+# make check    ruff and mypy
+# make bench    the benchmarks
+# make check-install    install beside the Hugging Face package `kernels`, and uninstall again
+#
+# Each sets up .venv first, with the versions of constraints.txt. PYTHON=python3.12 make … picks
+# another Python for it.
+
+PYTHON ?= python3
+
+.PHONY: train test check bench check-install
+
+train: .venv/installed
+	.venv/bin/python -m mlsae.train --out runs/demo --overwrite
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+check: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: .venv/installed
+	.venv/bin/python -m pytest bench/ --benchmark-only
+
+check-install:
+	bash tests/check_install.sh $(PYTHON)
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed: PYTHON=python3.11 make ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

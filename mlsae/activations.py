@@ -1,0 +1,127 @@
+"""Load a Hugging Face transformer, and read its residual stream after every block.
+
+Legend: L layers read, B rows, T positions, D width of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from . import builtin
+from .errors import InputError
+
+
+def load_transformer(name: str, device: torch.device) -> tuple[Any, Any]:
+    """The causal language model and its tokenizer; in its own dtype on a GPU, else in float32."""
+    source = str(builtin.MODEL_DIR) if name == builtin.NAME else name
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto" if device.type == "cuda" else torch.float32
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"MODEL must be {builtin.NAME!r}, a local folder, or the name of a causal language "
+            f"model on the Hugging Face hub, and {name!r} cannot be loaded: {reason}"
+        ) from error
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` names."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"--device must be auto, cpu, or a CUDA device that is there, got {name!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+class _AllReadError(Exception):
+    """Raised by the last hook to end the forward pass: nothing above it is wanted."""
+
+
+class ResidualReader:
+    """The output of the chosen blocks of `model`, as forward hooks see it.
+
+        reader = ResidualReader(model, layers=[0, 2, 5])
+        residuals = reader(input_ids)  # (L, B, T, D), in the model's dtype
+
+    Layer ℓ is the residual stream after block ℓ, ℓ = 0 … n_layers − 1; the embeddings are not a
+    layer. The last one is taken before the final norm, unlike `hidden_states[-1]` of Hugging
+    Face, which is after it. The forward pass ends behind the last wanted block, so that neither
+    the blocks above nor the unembedding are computed.
+
+    Raises InputError where the model has no single list of blocks, or a layer is out of range.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int] | None = None) -> None:
+        self.model = model
+        self.blocks = find_blocks(model)
+        n_layers = len(self.blocks)
+        self.layers = tuple(range(n_layers)) if layers is None else tuple(layers)
+        if not self.layers or not all(0 <= layer < n_layers for layer in self.layers):
+            raise InputError(
+                f"--layers must be in [0, {n_layers - 1}] (the model has {n_layers} layers), "
+                f"got {' '.join(map(str, self.layers)) or 'none'}"
+            )
+        if list(self.layers) != sorted(set(self.layers)):
+            raise InputError(
+                f"--layers must ascend without repeats, got {' '.join(map(str, self.layers))}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """input_ids (B, T) → residuals (L, B, T, D)."""
+        found: dict[int, Tensor] = {}
+
+        def hook_for(layer: int) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                # A block returns its hidden states, alone or first in a tuple.
+                found[layer] = output if isinstance(output, Tensor) else output[0]
+                if layer == self.layers[-1]:
+                    raise _AllReadError
+
+            return hook
+
+        handles = [self.blocks[i].register_forward_hook(hook_for(i)) for i in self.layers]
+        try:
+            self.model(input_ids=input_ids, use_cache=False)
+        except _AllReadError:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack([found[layer] for layer in self.layers])
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of a transformer's blocks: the outermost ModuleList of `num_hidden_layers` modules.
+
+    Raises InputError where there is none, or more than one.
+    """
+    config: Any = model.config
+    n_layers = config.get_text_config().num_hidden_layers
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and not inside:
+            found[name] = module
+    if len(found) != 1:
+        raise InputError(
+            f"MODEL must have one list of {n_layers} transformer blocks, and "
+            f"{type(model).__name__} has {len(found)} ({', '.join(found) or 'none'}); "
+            "it is not a decoder-only language model that can be read here"
+        )
+    return next(iter(found.values()))

@@ -1,0 +1,47 @@
+"""The built-in language model and corpus, so that everything runs with no network.
+
+The corpus is the source of the running Python's standard library: real text that lies on every
+machine. The model is a small GPT-NeoX with a byte-level BPE tokenizer, trained on that text by
+`python -m mlsae.builtin`; its card is `model/README.md`.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+NAME = "builtin"
+"""What a user calls both the model and the corpus."""
+
+MODEL_DIR = Path(__file__).parent / "model"
+"""A Hugging Face model folder like any other: `AutoModelForCausalLM.from_pretrained(MODEL_DIR)`."""
+
+Split = Literal["train", "heldout"]
+
+SKIPPED_DIRS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib"}
+
+
+def corpus(split: Split) -> Iterator[str]:
+    """Yield the standard library's source files, one document each, sorted by path.
+
+    A file is held out when the CRC-32 of its path relative to the library, modulo 10, is 0:
+    the rule depends on nothing but the name, so a file is on the same side in every Python.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if SKIPPED_DIRS.isdisjoint(relative.parts):
+            heldout = zlib.crc32(relative.as_posix().encode()) % 10 == 0
+            if heldout == (split == "heldout") and (text := read_text(path)):
+                yield text
+
+
+def read_text(path: Path) -> str:
+    """The file's text; empty where it is not UTF-8, as one or two of the library are not."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""

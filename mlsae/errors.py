@@ -1,0 +1,32 @@
+"""What a program says when its input is bad, and how it ends. Every program shares it, so it
+stands on its own."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(ValueError):
+    """Bad input from the user: the message names the argument, the rule, the value, the way out."""
+
+
+@contextmanager
+def exit_on_bad_input() -> Iterator[None]:
+    """End the program with one line and exit code 2 on bad input or a disk that takes no more."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(
+            f"error: cannot write {error.filename or 'to --out'}: {error.strerror}; "
+            "free some space, or choose another folder with --out",
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -1,0 +1,105 @@
+"""What is measured, and exactly how: each docstring settles its definition.
+
+Legend: L layers, N tokens, D width of the residual stream, M latents, K active latents a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Mean and spread of vectors per layer, over any number of batches.
+
+    Batches merge exactly (Chan, Golub and LeVeque, 1983), so the result does not depend on how
+    the tokens were split. Kept in float64: counts (L,), means (L, D), and per layer the summed
+    squared deviation from the mean, per dimension (L, D).
+    """
+
+    def __init__(self, n_layers: int, d_in: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.mean = torch.zeros(n_layers, d_in, dtype=torch.float64, device=device)
+        self.sq_dev = torch.zeros(n_layers, d_in, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in x (L, N, D)."""
+        if x.shape[1] == 0:
+            return
+        batch = Moments(*self.mean.shape, device=self.mean.device)
+        batch.count = x.shape[1]
+        batch.mean = x.mean(1, dtype=torch.float64)
+        batch.sq_dev = (x - batch.mean[:, None].to(x.dtype)).square().sum(1, dtype=torch.float64)
+        self.merge(batch)
+
+    def merge(self, other: Moments) -> None:
+        """Take in what `other` has seen."""
+        total = self.count + other.count
+        if total == 0:
+            return
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / total)
+        spread = delta.square() * (self.count * other.count / total)
+        self.sq_dev = self.sq_dev + other.sq_dev + spread
+        self.count = total
+
+    def variance(self) -> Tensor:
+        """Σ_d Var_n(x[ℓ, n, d]): the mean squared distance from the layer's mean vector, (L,)."""
+        return self.sq_dev.sum(1) / max(self.count, 1)
+
+    def variance_of_elements(self) -> Tensor:
+        """D · Var_{n,d}(x[ℓ, n, d]): as `variance`, but about one scalar mean per layer, (L,).
+
+        Dimensions with a large mean make it larger than `variance`.
+        """
+        scatter = (self.mean - self.mean.mean(1, keepdim=True)).square().sum(1)
+        return self.variance() + (scatter if self.count else 0)
+
+
+def fvu(sq_error: Tensor, n_tokens: int, moments: Moments) -> Tensor:
+    """Fraction of variance unexplained, per layer (L,): Σ|x − x̂|² / Σ|x − mean_n x|².
+
+    The mean is one of each dimension, so that predicting the mean vector scores 1.
+    `sq_error` (L,) is Σ_n |x − x̂|² over `n_tokens` tokens; `moments` are of the same tokens, or
+    of others of the same distribution.
+    """
+    return sq_error / n_tokens / moments.variance()
+
+
+def fvu_paper(sq_error: Tensor, n_tokens: int, moments: Moments) -> Tensor:
+    """FVU as the paper computes it, per layer (L,): the variance is of all elements about one
+    scalar mean (arXiv 2409.04185, §2), so that large means of dimensions make it look smaller."""
+    return sq_error / n_tokens / moments.variance_of_elements()
+
+
+def latent_layer_totals(values: Tensor, indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
+    """Σ_n h_j(n, ℓ) and the number of tokens with h_j(n, ℓ) > 0, each (M, L) float64.
+
+    values and indices (L, N, K).
+    """
+    n_layers = len(values)
+    flat = indices.flatten(1)  # (L, N·K)
+    zeros = torch.zeros(n_layers, n_latents, dtype=torch.float64, device=values.device)
+    totals = zeros.scatter_add(1, flat, values.flatten(1).double())
+    counts = zeros.scatter_add(1, flat, (values.flatten(1) > 0).double())
+    return totals.T, counts.T
+
+
+def mean_layer(totals: Tensor) -> Tensor:
+    """E[L | J = j] under the totals-weighted distribution Σ_t h_j(t, ℓ) / Σ_{t,ℓ} h_j(t, ℓ).
+
+    totals (M, L) → (M,), in units of layers; NaN for a latent that never fires.
+    """
+    layers = torch.arange(totals.shape[1], dtype=totals.dtype, device=totals.device)
+    return totals @ layers / totals.sum(1)
+
+
+def normalized_entropy(totals: Tensor) -> Tensor:
+    """H(L | J = j) / ln L under the same distribution: 0 for one layer, 1 for all alike.
+
+    totals (M, L) → (M,); NaN for a latent that never fires.
+    """
+    p = totals / totals.sum(1, keepdim=True)
+    n_layers = max(totals.shape[1], 2)
+    return torch.special.entr(p).sum(1) / torch.tensor(float(n_layers)).log()

@@ -1,0 +1,162 @@
+"""The state of a training run, and one optimizer step.
+
+Legend: L layers, N tokens, D width of the residual stream, M latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from sparse_topk import UnitNormAdam
+
+from . import metrics
+from .errors import InputError
+from .model import ACTIVE, MLSAE, geometric_median
+
+
+class Sums:
+    """What is summed over the parts of a step, or over the steps between two log lines."""
+
+    def __init__(self, n_layers: int, d_in: int, device: torch.device) -> None:
+        self.steps = 0
+        self.loss = torch.zeros((), device=device)
+        self.aux = torch.zeros((), device=device)
+        self.sq_error = torch.zeros(n_layers, dtype=torch.float64, device=device)
+        self.moments = metrics.Moments(n_layers, d_in, device)
+
+    def fvu(self) -> Tensor:
+        """(L,) of the tokens summed over; see `metrics.fvu`."""
+        return metrics.fvu(self.sq_error, self.moments.count, self.moments)
+
+    def add(self, other: Sums) -> None:
+        """Take in what `other` has summed."""
+        self.steps += other.steps
+        self.loss += other.loss
+        self.aux += other.aux
+        self.sq_error += other.sq_error
+        self.moments.merge(other.moments)
+
+
+class Trainer:
+    """An MLSAE with its optimizer and all else that changes while it trains.
+
+    Everything is counted in tokens, so batch size does not change what a run means:
+    `inactive_tokens` (M,) is how many tokens ago each latent was last active; from `dead_tokens`
+    on it is dead, and AuxK takes it up. The loss divides by variances of the tokens seen *before*
+    the step, so that a step split in parts has the gradient of the whole.
+    """
+
+    def __init__(
+        self,
+        mlsae: MLSAE,
+        *,
+        dead_tokens: int,
+        k_aux: int,
+        aux_weight: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        config = mlsae.config
+        self.mlsae = mlsae
+        self.dead_tokens, self.k_aux, self.aux_weight = dead_tokens, k_aux, aux_weight
+        self.dtype = dtype
+        self.device = mlsae.sae.W_dec.device
+        self.optimizer = UnitNormAdam(
+            [
+                {"params": [mlsae.sae.W_enc, mlsae.sae.b_dec]},
+                {"params": [mlsae.sae.W_dec], "unit_norm": True},
+            ]
+        )
+        self.tokens = 0
+        self.steps = 0
+        self.inactive_tokens = torch.zeros(config.n_latents, dtype=torch.int64, device=self.device)
+        self.moments = metrics.Moments(len(config.layers), config.d_in, self.device)
+        self.error_variance: Tensor | None = None  # (L,) of x̃ − x̃̂ in the last step
+
+    def sums(self) -> Sums:
+        """Empty sums of the run's shapes."""
+        return Sums(len(self.mlsae.config.layers), self.mlsae.config.d_in, self.device)
+
+    def dead(self) -> Tensor:
+        """Which latents are dead, (M,) bool."""
+        return self.inactive_tokens >= self.dead_tokens
+
+    def initialize(self, parts: Iterable[Tensor]) -> None:
+        """Set b_pre to the geometric median, in standardised space, of residuals (L, N, D), and
+        take the first variances from them.
+
+        Raises InputError where the residuals of a layer do not vary or are not finite.
+        """
+        standard = []
+        for x in parts:
+            self.moments.update(x)
+            standard.append(self.mlsae.standardize(x)[0].flatten(0, 1))
+        variances = self.moments.variance().tolist()
+        for layer, variance in zip(self.mlsae.config.layers, variances, strict=True):
+            if not 0 < variance < math.inf:
+                raise InputError(
+                    f"MODEL's residuals must be finite and vary, and those of layer {layer} have "
+                    f"the variance {variance}; leave the layer out with --layers"
+                )
+        with torch.no_grad():
+            self.mlsae.sae.b_dec.copy_(geometric_median(torch.cat(standard)))
+
+    def step(self, parts: Iterable[Tensor], n_tokens: int, lr: float) -> Sums:
+        """One optimizer step on residuals (L, N, D) that come in parts, `n_tokens` in all.
+
+        Raises FloatingPointError where the loss is not finite; the weights are then untouched.
+        """
+        # Forward and backward, a part at a time.
+        variance = self.moments.variance().float()
+        dead = self.dead().nonzero().flatten()
+        active = torch.zeros_like(self.inactive_tokens, dtype=torch.bool)
+        step, errors = self.sums(), self.sums().moments
+        for x in parts:
+            with self.autocast():
+                losses = self.mlsae.losses(
+                    x,
+                    variance,
+                    n_tokens,
+                    dead=dead,
+                    k_aux=self.k_aux,
+                    error_variance=self.error_variance,
+                    aux_weight=self.aux_weight,
+                )
+            losses.loss.backward()  # type: ignore[no-untyped-call]
+            step.loss += losses.loss.detach()
+            step.aux += losses.aux
+            step.sq_error += losses.sq_error
+            step.moments.update(x)
+            errors.update(losses.error)
+            active[losses.codes.indices[losses.codes.values > ACTIVE]] = True
+        step.steps = 1
+        if not math.isfinite(step.loss.item()):
+            self.optimizer.zero_grad()
+            raise FloatingPointError(
+                f"the loss of step {self.steps} is {step.loss.item()}, after {self.tokens:,} "
+                f"tokens; FVU per layer: {step.fvu().tolist()}. The weights were left as they "
+                "were. Lower --lr, or look at that layer's activations"
+            )
+
+        # Update.
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.tokens += n_tokens
+        self.steps += 1
+        self.inactive_tokens += n_tokens
+        self.inactive_tokens[active] = 0
+        self.moments.merge(step.moments)
+        self.error_variance = errors.variance().float()
+        return step
+
+    def autocast(self) -> torch.autocast | nullcontext[None]:
+        """The context in which the SAE computes in `dtype`."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)

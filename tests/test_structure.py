@@ -1,0 +1,87 @@
+"""The house: a file imports only from floors below it, and importing costs what it must."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    "kernels/sparse_topk": [
+        {"reference", "torch_ops"},
+        {"functional", "optim"},
+        {"module"},
+        {"__init__"},
+    ],
+    "mlsae": [
+        {"errors", "builtin"},
+        {"files", "metrics"},
+        {"activations", "data", "model"},
+        {"trainer", "evaluate", "__init__"},
+        {"report"},
+        {"train"},
+    ],
+}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_go_down(package):
+    floors = FLOORS[package]
+    floor_of = {name: i for i, floor in enumerate(floors) for name in floor}
+    files = {path.stem for path in (ROOT / package).glob("*.py")}
+    folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+    assert files | folders == set(floor_of), "a file is on no floor, or a floor names no file"
+    for name in files:
+        for node in ast.walk(ast.parse((ROOT / package / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                below = [node.module] if node.module else [alias.name for alias in node.names]
+                for other in below:
+                    assert floor_of[other] < floor_of[name], f"{name} imports {other}"
+
+
+def test_the_kernel_package_knows_torch_and_triton_only():
+    allowed = {"torch", "triton"} | sys.stdlib_module_names
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            else:
+                continue
+            assert {name.split(".")[0] for name in names} <= allowed, path
+
+
+def test_the_folder_kernels_is_not_a_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_on_a_cpu_nothing_imports_triton():
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules\n"
+        "from sparse_topk import SparseTopKSAE\n"
+        "SparseTopKSAE(4, 8, 2)(torch.randn(3, 4)).sum().backward()\n"
+        "assert ('triton' in sys.modules) == before, 'sparse_topk imported triton'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_wheel_holds_our_two_packages_only(tmp_path):
+    """A wheel with a top-level `kernels` would overwrite the package of Hugging Face."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("kernels", "mlsae"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"sparse_topk", "mlsae"}
+    for needed in ("mlsae/builtin/model/model.safetensors", "mlsae/py.typed"):
+        assert needed in names

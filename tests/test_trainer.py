@@ -1,0 +1,128 @@
+"""One optimizer step, and what is counted between steps.
+
+Legend: L layers, N tokens, D inputs, M latents, K active latents a token.
+"""
+
+import pytest
+import torch
+
+from mlsae import MLSAE, MLSAEConfig
+from mlsae.errors import InputError
+from mlsae.trainer import Trainer
+
+L, N, D, M, K = 2, 64, 8, 48, 4
+
+
+def make(**options):
+    torch.manual_seed(0)
+    mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 1)))
+    settings = {"dead_tokens": 100, "k_aux": 4, "aux_weight": 1 / 32} | options
+    trainer = Trainer(mlsae, **settings)
+    trainer.initialize([residuals(99)])
+    return trainer
+
+
+def residuals(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(L, N, D, generator=generator) * torch.tensor([1.0, 9.0])[:, None, None] + 2
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.mlsae.parameters()]
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_a_step_in_parts_is_the_step(parts):
+    """Weights, counters and metrics after several steps, with AuxK at work."""
+    whole, split = make(), make()
+    for seed in range(8):
+        one = whole.step([residuals(seed)], N, lr=1e-2)
+        other = split.step(residuals(seed).tensor_split(parts, dim=1), N, lr=1e-2)
+        torch.testing.assert_close(one.fvu(), other.fvu())
+        torch.testing.assert_close(one.loss, other.loss)
+        torch.testing.assert_close(one.aux, other.aux)
+    assert whole.dead().any(), "no latent died, so AuxK was not tried"
+    assert one.aux > 0
+    assert torch.equal(whole.inactive_tokens, split.inactive_tokens)
+    for a, b in zip(weights(whole), weights(split), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_the_decoder_stays_on_the_unit_sphere():
+    trainer = make()
+    for seed in range(5):
+        trainer.step([residuals(seed)], N, lr=1e-2)
+        norms = trainer.mlsae.sae.W_dec.norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones(M))
+
+
+def test_the_loss_falls():
+    trainer = make()
+    losses = [trainer.step([residuals(0)], N, lr=1e-2).loss.item() for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_dead_latents_are_counted_in_tokens():
+    trainer = make(dead_tokens=3 * N)
+    sae = trainer.mlsae.sae
+    with torch.no_grad():
+        sae.W_enc[7] = 0  # it never fires
+        sae.W_enc[7, 0] = 1e-6
+    for step in range(4):
+        assert trainer.inactive_tokens[7] == step * N
+        assert bool(trainer.dead()[7]) == (step >= 3)
+        trainer.step([residuals(0)], N, lr=0.0)
+    firing = trainer.mlsae.encode(residuals(0))
+    fired = torch.zeros(M, dtype=torch.bool)
+    fired[firing.indices[firing.values > 1e-3]] = True
+    assert torch.equal(trainer.inactive_tokens == 0, fired)
+    assert trainer.tokens == 4 * N
+
+
+def test_aux_revives_dead_latents():
+    """Latents that start too weak to be selected come back with AuxK, and stay dead without it."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(32, D, generator=generator)
+
+    def sparse_residuals():
+        """Sums of three of the features, so that there is something for each latent to find."""
+        chosen = torch.rand(L, N, 32, generator=generator).topk(3).indices
+        return features[chosen].sum(2)
+
+    def dead_at_end(aux_weight):
+        trainer = make(dead_tokens=8 * N, aux_weight=aux_weight, k_aux=16)
+        with torch.no_grad():
+            trainer.mlsae.sae.W_enc[:20] *= 1e-2
+        for _ in range(200):
+            trainer.step([sparse_residuals()], N, lr=3e-3)
+        return int(trainer.dead().sum())
+
+    without, revived = dead_at_end(0.0), dead_at_end(1.0)
+    assert without >= 10
+    assert revived <= without / 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stops_before_the_weights(bad):
+    trainer = make()
+    trainer.step([residuals(0)], N, lr=1e-2)
+    before, moments = weights(trainer), trainer.moments.mean.clone()
+    x = residuals(1)
+    x[1, 3, 2] = bad
+    with pytest.raises(FloatingPointError, match=r"step 1 .*after 64 tokens"):
+        trainer.step([x], N, lr=1e-2)
+    for one, other in zip(weights(trainer), before, strict=True):
+        assert torch.equal(one, other)
+    assert trainer.tokens == N
+    assert torch.equal(trainer.moments.mean, moments)
+    trainer.step([residuals(1)], N, lr=1e-2)  # and it can go on
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 0.0])
+def test_residuals_that_cannot_be_trained_on_are_named(bad):
+    x = residuals(0)
+    x[1] = bad
+    torch.manual_seed(0)
+    trainer = Trainer(MLSAE(MLSAEConfig(D, M, K, (0, 5))), dead_tokens=1, k_aux=1, aux_weight=1.0)
+    with pytest.raises(InputError, match="those of layer 5"):
+        trainer.initialize([x])
