@@ -22,12 +22,10 @@ SHAPES = {"pythia-70m x64, 1024 tokens": (1024, 512, 32768, 32)}
 
 def sparse_step(sae: SparseTopKSAE) -> Callable[[Tensor], None]:
     """This package."""
-    optimizer = UnitNormAdam(
-        [{"params": [sae.W_enc, sae.b_dec]}, {"params": [sae.W_dec], "unit_norm": True}]
-    )
+    optimizer = UnitNormAdam(sae.parameter_groups())
 
     def step(x: Tensor) -> None:
-        (sae(x) - x).square().mean().backward()  # type: ignore[no-untyped-call]
+        (sae(x) - x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -40,13 +38,13 @@ def dense_step(sae: SparseTopKSAE) -> Callable[[Tensor], None]:
 
     def step(x: Tensor) -> None:
         x_hat = reference.topk_sae(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
-        (x_hat - x).square().mean().backward()  # type: ignore[no-untyped-call]
+        (x_hat - x).square().mean().backward()
         with torch.no_grad():
             grad = sae.W_dec.grad
             assert grad is not None
             grad -= (grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
             optimizer.step()
-            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
         optimizer.zero_grad()
 
     return step

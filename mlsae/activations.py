@@ -21,7 +21,7 @@ def load_transformer(name: str, device: torch.device) -> tuple[Any, Any]:
     source = str(builtin.MODEL_DIR) if name == builtin.NAME else name
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype="auto" if device.type == "cuda" else torch.float32
         )
     except (OSError, ValueError, KeyError) as error:

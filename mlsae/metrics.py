@@ -27,7 +27,8 @@ class Moments:
         """Take in x (L, N, D)."""
         if x.shape[1] == 0:
             return
-        batch = Moments(*self.mean.shape, device=self.mean.device)
+        n_layers, d_in = self.mean.shape
+        batch = Moments(n_layers, d_in, self.mean.device)
         batch.count = x.shape[1]
         batch.mean = x.mean(1, dtype=torch.float64)
         batch.sq_dev = (x - batch.mean[:, None].to(x.dtype)).square().sum(1, dtype=torch.float64)

@@ -65,12 +65,7 @@ class Trainer:
         self.dead_tokens, self.k_aux, self.aux_weight = dead_tokens, k_aux, aux_weight
         self.dtype = dtype
         self.device = mlsae.sae.W_dec.device
-        self.optimizer = UnitNormAdam(
-            [
-                {"params": [mlsae.sae.W_enc, mlsae.sae.b_dec]},
-                {"params": [mlsae.sae.W_dec], "unit_norm": True},
-            ]
-        )
+        self.optimizer = UnitNormAdam(mlsae.sae.parameter_groups())
         self.tokens = 0
         self.steps = 0
         self.inactive_tokens = torch.zeros(config.n_latents, dtype=torch.int64, device=self.device)
@@ -126,7 +121,7 @@ class Trainer:
                     error_variance=self.error_variance,
                     aux_weight=self.aux_weight,
                 )
-            losses.loss.backward()  # type: ignore[no-untyped-call]
+            losses.loss.backward()
             step.loss += losses.loss.detach()
             step.aux += losses.aux
             step.sq_error += losses.sq_error

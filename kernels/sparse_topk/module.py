@@ -5,6 +5,8 @@ Legend: D inputs, M latents, K active latents a token; "…" any leading shape.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -69,6 +71,11 @@ class SparseTopKSAE(nn.Module):
         values, indices = self.encode(x)
         zeros = values.new_zeros(*values.shape[:-1], self.n_latents)
         return zeros.scatter(-1, indices, values)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameters for `UnitNormAdam`: W_dec on the unit sphere, the rest off it."""
+        rest = [p for p in self.parameters() if p is not self.W_dec]
+        return [{"params": rest}, {"params": [self.W_dec], "unit_norm": True}]
 
     def extra_repr(self) -> str:
         bias = self.b_enc is not None

@@ -14,10 +14,7 @@ from . import torch_ops
 class UnitNormAdam(torch.optim.Optimizer):
     """Adam whose groups with `unit_norm=True` keep every row at norm 1.
 
-        optimizer = UnitNormAdam(
-            [{"params": [sae.W_enc, sae.b_dec]}, {"params": [sae.W_dec], "unit_norm": True}],
-            lr=4e-4,
-        )
+        optimizer = UnitNormAdam(sae.parameter_groups(), lr=4e-4)
 
     For a row w of such a group: g ← g − (g·w) w, then Adam (Kingma and Ba, 2015), then
     w ← w / |w|. The constraint thus holds after every step, the last one too. `eps` defaults to

@@ -167,7 +167,7 @@ def train(config: BuiltinConfig) -> None:
 
     # Model and optimizers.
     torch.manual_seed(config.seed)
-    model = GPTNeoXForCausalLM(
+    model: Any = GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=VOCAB_SIZE,
             hidden_size=config.d_model,
@@ -180,7 +180,8 @@ def train(config: BuiltinConfig) -> None:
             eos_token_id=0,
             use_cache=False,
         )
-    ).to(device)
+    )
+    model.to(device)
     optimizers = _optimizers(model, config.lr)
     first_step, seconds, losses = 0, 0.0, []
     if config.resume:
@@ -233,7 +234,8 @@ def train(config: BuiltinConfig) -> None:
     no_tables = [text for text in heldout if "Python Character Mapping Codec" not in text[:300]]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(config.out)
     model.to(torch.bfloat16).save_pretrained(config.out)
-    shipped = AutoModelForCausalLM.from_pretrained(config.out, dtype=torch.float32).to(device)
+    shipped: Any = AutoModelForCausalLM.from_pretrained(config.out, dtype=torch.float32)
+    shipped.to(device)
     write_card(
         config.out,
         {
