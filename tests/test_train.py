@@ -44,7 +44,9 @@ def test_a_run_stands_alone(run):
     assert (mlsae.config.d_in, mlsae.config.n_latents, mlsae.config.k) == (192, 384, 8)
     assert mlsae.config.layers == (0, 1, 2, 3, 4, 5)
     torch.testing.assert_close(mlsae.sae.W_dec.norm(dim=1), torch.ones(384))
-    *lines, last = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    *lines, last = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["tokens"] for line in lines] == sorted(line["tokens"] for line in lines)
     assert 4000 <= lines[-1]["tokens"] < 4000 + 512
     for line in lines:
