@@ -17,6 +17,7 @@ import plotly.offline
 import safetensors.torch
 import torch
 import tyro
+from plotly.colors import sample_colorscale
 from torch import Tensor
 
 from .errors import InputError, exit_on_bad_input
@@ -24,6 +25,8 @@ from .files import write_file
 from .metrics import mean_layer, normalized_entropy
 
 _MAX_COLUMNS = 2000  # of the heatmap: more than a screen shows, and the page stays small
+
+_FVU_TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -144,6 +147,7 @@ def _section(title: str, text: str, figure: go.Figure) -> str:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 60, "r": 60, "t": 20, "b": 50},
+        modebar={"bgcolor": "rgba(0,0,0,0)"},
         height=figure.layout.height or 340,
     )
     data = figure.to_json().replace("</", "<\\/")
@@ -166,16 +170,19 @@ def _binning(n_latents: int) -> str:
 def _heatmap(totals: Tensor, layers: list[int]) -> go.Figure:
     share = totals / totals.sum(1, keepdim=True)  # (M, L)
     share = share[mean_layer(totals).argsort()]
-    z = torch.stack([part.mean(0) for part in share.split(_columns(len(share)))]).T  # (L, columns)
+    width = _columns(len(share))
+    z = torch.stack([part.mean(0) for part in share.split(width)]).T  # (L, columns)
     return go.Figure(
         go.Heatmap(
             z=[[round(value, 4) for value in row] for row in z.tolist()],
+            x0=(width + 1) / 2,  # the first column is the mean of latents 1 … width
+            dx=width,
             y=[str(layer) for layer in layers],
             colorscale="Viridis",
             zmin=0,
             zmax=1,
             colorbar={"title": {"text": "share"}},
-            hovertemplate="layer %{y}<br>column %{x}<br>share %{z:.2f}<extra></extra>",
+            hovertemplate="layer %{y}<br>latent %{x:.0f}<br>share %{z:.2f}<extra></extra>",
         ),
         {
             "xaxis": {"title": {"text": "latents, by mean layer"}, "showgrid": False},
@@ -220,28 +227,33 @@ def _per_layer(heldout: dict[str, Any], layers: list[int]) -> go.Figure:
 
 def _curve(curve: list[dict[str, Any]], layers: list[int]) -> go.Figure:
     tokens = [line["tokens"] for line in curve]
+    dead = [line["dead"] for line in curve]
+    shades = sample_colorscale("Viridis", [0.2 + 0.6 * i / len(layers) for i in range(len(layers))])
     figure = go.Figure(
         layout={
             "xaxis": {"title": {"text": "tokens"}},
-            "yaxis": {"title": {"text": "FVU"}, "type": "log"},
+            "yaxis": {"title": {"text": "FVU"}, "type": "log", "tickvals": _FVU_TICKS},
             "yaxis2": {
                 "title": {"text": "dead latents"},
                 "overlaying": "y",
                 "side": "right",
                 "tickformat": ".0%",
-                "rangemode": "tozero",
+                "tickmode": "auto",
+                "range": [0, 1.1 * max(0.1, *dead)],
                 "showgrid": False,
             },
             "legend": {"orientation": "h", "y": 1.15},
             "height": 420,
         }
     )
-    for i, layer in enumerate(layers):
+    for i, (layer, shade) in enumerate(zip(layers, shades, strict=True)):
         y = [line["fvu_layers"][i] for line in curve]
-        figure.add_scatter(x=tokens, y=y, name=f"layer {layer}", line={"width": 1}, opacity=0.7)
-    figure.add_scatter(x=tokens, y=[line["fvu"] for line in curve], name="mean", line={"width": 3})
-    dead = [line["dead"] for line in curve]
-    figure.add_scatter(x=tokens, y=dead, name="dead", yaxis="y2", line={"dash": "dot"})
+        stroke = {"width": 1.5, "color": shade}
+        figure.add_scatter(x=tokens, y=y, name=f"layer {layer}", line=stroke)
+    mean = [line["fvu"] for line in curve]
+    figure.add_scatter(x=tokens, y=mean, name="mean", line={"width": 3, "color": "#d62728"})
+    dash = {"dash": "dot", "color": "#7f7f7f"}
+    figure.add_scatter(x=tokens, y=dead, name="dead latents", yaxis="y2", line=dash)
     return figure
 
 
@@ -250,6 +262,7 @@ def main() -> None:
     folder = tyro.cli(
         Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", help="Folder of a run.")],
         description=(__doc__ or "").split("Legend:")[0],
+        prog="python -m mlsae.report",
     )
     with exit_on_bad_input():
         write_report(folder)

@@ -19,7 +19,7 @@ FLOORS = {
     ],
     "mlsae": [
         {"errors", "builtin"},
-        {"files", "metrics"},
+        {"config", "files", "metrics"},
         {"activations", "data", "model"},
         {"trainer", "evaluate", "__init__"},
         {"report"},

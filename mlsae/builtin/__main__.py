@@ -32,12 +32,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..errors import InputError, exit_on_bad_input
 from . import SKIPPED_DIRS, corpus, read_text
 from .card import write_card
 from .scoring import Tokens, bigram_loss, heldout_loss, near_copies, tokenize
 
 EOS = "<|endoftext|>"
 VOCAB_SIZE = 4096
+STATE = "state.pt"
 _EXTRA_DISTRIBUTIONS = (
     "torch",
     "numpy",
@@ -147,42 +149,51 @@ def _optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer
     ]
 
 
-def train(config: BuiltinConfig) -> None:
-    """Train tokenizer and model, and leave a Hugging Face folder with a card in `config.out`."""
-    state_path = config.out / "state.pt"
-    if config.resume and not state_path.exists():
-        raise FileNotFoundError(f"--resume needs a state saved in --out, got none at {state_path}")
-    config.out.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    # Data: one array of rows, visited in a seeded order.
-    train_ids, extra_ids, heldout_ids = _token_files(config)
-    length = config.seq_len
-    parts = [
-        ids[: len(ids) // length * length].reshape(-1, length) for ids in (train_ids, extra_ids)
-    ]
-    rows = np.concatenate(parts)
-    order = _row_order(config, *(len(part) for part in parts))
-    n_steps = len(order) // config.batch_rows
-
-    # Model and optimizers.
-    torch.manual_seed(config.seed)
-    model: Any = GPTNeoXForCausalLM(
+def _new_model(config: BuiltinConfig) -> Any:
+    return GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=VOCAB_SIZE,
             hidden_size=config.d_model,
             num_hidden_layers=config.n_layers,
             num_attention_heads=config.n_heads,
             intermediate_size=4 * config.d_model,
-            max_position_embeddings=length,
+            max_position_embeddings=config.seq_len,
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=0,
             use_cache=False,
         )
     )
-    model.to(device)
+
+
+def train(config: BuiltinConfig) -> None:
+    """Train tokenizer and model, and leave a Hugging Face folder with a card in `config.out`."""
+    if config.resume and not (config.out / STATE).exists():
+        raise InputError(f"--resume needs a state saved in --out, got none in {config.out}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    # Data: one array of rows, visited in a seeded order.
+    tokens = _token_files(config)
+    length = config.seq_len
+    parts = [ids[: len(ids) // length * length].reshape(-1, length) for ids in tokens[:2]]
+    rows, order = np.concatenate(parts), _row_order(config, *map(len, parts))
+
+    torch.manual_seed(config.seed)
+    model = _new_model(config).to(device)
+    seconds = _fit(config, model, rows, order)
+    _ship(config, model, tokens, seconds)
+
+
+def _fit(
+    config: BuiltinConfig,
+    model: Any,
+    rows: np.ndarray[Any, Any],
+    order: np.ndarray[Any, Any],
+) -> float:
+    """Train on `rows` (R, T) in their `order`, saving a resumable state; return the seconds."""
     optimizers = _optimizers(model, config.lr)
+    device, state_path = model.device, config.out / STATE
     first_step, seconds, losses = 0, 0.0, []
     if config.resume:
         state = torch.load(state_path, weights_only=True)
@@ -191,17 +202,16 @@ def train(config: BuiltinConfig) -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
-    # Training.
+    n_steps = len(order) // config.batch_rows
     started = time.perf_counter() - seconds
     bar = tqdm(range(first_step, n_steps), initial=first_step, total=n_steps, unit=" steps")
     for step in bar:
-        progress = step / n_steps
-        decay = 0.5 * (1 + math.cos(math.pi * progress))
+        decay = 0.5 * (1 + math.cos(math.pi * step / n_steps))
         lr = config.lr * min((step + 1) / (config.warmup_share * n_steps + 1), decay)
         chosen = order[step * config.batch_rows : (step + 1) * config.batch_rows]
         batch = torch.from_numpy(rows[chosen].astype(np.int64)).to(device)  # (B, T)
         # On CPUs bf16 autocast measured 1.6 times slower than float32 at this size.
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -224,10 +234,13 @@ def train(config: BuiltinConfig) -> None:
             }
             torch.save(state, state_path.with_suffix(".tmp"))
             os.replace(state_path.with_suffix(".tmp"), state_path)
-    seconds = time.perf_counter() - started
+    return time.perf_counter() - started
 
-    # What ships: bf16 weights, and a card with the loss of exactly those.
-    cores = os.cpu_count()
+
+def _ship(config: BuiltinConfig, model: Any, tokens: tuple[Tokens, ...], seconds: float) -> None:
+    """Save bf16 weights, and a card with the loss of exactly those."""
+    device, length = model.device, config.seq_len
+    train_ids, _, heldout_ids = tokens
     heldout = list(corpus("heldout"))
     copied = near_copies(heldout, dependency_sources())
     originals = [text for text, copy in zip(heldout, copied, strict=True) if not copy]
@@ -236,6 +249,8 @@ def train(config: BuiltinConfig) -> None:
     model.to(torch.bfloat16).save_pretrained(config.out)
     shipped: Any = AutoModelForCausalLM.from_pretrained(config.out, dtype=torch.float32)
     shipped.to(device)
+    n_steps = config.tokens // length // config.batch_rows
+    cuda = device.type == "cuda"
     write_card(
         config.out,
         {
@@ -251,7 +266,7 @@ def train(config: BuiltinConfig) -> None:
             "library_epochs": config.stdlib_epochs,
             "parameters": sum(p.numel() for p in shipped.parameters()),
             "hours": seconds / 3600,
-            "device": torch.cuda.get_device_name() if device == "cuda" else f"{cores} CPU cores",
+            "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
             "python": platform.python_version(),
             "sources": ", ".join(f"{name} {version(name)}" for name in _EXTRA_DISTRIBUTIONS),
             "recipe": f"Muon and AdamW, peak learning rate {config.lr}, {n_steps} steps of "
@@ -260,5 +275,17 @@ def train(config: BuiltinConfig) -> None:
     )
 
 
+def main() -> None:
+    """The program."""
+    config = tyro.cli(
+        BuiltinConfig,
+        description=(__doc__ or "").split("Legend:")[0],
+        use_underscores=True,
+        prog="python -m mlsae.builtin",
+    )
+    with exit_on_bad_input():
+        train(config)
+
+
 if __name__ == "__main__":
-    train(tyro.cli(BuiltinConfig, description=(__doc__ or "").split("Legend:")[0]))
+    main()

@@ -1,0 +1,115 @@
+"""The settings of a training run: what `python -m mlsae.train --help` explains.
+
+Legend: M latents.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from . import builtin
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """The sparse autoencoder."""
+
+    expansion: int = 16
+    """Latents per dimension of the residual stream (R): n_latents = expansion · d_model."""
+    n_latents: int | None = None
+    """Latents, instead of an expansion."""
+    k: int = 32
+    """Active latents a token and layer."""
+    standardize: bool = True
+    """Whether each vector is standardised before encoding."""
+    aux_weight: float = 1 / 32
+    """Weight of the AuxK loss, which revives dead latents."""
+    k_aux: int | None = None
+    """Dead latents that AuxK activates a token. None: the power of two nearest to d_model / 2."""
+    dead_tokens: int | None = None
+    """A latent is dead when inactive for this many tokens. None: 10 million, or a tenth of the
+    run where that is less."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, and how."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = builtin.NAME
+    """A causal language model: "builtin", a name on the Hugging Face hub, or a local folder."""
+    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[DATASET]")] = builtin.NAME
+    """Text: "builtin", a dataset on the hub (streamed), or a local file or folder of .txt, .jsonl,
+    .jsonl.zst or .parquet."""
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    layers: tuple[int, ...] | None = None
+    """Layers to train on, the first being 0. None: all."""
+    tokens: int = 1_000_000
+    """Tokens to train on; each gives one vector a layer."""
+    batch_tokens: int = 2048
+    """Tokens an optimizer step sees."""
+    micro_tokens: int | None = None
+    """Tokens held in memory at a time; bounds memory and changes nothing else. None: all of a
+    batch."""
+    seq_len: int | None = None
+    """Tokens a row. None: the model's context, 2048 at most."""
+    column: str = "text"
+    """The dataset's column of text."""
+    lr: float | None = None
+    """Peak learning rate of Adam. None: 2e-4 / √(n_latents / 2¹⁴), times (10⁹ / tokens)^0.32."""
+    warmup: float = 0.01
+    """Share of the tokens over which the learning rate rises from 0."""
+    decay: float = 0.2
+    """Share of the tokens over which the learning rate falls to 0, at the end."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the SAE computes in; its weights stay float32. auto: bfloat16 on CUDA, else float32."""
+    device: str = "auto"
+    """auto: CUDA where there is one, else the CPU."""
+    eval_tokens: int = 65_536
+    """Held-out tokens that the final figures are measured on."""
+    log_tokens: int | None = None
+    """Tokens between two lines of metrics.jsonl. None: a hundredth of the run."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of rows."""
+    out: Path = Path("runs/mlsae")
+    """Folder for the run; it must be new or empty."""
+    overwrite: bool = False
+    """Replace the run that is in the folder."""
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise InputError for settings that no model or data could make right."""
+    positive = ("tokens", "batch_tokens", "eval_tokens", "micro_tokens", "seq_len", "log_tokens")
+    for owner, prefix, names in (
+        (config, "--", positive),
+        (config.sae, "--sae.", ("expansion", "n_latents", "k", "k_aux", "dead_tokens")),
+    ):
+        for name in names:
+            value = getattr(owner, name)
+            if value is not None and value < 1:
+                raise InputError(f"{prefix}{name} must be at least 1, got {value}")
+    if config.lr is not None and not 0 < config.lr < math.inf:
+        raise InputError(f"--lr must be greater than 0, got {config.lr}")
+    for name in ("warmup", "decay"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name} must be in [0, 1], got {getattr(config, name)}")
+
+
+def learning_rate(config: TrainConfig, n_latents: int, tokens: int) -> float:
+    """The rate after `tokens` tokens: linear up over `warmup`, level, linear down over `decay`.
+
+    The peak defaults to 2e-4 / √(M / 2¹⁴) · (10⁹ / run's tokens)^0.32: the law of Gao et al. (arXiv
+    2406.04093, App. A) for the paper's 10⁹ tokens, and the growth of the best rate with a shorter
+    horizon that Bjorck et al. found (arXiv 2409.19913).
+    """
+    law = 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / config.tokens) ** 0.32
+    peak = config.lr if config.lr is not None else law
+    done = (tokens + config.batch_tokens / 2) / config.tokens
+    up = done / config.warmup if config.warmup else 1.0
+    down = (1 - done) / config.decay if config.decay else 1.0
+    return peak * max(0.0, min(1.0, up, down))
