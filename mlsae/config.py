@@ -49,7 +49,7 @@ class TrainConfig:
     sae: SAEConfig = field(default_factory=SAEConfig)
     layers: tuple[int, ...] | None = None
     """Layers to train on, the first being 0. None: all."""
-    tokens: int = 1_000_000
+    tokens: int = 800_000
     """Tokens to train on; each gives one vector a layer."""
     batch_tokens: int = 2048
     """Tokens an optimizer step sees."""
