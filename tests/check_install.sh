@@ -15,14 +15,14 @@ theirs() { (cd "$env" && bin/python -c 'import kernels; kernels.get_kernel; impo
 install() { "${pip[@]}" install --constraint "$here/constraints.txt" "$@"; }
 
 echo "kernels first, then ours"
-install kernels
+install kernels transformers
 theirs
 install "$here"
 ours && theirs
 echo "ours uninstalled"
 "${pip[@]}" uninstall --yes mlsae
 theirs
-! ours 2>/dev/null
+if ours 2>/dev/null; then echo "ours still works after it was uninstalled"; exit 1; fi
 echo "ours first, then kernels"
 "${pip[@]}" uninstall --yes kernels
 install "$here"
