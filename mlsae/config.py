@@ -5,10 +5,11 @@ Legend: M latents.
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -70,21 +71,91 @@ class TrainConfig:
     """What the SAE computes in; its weights stay float32. auto: bfloat16 on CUDA, else float32."""
     device: str = "auto"
     """auto: CUDA where there is one, else the CPU."""
+    max_grad_norm: float | None = None
+    """Clip the gradient of all weights together to this norm. None: no clipping."""
     eval_tokens: int = 65_536
-    """Held-out tokens that the final figures are measured on."""
+    """Held-out tokens that figures are measured on."""
+    eval_every: int | None = None
+    """Tokens between two measurements on held-out text. None: only at the end."""
     log_tokens: int | None = None
     """Tokens between two lines of metrics.jsonl. None: a hundredth of the run."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also log to TensorBoard (OUT/tensorboard) or Weights & Biases, where installed."""
+    checkpoint_tokens: int | None = None
+    """Tokens between two checkpoints. None: a twentieth of the run."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest ones."""
     seed: int = 0
     """Seed of the initial weights and of the order of rows."""
     out: Path = Path("runs/mlsae")
     """Folder for the run; it must be new or empty."""
     overwrite: bool = False
     """Replace the run that is in the folder."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the folder, to the same bits as if never stopped; from
+    the start where there is none yet."""
+    preset: Literal["default", "paper"] = "default"
+    """What the settings that are not given default to. paper: all of Lawson et al. (arXiv
+    2409.04185): expansion 64, k 32, 10⁹ tokens in batches of 131,072, constant rate 1e-4."""
+
+
+PRESETS = {
+    "default": TrainConfig(),
+    "paper": TrainConfig(
+        sae=SAEConfig(expansion=64, k=32, aux_weight=1 / 32, dead_tokens=10_000_000),
+        tokens=1_000_000_000,
+        batch_tokens=131_072,
+        lr=1e-4,
+        warmup=0.0,
+        decay=0.0,
+        preset="paper",
+    ),
+}
+
+_FREE_ON_RESUME = (  # what may differ from the run that is resumed
+    "out",
+    "overwrite",
+    "resume",
+    "preset",
+    "device",
+    "micro_tokens",
+    "log",
+    "checkpoint_tokens",
+    "keep_checkpoints",
+)
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """The settings as JSON has them."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return settings
+
+
+def check_same(config: TrainConfig, saved: dict[str, Any]) -> None:
+    """Raise InputError where `config` would not continue the run of the `saved` settings."""
+    now = settings_of(config)
+    for name, value in _flat(now).items():
+        old = _flat(saved).get(name)
+        if name not in _FREE_ON_RESUME and value != old:
+            raise InputError(
+                f"--{name} must be {old} to resume this run, as it began, got {value}; "
+                "give the same settings, or another --out"
+            )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def check_config(config: TrainConfig) -> None:
     """Raise InputError for settings that no model or data could make right."""
-    positive = ("tokens", "batch_tokens", "eval_tokens", "micro_tokens", "seq_len", "log_tokens")
+    positive = (
+        "tokens", "batch_tokens", "eval_tokens", "micro_tokens", "seq_len", "log_tokens",
+        "eval_every", "checkpoint_tokens", "keep_checkpoints",
+    )  # fmt: skip
     for owner, prefix, names in (
         (config, "--", positive),
         (config.sae, "--sae.", ("expansion", "n_latents", "k", "k_aux", "dead_tokens")),
@@ -93,8 +164,12 @@ def check_config(config: TrainConfig) -> None:
             value = getattr(owner, name)
             if value is not None and value < 1:
                 raise InputError(f"{prefix}{name} must be at least 1, got {value}")
-    if config.lr is not None and not 0 < config.lr < math.inf:
-        raise InputError(f"--lr must be greater than 0, got {config.lr}")
+    for name in ("lr", "max_grad_norm"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} must be greater than 0, got {value}")
+    if config.overwrite and config.resume:
+        raise InputError("--overwrite and --resume exclude each other; give one of them")
     for name in ("warmup", "decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise InputError(f"--{name} must be in [0, 1], got {getattr(config, name)}")

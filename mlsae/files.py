@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from .errors import InputError
@@ -23,15 +24,34 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
-def check_out(folder: Path, overwrite: bool, needed_bytes: int) -> None:
-    """Raise InputError where `folder` cannot take a run: it has files and `overwrite` is off, it
-    is a file, or its disk has less than `needed_bytes` free. Nothing is changed."""
+def sync_folder(folder: Path) -> None:
+    """Make sure that the names in `folder`, not only the files' contents, are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_out(
+    folder: Path, overwrite: bool, resume: bool, own: Collection[str], needed_bytes: int
+) -> None:
+    """Raise InputError where `folder` cannot take a run: it has files and neither `overwrite` nor
+    `resume` is on, or files that are not a run's `own`; it is a file; its disk has less than
+    `needed_bytes` free. Nothing is changed."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out must be a folder, and {folder} is a file; choose another")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if files and not (overwrite or resume):
         raise InputError(
-            f"--out must be a new or empty folder, and {folder} has files in it; "
-            "choose another, or replace that run with --overwrite"
+            f"--out must be a new or empty folder, and {folder} has files in it; choose another, "
+            "go on with the run in it with --resume, or replace it with --overwrite"
+        )
+    foreign = [name for name in files if name.removesuffix(".partial") not in own]
+    if foreign:
+        raise InputError(
+            f"--out must hold nothing but a run, and {folder} has {', '.join(foreign[:3])} in it; "
+            "choose another folder"
         )
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free

@@ -5,6 +5,8 @@ Legend: L layers, N tokens, D width of the residual stream, M latents, K active 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,16 @@ class Moments:
         spread = delta.square() * (self.count * other.count / total)
         self.sq_dev = self.sq_dev + other.sq_dev + spread
         self.count = total
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, to be saved."""
+        return {"count": self.count, "mean": self.mean, "sq_dev": self.sq_dev}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take on a saved state."""
+        self.count = state["count"]
+        self.mean = state["mean"].to(self.mean.device)
+        self.sq_dev = state["sq_dev"].to(self.sq_dev.device)
 
     def variance(self) -> Tensor:
         """Σ_d Var_n(x[ℓ, n, d]): the mean squared distance from the layer's mean vector, (L,)."""

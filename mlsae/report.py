@@ -84,7 +84,7 @@ def write_report(folder: Path) -> None:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         totals = safetensors.torch.load_file(folder / "latents.safetensors")["totals"].double()
         heldout = lines[-1]["heldout"]
-        curve = lines[:-1]
+        curve = [line for line in lines if "loss" in line]
     except (OSError, ValueError, KeyError, IndexError, safetensors.SafetensorError) as error:
         raise InputError(
             "RUN must be the folder of a finished training run, and "

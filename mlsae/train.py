@@ -3,6 +3,7 @@
     python -m mlsae.train                                    # built-in model and corpus, offline
     python -m mlsae.train EleutherAI/pythia-70m-deduped monology/pile-uncopyrighted \\
         --sae.expansion 64 --sae.k 32 --tokens 1000000000 --batch_tokens 131072 --out runs/70m
+    python -m mlsae.train … --out runs/70m --resume          # go on after a stop, to the same bits
 
 It leaves a folder that stands alone: config.json, model.safetensors, latents.safetensors,
 metrics.jsonl and report.html. `MLSAE.from_pretrained(FOLDER)` loads it.
@@ -12,14 +13,16 @@ Legend: L layers, B rows, T positions, N tokens, D width of the residual stream,
 
 from __future__ import annotations
 
-import json
 import math
+import shutil
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
-from itertools import chain, islice
+import uuid
+from collections.abc import Iterable
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -29,15 +32,20 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from . import data
-from .activations import ResidualReader, choose_device, load_transformer
-from .config import TrainConfig, check_config, learning_rate
+from . import checkpoint
+from .activations import choose_device
+from .config import PRESETS, TrainConfig, check_config, check_same, learning_rate, settings_of
+from .data import Batches
 from .errors import InputError, exit_on_bad_input
 from .evaluate import Evaluation, evaluate
 from .files import check_out, write_file
+from .logs import MetricsLog, check_loggers
+from .memory import check_memory, estimate, peak
 from .model import MLSAE, MLSAEConfig
 from .report import write_report
-from .trainer import Trainer
+from .signals import Signals
+from .source import Source
+from .trainer import NonFiniteError, Trainer
 
 RUN_FILES = (
     "config.json",
@@ -45,215 +53,316 @@ RUN_FILES = (
     "latents.safetensors",
     "metrics.jsonl",
     "report.html",
+    "checkpoints",
+    "tensorboard",
+    "wandb",
 )
-
-
-def resolve(config: TrainConfig, reader: ResidualReader) -> tuple[MLSAEConfig, int]:
-    """The MLSAE that `config` asks for on this model, and the length of its rows."""
-    text_config = reader.model.config.get_text_config()  # type: ignore[operator, union-attr]
-    d_in = text_config.hidden_size
-    n_latents = config.sae.n_latents or config.sae.expansion * d_in
-    if config.sae.k > n_latents:
-        raise InputError(
-            f"--sae.k must be in [1, {n_latents}] (the number of latents), got {config.sae.k}"
-        )
-    context = getattr(text_config, "max_position_embeddings", None) or 2048
-    seq_len = config.seq_len or min(context, 2048)
-    if seq_len > context:
-        raise InputError(
-            f"--seq_len must be at most {context} (the model's context), got {seq_len}"
-        )
-    smallest = min(config.batch_tokens, config.micro_tokens or config.batch_tokens)
-    if smallest < seq_len:
-        raise InputError(
-            f"--batch_tokens and --micro_tokens must be at least {seq_len} (a row; see --seq_len), "
-            f"got {smallest}"
-        )
-    return MLSAEConfig(
-        d_in, n_latents, config.sae.k, reader.layers, config.sae.standardize, config.model
-    ), seq_len
-
-
-class Source:
-    """Rows of tokens, and the residuals of the transformer at them.
-
-    Raises InputError where the model or the settings cannot be had or do not fit one another.
-    """
-
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        model, self.tokenizer = load_transformer(config.model, device)
-        self.reader = ResidualReader(model, config.layers)
-        self.mlsae_config, self.seq_len = resolve(config, self.reader)
-        self.config, self.device = config, device
-        self.micro_rows = (config.micro_tokens or config.batch_tokens) // self.seq_len
-
-    def batches(self) -> Iterator[Tensor]:
-        """Batches (B, T) to train on, without end."""
-        config, rows = self.config, self.config.batch_tokens // self.seq_len
-        return data.batches(
-            config.dataset,
-            self.tokenizer,
-            self.seq_len,
-            rows,
-            column=config.column,
-            seed=config.seed,
-        )
-
-    def heldout(self) -> Tensor:
-        """Rows (B, T) that are never trained on, `eval_tokens` in all where there are as many."""
-        config = self.config
-        rows = data.rows(
-            config.dataset,
-            self.tokenizer,
-            self.seq_len,
-            "heldout",
-            column=config.column,
-            seed=config.seed,
-        )
-        return torch.stack(list(islice(rows, max(1, config.eval_tokens // self.seq_len))))
-
-    def count(self, input_ids: Tensor) -> int:
-        """Tokens of rows (B, T), special ones dropped."""
-        return int(data.not_special(input_ids, self.tokenizer).sum())
-
-    def residuals(self, input_ids: Tensor) -> Iterator[Tensor]:
-        """Residuals (L, N, D) of rows (B, T), special tokens dropped, a part at a time."""
-        for part in input_ids.to(self.device).split(self.micro_rows):
-            yield self.reader(part)[:, data.not_special(part, self.tokenizer)].float()
 
 
 def train(config: TrainConfig) -> MLSAE:
     """Train as `config` says; leave the run in `config.out`.
 
-    Raises InputError for bad input, before anything is written.
+    Raises InputError for bad input, before anything is written; NonFiniteError where a loss is
+    not finite; SystemExit (128 + the signal's number) after SIGINT or SIGTERM, with a checkpoint
+    written and a model that loads.
     """
     check_config(config)
+    check_loggers(config.log)
     torch.manual_seed(config.seed)
+    device = choose_device(config.device)
 
-    # What is read: the transformer, the layers of it, the text.
-    source = Source(config, choose_device(config.device))
-    check_out(config.out, config.overwrite, _run_bytes(source.mlsae_config))
+    # What is read: the run so far, the transformer, the layers of it, the text.
+    path, state = _run_so_far(config) if config.resume else (None, None)
+    source = Source(config, device)
+    check_out(config.out, config.overwrite, config.resume, RUN_FILES, _run_bytes(source, config))
     heldout = source.heldout()
-    batches = source.batches()
-    first_batch = next(batches)
 
     # What is trained. The first batch sets b_pre and the first variances, then is trained on.
     trainer = _new_trainer(config, source)
-    trainer.initialize(source.residuals(first_batch))
+    batches = source.batches(state["batches"] if state else None)
+    if state:
+        trainer.load_state_dict(state["trainer"])
+        _say(f"going on from {path}, after {trainer.tokens:,} tokens")
+        first: list[Tensor] = []
+    else:
+        first = [next(batches)]
+        trainer.initialize(source.residuals(first[0]))
+        _empty(config.out)
 
     # Train, and measure on held-out rows.
-    _empty(config.out)
-    with (config.out / "metrics.jsonl").open("a") as metrics_file:
-        last_line = _fit(trainer, source, chain([first_batch], batches), metrics_file)
-        with trainer.autocast():
-            figures = evaluate(trainer.mlsae, source.residuals(heldout))
-        measured = {"tokens": trainer.tokens, "heldout": figures.as_dict()}
-        print(json.dumps(measured), file=metrics_file)
+    run_id = state["run_id"] if state else uuid.uuid4().hex
+    position = state["metrics_position"] if state else 0
+    with (
+        closing(batches),
+        closing(MetricsLog(config.out, config.log, settings_of(config), run_id, position)) as log,
+    ):
+        fit = Fit(trainer, source, batches, heldout, log, run_id, state)
+        fit.run(chain(first, batches))
+        figures = fit.measure()
 
     # Leave a folder that stands alone.
-    trainer.mlsae.save_pretrained(
-        config.out,
-        training=json.loads(json.dumps(asdict(config), default=str)),
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
-    )
+    _save_model(config, trainer)
     latents = {
         "totals": figures.totals.float().contiguous().cpu(),
         "counts": figures.counts.long().contiguous().cpu(),
     }
     write_file(config.out / "latents.safetensors", safetensors.torch.save(latents))
     write_report(config.out)
-    _print_summary(config.out, source.mlsae_config, figures, last_line)
+    _print_summary(config.out, fit, figures)
     return trainer.mlsae
 
 
+class Fit:
+    """The training loop, and what it carries from step to step beside the trainer's state."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        source: Source,
+        batches: Batches,
+        heldout: Tensor,
+        log: MetricsLog,
+        run_id: str,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self.trainer, self.source, self.batches = trainer, source, batches
+        self.heldout, self.log, self.run_id = heldout, log, run_id
+        self.config = source.config
+        self.window = trainer.sums()  # since the last line of metrics
+        self.seconds = 0.0
+        self.saved: Path | None = None
+        if state:
+            self.window.load_state_dict(state["window"])
+            self.seconds = state["seconds"]
+            trainer.watch.add(state["stages"])
+
+    def run(self, stream: Iterable[Tensor]) -> None:
+        """Train on the batches (B, T) of `stream` up to the tokens asked for; then, or at a
+        signal, save a checkpoint."""
+        config, trainer = self.config, self.trainer
+        log_every = Every(config.log_tokens or math.ceil(config.tokens / 100), trainer.tokens)
+        eval_every = Every(config.eval_every or math.inf, trainer.tokens)
+        save_every = Every(
+            config.checkpoint_tokens or math.ceil(config.tokens / 20), trainer.tokens
+        )
+        started = self._mark = time.perf_counter()
+        before = self.seconds
+        bar = tqdm(
+            total=config.tokens,
+            initial=trainer.tokens,
+            unit=" tokens",
+            unit_scale=True,
+            desc="training",
+        )
+        with Signals() as signals, bar:
+            batches = iter(stream)
+            while trainer.tokens < config.tokens:
+                lr, n_tokens = self.step(next(batches))
+                self.seconds = before + time.perf_counter() - started
+                done = trainer.tokens >= config.tokens
+                bar.update(n_tokens)
+                if log_every.passed(trainer.tokens) or done:
+                    line = self.line(lr)
+                    self.log.write(line)
+                    bar.set_postfix(fvu=f"{line['fvu']:.3f}", dead=f"{line['dead']:.1%}")
+                if eval_every.passed(trainer.tokens) and not done:
+                    self.measure()
+                if save_every.passed(trainer.tokens) or done or signals.caught:
+                    self.save()
+                trainer.watch.lap("logs and checkpoints")
+                if signals.caught and not done:
+                    bar.close()
+                    _save_model(config, trainer)
+                    _say(
+                        f"stopped by {signals.caught.name} after {trainer.tokens:,} tokens; saved "
+                        f"{self.saved}; go on with the same command and --resume"
+                    )
+                    sys.exit(128 + signals.caught)
+
+    def step(self, input_ids: Tensor) -> tuple[float, int]:
+        """One optimizer step on rows (B, T): its learning rate and number of tokens."""
+        self.trainer.watch.lap("waiting for text")
+        n_tokens = self.source.count(input_ids)
+        lr = learning_rate(self.config, self.trainer.mlsae.config.n_latents, self.trainer.tokens)
+        try:
+            sums = self.trainer.step(self.source.residuals(input_ids), n_tokens, lr)
+        except NonFiniteError as error:
+            good = f"the last good checkpoint is {self.saved}" if self.saved else "none saved yet"
+            raise NonFiniteError(f"{error}; {good}") from error
+        self.window.add(sums)
+        return lr, n_tokens
+
+    def line(self, lr: float) -> dict[str, Any]:
+        """A line of metrics of the steps since the last one."""
+        trainer, window = self.trainer, self.window
+        now = time.perf_counter()
+        line = {
+            "tokens": trainer.tokens,
+            "steps": trainer.steps,
+            "loss": window.loss.item() / window.steps,
+            "fvu": window.fvu().mean().item(),
+            "fvu_layers": window.fvu().tolist(),
+            "aux": window.aux.item() / window.steps,
+            "dead": trainer.dead().double().mean().item(),
+            "lr": lr,
+            "tokens_per_second": window.moments.count / (now - self._mark),
+            "seconds": self.seconds,
+        }
+        self.window, self._mark = trainer.sums(), now
+        return line
+
+    def measure(self) -> Evaluation:
+        """Measure on held-out rows, and log it. It changes nothing else."""
+        with self.trainer.autocast():
+            figures = evaluate(self.trainer.mlsae, self.source.residuals(self.heldout))
+        self.log.write({"tokens": self.trainer.tokens, "heldout": figures.as_dict()})
+        self.trainer.watch.lap("held-out figures")
+        return figures
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        state = {
+            "settings": settings_of(self.config),
+            "run_id": self.run_id,
+            "metrics_position": self.log.position(),
+            "seconds": self.seconds,
+            "stages": self.trainer.watch.seconds(),
+            "window": self.window.state_dict(),
+            "trainer": self.trainer.state_dict(),
+            "batches": self.batches.state_dict(),
+        }
+        tokens, keep = self.trainer.tokens, self.config.keep_checkpoints
+        self.saved = checkpoint.save(self.config.out, tokens, state, keep)
+
+
+class Every:
+    """Whether another `interval` of tokens has been passed since it last was."""
+
+    def __init__(self, interval: float, tokens: int) -> None:
+        self._interval, self._count = interval, tokens // interval
+
+    def passed(self, tokens: int) -> bool:
+        """Whether `tokens` lies in another interval than at the last call."""
+        before, self._count = self._count, tokens // self._interval
+        return self._count > before
+
+
+def _run_so_far(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None]:
+    """The newest checkpoint of the run in `config.out` and its state; (None, None) where it has
+    come to none. Raises InputError where that would lose something, or the settings differ."""
+    found = checkpoint.newest(config.out, _say)
+    if found:
+        check_same(config, found[1]["settings"])
+        return found
+    if checkpoint.any_written(config.out) or (config.out / "model.safetensors").exists():
+        raise InputError(
+            f"--resume needs an undamaged checkpoint, and {config.out} has none; choose another "
+            "--out, or start over with --overwrite"
+        )
+    _say(f"there is no checkpoint in {config.out} yet; starting at the beginning")
+    return None, None
+
+
 def _new_trainer(config: TrainConfig, source: Source) -> Trainer:
+    """The trainer of a run at its start. Raises InputError where it does not fit in memory."""
     d_in, device = source.mlsae_config.d_in, source.device
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if half else torch.float32
+    k_aux = config.sae.k_aux or 2 ** round(math.log2(max(d_in / 2, 1)))
+    micro_tokens = source.micro_rows * source.seq_len
+    check_memory(estimate(source.mlsae_config, micro_tokens, k_aux, dtype), device)
     return Trainer(
         MLSAE(source.mlsae_config, device),
         dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
-        k_aux=config.sae.k_aux or 2 ** round(math.log2(max(d_in / 2, 1))),
+        k_aux=k_aux,
         aux_weight=config.sae.aux_weight,
-        dtype=torch.bfloat16 if half else torch.float32,
+        dtype=dtype,
     )
 
 
-def _fit(
-    trainer: Trainer, source: Source, batches: Iterator[Tensor], metrics_file: TextIO
-) -> dict[str, Any]:
-    """Train on `batches` up to the tokens asked for, a line of metrics each `log_tokens`; return
-    the last line."""
-    config = source.config
-    log_tokens = config.log_tokens or math.ceil(config.tokens / 100)
-    window, started = trainer.sums(), time.perf_counter()
-    window_started = started
-    line: dict[str, Any] = {}
-    with tqdm(total=config.tokens, unit=" tokens", unit_scale=True, desc="training") as bar:
-        while trainer.tokens < config.tokens:
-            input_ids = next(batches)
-            n_tokens = source.count(input_ids)
-            lr = learning_rate(config, source.mlsae_config.n_latents, trainer.tokens)
-            window.add(trainer.step(source.residuals(input_ids), n_tokens, lr))
-            bar.update(n_tokens)
-            if window.moments.count < log_tokens and trainer.tokens < config.tokens:
-                continue
-            now = time.perf_counter()
-            line = {
-                "tokens": trainer.tokens,
-                "steps": trainer.steps,
-                "loss": window.loss.item() / window.steps,
-                "fvu": window.fvu().mean().item(),
-                "fvu_layers": window.fvu().tolist(),
-                "aux": window.aux.item() / window.steps,
-                "dead": trainer.dead().double().mean().item(),
-                "lr": lr,
-                "tokens_per_second": window.moments.count / (now - window_started),
-                "seconds": now - started,
-            }
-            print(json.dumps(line), file=metrics_file, flush=True)
-            bar.set_postfix(fvu=f"{line['fvu']:.3f}", dead=f"{line['dead']:.1%}")
-            window, window_started = trainer.sums(), now
-    return line
-
-
-def _run_bytes(config: MLSAEConfig) -> int:
-    """What a run takes on the disk: two weights, the counts of latents, the report."""
-    return 4 * config.n_latents * (2 * config.d_in + 3 * len(config.layers)) + 12 * 2**20
+def _run_bytes(source: Source, config: TrainConfig) -> int:
+    """What a run takes on the disk: two weights, the counts of latents, the report; and in each
+    checkpoint, one of them being written, the weights and two moments of each."""
+    sae = source.mlsae_config
+    run = 4 * sae.n_latents * (2 * sae.d_in + 3 * len(sae.layers)) + 12 * 2**20
+    return run + (config.keep_checkpoints + 1) * 24 * sae.n_latents * sae.d_in
 
 
 def _empty(folder: Path) -> None:
     """Make the folder, and remove the run in it, if any: `check_out` has said that it may."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
-def _print_summary(
-    out: Path, config: MLSAEConfig, figures: Evaluation, last_line: dict[str, Any]
-) -> None:
-    console = Console(highlight=False)
+def _save_model(config: TrainConfig, trainer: Trainer) -> None:
+    trainer.mlsae.save_pretrained(
+        config.out,
+        training=settings_of(config),
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _print_summary(out: Path, fit: Fit, figures: Evaluation) -> None:
+    trainer, console = fit.trainer, Console(highlight=False)
+    config: MLSAEConfig = trainer.mlsae.config
     console.print(figures.table(config.layers))
-    tokens, seconds = last_line["tokens"], last_line["seconds"]
+    stages = fit.trainer.watch.seconds()
+    total = sum(stages.values())
+    shares = sorted(stages.items(), key=lambda stage: -stage[1])
     console.print(
-        f"trained on {tokens:,} tokens in {seconds:.0f} s ({tokens / seconds:,.0f} tokens/s); "
-        f"{last_line['dead']:.1%} of {config.n_latents:,} latents dead",
+        f"trained on {trainer.tokens:,} tokens in {fit.seconds:.0f} s "
+        f"({trainer.tokens / fit.seconds:,.0f} tokens/s); "
+        f"{trainer.dead().double().mean():.1%} of {config.n_latents:,} latents dead",
+        "where the time went: "
+        + ", ".join(f"{name} {spent / total:.1%}" for name, spent in shares)
+        + f"; tokenising, beside it, {fit.batches.seconds:.1f} s",
+        f"peak memory: {peak(fit.source.device) / 1e9:.2f} GB",
+        f"run: {out}",
+        f"report: {out / 'report.html'}",
+        sep="\n",
         soft_wrap=True,
     )
-    console.print(f"run: {out}\nreport: {out / 'report.html'}", soft_wrap=True)
 
 
-def main() -> None:
-    """The program."""
-    config = tyro.cli(
+def _parse() -> TrainConfig:
+    """The command line. `--preset` sets the defaults that everything else is read over."""
+    arguments = sys.argv[1:]
+    preset = "default"
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--preset":
+            preset = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
+    return tyro.cli(
         TrainConfig,
+        default=PRESETS.get(preset, PRESETS["default"]),  # tyro refuses an unknown one
         description=(__doc__ or "").split("Legend:")[0],
         use_underscores=True,
         prog="python -m mlsae.train",
     )
+
+
+def main() -> None:
+    """The program."""
+    config = _parse()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with exit_on_bad_input():
-        train(config)
+        try:
+            train(config)
+        except NonFiniteError as error:
+            _say(f"error: {error}")
+            sys.exit(1)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            sys.exit(130)
 
 
 if __name__ == "__main__":

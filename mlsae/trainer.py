@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ from sparse_topk import UnitNormAdam
 from . import metrics
 from .errors import InputError
 from .model import ACTIVE, MLSAE, geometric_median
+from .stopwatch import Stopwatch
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss of a step is not finite."""
 
 
 class Sums:
@@ -40,6 +46,23 @@ class Sums:
         self.aux += other.aux
         self.sq_error += other.sq_error
         self.moments.merge(other.moments)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, to be saved."""
+        return {
+            "steps": self.steps,
+            "loss": self.loss,
+            "aux": self.aux,
+            "sq_error": self.sq_error,
+            "moments": self.moments.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take on saved sums."""
+        self.steps = state["steps"]
+        for name in ("loss", "aux", "sq_error"):
+            getattr(self, name).copy_(state[name])
+        self.moments.load_state_dict(state["moments"])
 
 
 class Trainer:
@@ -66,6 +89,7 @@ class Trainer:
         self.dtype = dtype
         self.device = mlsae.sae.W_dec.device
         self.optimizer = UnitNormAdam(mlsae.sae.parameter_groups())
+        self.watch = Stopwatch(self.device)
         self.tokens = 0
         self.steps = 0
         self.inactive_tokens = torch.zeros(config.n_latents, dtype=torch.int64, device=self.device)
@@ -103,7 +127,7 @@ class Trainer:
     def step(self, parts: Iterable[Tensor], n_tokens: int, lr: float) -> Sums:
         """One optimizer step on residuals (L, N, D) that come in parts, `n_tokens` in all.
 
-        Raises FloatingPointError where the loss is not finite; the weights are then untouched.
+        Raises NonFiniteError where the loss is not finite; nothing is then changed.
         """
         # Forward and backward, a part at a time.
         variance = self.moments.variance().float()
@@ -111,6 +135,7 @@ class Trainer:
         active = torch.zeros_like(self.inactive_tokens, dtype=torch.bool)
         step, errors = self.sums(), self.sums().moments
         for x in parts:
+            self.watch.lap("model")
             with self.autocast():
                 losses = self.mlsae.losses(
                     x,
@@ -128,20 +153,18 @@ class Trainer:
             step.moments.update(x)
             errors.update(losses.error)
             active[losses.codes.indices[losses.codes.values > ACTIVE]] = True
+            self.watch.lap("SAE")
         step.steps = 1
         if not math.isfinite(step.loss.item()):
             self.optimizer.zero_grad()
-            raise FloatingPointError(
-                f"the loss of step {self.steps} is {step.loss.item()}, after {self.tokens:,} "
-                f"tokens; FVU per layer: {step.fvu().tolist()}. The weights were left as they "
-                "were. Lower --lr, or look at that layer's activations"
-            )
+            raise NonFiniteError(self._blame(step))
 
         # Update.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.watch.lap("optimizer")
         self.tokens += n_tokens
         self.steps += 1
         self.inactive_tokens += n_tokens
@@ -149,6 +172,48 @@ class Trainer:
         self.moments.merge(step.moments)
         self.error_variance = errors.variance().float()
         return step
+
+    def _blame(self, step: Sums) -> str:
+        """Which layer made the loss of `step` not finite, and what to do."""
+        layers = self.mlsae.config.layers
+        at = f"at step {self.steps}, after {self.tokens:,} tokens; the weights are untouched"
+        for layer, mean in zip(layers, step.moments.mean, strict=True):
+            if not mean.isfinite().all():
+                return (
+                    f"the residuals of layer {layer} are not finite {at}. Leave that layer out "
+                    "with --layers, or load the model in a dtype of larger range"
+                )
+        for layer, sq_error in zip(layers, step.sq_error, strict=True):
+            if not sq_error.isfinite():
+                return f"the reconstruction of layer {layer} is not finite {at}. Lower --lr"
+        return f"the loss is {step.loss.item()} {at}. Lower --lr"
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on: tensors, and values as JSON has them."""
+        optimizer = self.optimizer.state_dict()["state"]
+        return {
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "inactive_tokens": self.inactive_tokens,
+            "moments": self.moments.state_dict(),
+            "error_variance": self.error_variance,
+            "weights": dict(self.mlsae.sae.state_dict()),
+            "optimizer": {str(i): state for i, state in optimizer.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.tokens, self.steps = state["tokens"], state["steps"]
+        self.inactive_tokens.copy_(state["inactive_tokens"])
+        self.moments.load_state_dict(state["moments"])
+        error_variance = state["error_variance"]
+        if error_variance is not None:
+            error_variance = error_variance.to(self.device)
+        self.error_variance = error_variance
+        self.mlsae.sae.load_state_dict(state["weights"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        saved = {int(i): moments for i, moments in state["optimizer"].items()}
+        self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
         """The context in which the SAE computes in `dtype`."""

@@ -7,7 +7,9 @@ import pytest
 import torch
 import transformers
 
-from mlsae import builtin, data
+from mlsae import builtin
+from mlsae.data import Batches, Rows, not_special
+from mlsae.documents import Documents
 from mlsae.errors import InputError
 
 
@@ -43,13 +45,11 @@ def write(path, texts):
 @pytest.mark.parametrize("name", ["folder", "a.jsonl", "a.jsonl.zst", "a.parquet"])
 def test_every_format_gives_the_same_documents(tmp_path, name):
     texts = ["def f():\n    return 1\n", "second, with ünïcode", "third\n\nparagraph"]
-    assert list(data.documents(write(tmp_path / name, texts), "train")) == texts
+    assert list(Documents(write(tmp_path / name, texts), "train")) == texts
 
 
 def test_a_text_file_is_one_document(tmp_path):
-    assert list(data.documents(write(tmp_path / "a.txt", ["one\ntwo\n"]), "train")) == [
-        "one\ntwo\n"
-    ]
+    assert list(Documents(write(tmp_path / "a.txt", ["one\ntwo\n"]), "train")) == ["one\ntwo\n"]
 
 
 def test_rows_are_documents_joined_by_eos(tmp_path, tokenizer):
@@ -59,8 +59,8 @@ def test_rows_are_documents_joined_by_eos(tmp_path, tokenizer):
     packed = []
     for text in texts:
         packed += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    train = list(data.rows(path, tokenizer, 16, "train"))
-    heldout = list(data.rows(path, tokenizer, 16, "heldout"))
+    train = list(Rows(path, tokenizer, 16, "train"))
+    heldout = list(Rows(path, tokenizer, 16, "heldout"))
     assert len(heldout) == -(-(len(train) + len(heldout)) // 20)
     for i, row in enumerate(heldout):
         train.insert(i * 20, row)
@@ -72,10 +72,10 @@ def test_shuffling_is_a_seeded_permutation(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [f"x{i} = {i}\n" * 9 for i in range(50)])
 
     def order(seed, buffer_rows=10):
-        rows = data.rows(path, tokenizer, 8, "train", seed=seed, buffer_rows=buffer_rows)
+        rows = Rows(path, tokenizer, 8, "train", seed=seed, buffer_rows=buffer_rows)
         return [tuple(row.tolist()) for row in rows]
 
-    plain = [tuple(row.tolist()) for row in data.rows(path, tokenizer, 8, "train")]
+    plain = [tuple(row.tolist()) for row in Rows(path, tokenizer, 8, "train")]
     assert order(0) == order(0)
     assert order(0) != order(1)
     assert order(0) != plain
@@ -84,12 +84,48 @@ def test_shuffling_is_a_seeded_permutation(tmp_path, tokenizer):
 
 def test_batches_go_on_past_the_end_in_another_order(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [f"x{i} = {i}\n" * 9 for i in range(50)])
-    n = len(list(data.rows(path, tokenizer, 8, "train")))
-    batches = data.batches(path, tokenizer, 8, 4, column="text", seed=0)
+    n = len(list(Rows(path, tokenizer, 8, "train")))
+    batches = Batches(Rows(path, tokenizer, 8, "train", seed=0, endless=True), 4)
     rows = [tuple(row.tolist()) for row in torch.cat(list(islice(batches, n)))]
+    batches.close()
     first, second = rows[:n], rows[n : 2 * n]
     assert sorted(first) == sorted(second)
     assert first != second
+
+
+@pytest.mark.parametrize("name", ["folder", "a.jsonl", "a.jsonl.zst", "a.parquet", builtin.NAME])
+def test_a_resumed_stream_goes_on_with_the_next_row(tmp_path, tokenizer, name):
+    """From any point: while the buffer fills, between passes, with a batch in preparation."""
+    path, length, points = write_or_builtin(tmp_path, name)
+
+    def batches(state=None):
+        rows = Rows(path, tokenizer, length, "train", seed=3, buffer_rows=20, endless=True)
+        return Batches(rows, 6, state)
+
+    whole = batches()
+    expected = list(islice(whole, 60))
+    whole.close()
+    for n in points:
+        stopped = batches()
+        assert all(map(torch.equal, expected, islice(stopped, n)))
+        resumed = batches(through_json(stopped.state_dict()))
+        stopped.close()
+        assert all(map(torch.equal, expected[n:], islice(resumed, 60 - n)))
+        resumed.close()
+
+
+def write_or_builtin(folder, name):
+    if name == builtin.NAME:
+        return name, 512, [7]
+    texts = [f"x{i} = {i}\n" * 9 for i in range(40)]
+    return write(folder / name, texts), 8, [0, 1, 7, 31, 55]
+
+
+def through_json(state):
+    """The state as a checkpoint keeps it: its tensors, and the rest as JSON."""
+    if isinstance(state, dict):
+        return {key: through_json(value) for key, value in state.items()}
+    return state if isinstance(state, torch.Tensor) else json.loads(json.dumps(state))
 
 
 def test_a_tokenizer_with_bos_begins_every_row_with_it(tmp_path, tokenizer):
@@ -102,10 +138,10 @@ def test_a_tokenizer_with_bos_begins_every_row_with_it(tmp_path, tokenizer):
             return {"input_ids": [list(range(2, 2 + len(t))) for t in text]}
 
     path = write(tmp_path / "a.jsonl", ["abcdefgh"] * 9)
-    rows = torch.stack(list(data.rows(path, WithBOS(), 4, "train")))
+    rows = torch.stack(list(Rows(path, WithBOS(), 4, "train")))
     assert (rows[:, 0] == 1).all()
     assert (rows[:, 1:] != 1).all()
-    assert torch.equal(data.not_special(rows, WithBOS()), rows > 1)
+    assert torch.equal(not_special(rows, WithBOS()), rows > 1)
 
 
 def test_the_builtin_corpus_is_split_by_file():
@@ -128,23 +164,23 @@ def test_the_builtin_corpus_is_split_by_file():
 def test_bad_datasets_are_named(tmp_path, tokenizer, make, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match=message):
-        next(data.rows(make(tmp_path), tokenizer, 64, "train"))
+        next(Rows(make(tmp_path), tokenizer, 64, "train"))
 
 
 def test_a_missing_column_names_those_there_are(tmp_path):
     path = write(tmp_path / "a.parquet", ["one"])
     with pytest.raises(InputError, match=r"--column .* got 'body'; its columns of text are: text"):
-        next(data.documents(path, "train", column="body"))
+        next(iter(Documents(path, "train", column="body")))
 
 
 def test_a_folder_of_two_kinds_is_refused(tmp_path):
     write(tmp_path / "a.jsonl", ["one"])
     write(tmp_path / "b.parquet", ["two"])
     with pytest.raises(InputError, match="json and parquet"):
-        next(data.documents(str(tmp_path), "train"))
+        Documents(str(tmp_path), "train")
 
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n{"text": "brok')
     with pytest.raises(InputError, match="cannot be read"):
-        list(data.documents(str(tmp_path / "a.jsonl"), "train"))
+        list(Documents(str(tmp_path / "a.jsonl"), "train"))

@@ -19,9 +19,9 @@ FLOORS = {
     ],
     "mlsae": [
         {"errors", "builtin"},
-        {"config", "files", "metrics"},
-        {"activations", "data", "model"},
-        {"trainer", "evaluate", "__init__"},
+        {"config", "documents", "files", "metrics", "signals", "stopwatch"},
+        {"activations", "checkpoint", "data", "logs", "model"},
+        {"evaluate", "memory", "source", "trainer", "__init__"},
         {"report"},
         {"train"},
     ],

@@ -1,0 +1,63 @@
+"""Whether a run fits: what it will need, what there is, and what it needed.
+
+Legend: L layers, D width of the residual stream, M latents, K active latents a token.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from .errors import InputError
+from .model import MLSAEConfig
+
+_SCORES_BYTES = 512 * 2**20  # at most, of the encoder's workspace
+
+
+def estimate(config: MLSAEConfig, micro_tokens: int, k_aux: int, dtype: torch.dtype) -> int:
+    """Bytes that training takes at its peak, beside the transformer's weights.
+
+    Weights, gradients and Adam's two moments: 16 B a parameter, and with a compute dtype of b
+    bytes 2·b more, for the cast weights and their gradients. Each of the L · micro_tokens vectors
+    of a part: about 12 float32 copies of its D elements (input, standardised, reconstruction,
+    errors, gradients), and 60 B for each of its K + k_aux selections; and the scores of a block.
+    """
+    parameters = 2 * config.n_latents * config.d_in
+    cast = 0 if dtype == torch.float32 else 2 * dtype.itemsize
+    vectors = len(config.layers) * micro_tokens
+    scores = min(_SCORES_BYTES, vectors * config.n_latents * dtype.itemsize)
+    activations = vectors * (48 * config.d_in + 60 * (config.k + k_aux))
+    return parameters * (16 + cast) + activations + scores
+
+
+def check_memory(needed: int, device: torch.device) -> None:
+    """Raise InputError where `device` has fewer than `needed` bytes free."""
+    free = available(device)
+    if free is not None and free < needed:
+        raise InputError(
+            f"the run needs about {needed / 1e9:.1f} GB of {device.type} memory, and "
+            f"{free / 1e9:.1f} GB is free; make it smaller with --micro_tokens (the vectors held "
+            "at a time), --sae.expansion (weights and optimizer), --sae.k_aux or --layers"
+        )
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes free on `device`; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that this process has had on `device` so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,41 @@
+"""SIGINT and SIGTERM, remembered while a step ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+_WATCHED = (signal.SIGINT, signal.SIGTERM)
+
+
+class Signals:
+    """Within it, a first SIGINT or SIGTERM only sets `caught`; a second one ends the process as
+    usual, for those who cannot wait. Outside the main thread, where Python has no signals, it does
+    nothing."""
+
+    def __init__(self) -> None:
+        self.caught: signal.Signals | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._catch) for number in _WATCHED}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.caught = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
