@@ -83,7 +83,8 @@ def write_report(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         totals = safetensors.torch.load_file(folder / "latents.safetensors")["totals"].double()
-        heldout = lines[-1]["heldout"]
+        measured = [line for line in lines if "heldout" in line]
+        heldout = measured[-1]["heldout"]
         curve = [line for line in lines if "loss" in line]
     except (OSError, ValueError, KeyError, IndexError, safetensors.SafetensorError) as error:
         raise InputError(
@@ -117,8 +118,9 @@ def write_report(folder: Path) -> None:
         ),
         (
             "Training",
-            "FVU of the training text, mean and each layer, and the share of dead latents.",
-            _curve(curve, config["layers"]),
+            "FVU of the training text, mean and each layer, that of held-out text, and the share "
+            "of dead latents.",
+            _curve(curve, measured, config["layers"]),
         ),
     ]
     facts = {
@@ -225,7 +227,9 @@ def _per_layer(heldout: dict[str, Any], layers: list[int]) -> go.Figure:
     )
 
 
-def _curve(curve: list[dict[str, Any]], layers: list[int]) -> go.Figure:
+def _curve(
+    curve: list[dict[str, Any]], measured: list[dict[str, Any]], layers: list[int]
+) -> go.Figure:
     tokens = [line["tokens"] for line in curve]
     dead = [line["dead"] for line in curve]
     shades = sample_colorscale("Viridis", [0.2 + 0.6 * i / len(layers) for i in range(len(layers))])
@@ -252,6 +256,13 @@ def _curve(curve: list[dict[str, Any]], layers: list[int]) -> go.Figure:
         figure.add_scatter(x=tokens, y=y, name=f"layer {layer}", line=stroke)
     mean = [line["fvu"] for line in curve]
     figure.add_scatter(x=tokens, y=mean, name="mean", line={"width": 3, "color": "#d62728"})
+    figure.add_scatter(
+        x=[line["tokens"] for line in measured],
+        y=[line["heldout"]["fvu"] for line in measured],
+        name="mean, held-out",
+        mode="markers",
+        marker={"size": 9, "symbol": "diamond", "color": "#d62728"},
+    )
     dash = {"dash": "dot", "color": "#7f7f7f"}
     figure.add_scatter(x=tokens, y=dead, name="dead latents", yaxis="y2", line=dash)
     return figure

@@ -16,9 +16,8 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -30,20 +29,18 @@ import transformers
 import tyro
 from rich.console import Console
 from torch import Tensor
-from tqdm import tqdm
 
 from . import checkpoint
 from .activations import choose_device
-from .config import PRESETS, TrainConfig, check_config, check_same, learning_rate, settings_of
-from .data import Batches
+from .config import PRESETS, TrainConfig, check_config, check_same, settings_of
 from .errors import InputError, exit_on_bad_input
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation
 from .files import check_out, write_file
+from .fit import Fit, save_model, say
 from .logs import MetricsLog, check_loggers
 from .memory import check_memory, estimate, peak
 from .model import MLSAE, MLSAEConfig
 from .report import write_report
-from .signals import Signals
 from .source import Source
 from .trainer import NonFiniteError, Trainer
 
@@ -82,7 +79,7 @@ def train(config: TrainConfig) -> MLSAE:
     batches = source.batches(state["batches"] if state else None)
     if state:
         trainer.load_state_dict(state["trainer"])
-        _say(f"going on from {path}, after {trainer.tokens:,} tokens")
+        say(f"going on from {path}, after {trainer.tokens:,} tokens")
         first: list[Tensor] = []
     else:
         first = [next(batches)]
@@ -101,7 +98,7 @@ def train(config: TrainConfig) -> MLSAE:
         figures = fit.measure()
 
     # Leave a folder that stands alone.
-    _save_model(config, trainer)
+    save_model(config, trainer)
     latents = {
         "totals": figures.totals.float().contiguous().cpu(),
         "counts": figures.counts.long().contiguous().cpu(),
@@ -112,145 +109,10 @@ def train(config: TrainConfig) -> MLSAE:
     return trainer.mlsae
 
 
-class Fit:
-    """The training loop, and what it carries from step to step beside the trainer's state."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        source: Source,
-        batches: Batches,
-        heldout: Tensor,
-        log: MetricsLog,
-        run_id: str,
-        state: dict[str, Any] | None,
-    ) -> None:
-        self.trainer, self.source, self.batches = trainer, source, batches
-        self.heldout, self.log, self.run_id = heldout, log, run_id
-        self.config = source.config
-        self.window = trainer.sums()  # since the last line of metrics
-        self.seconds = 0.0
-        self.saved: Path | None = None
-        if state:
-            self.window.load_state_dict(state["window"])
-            self.seconds = state["seconds"]
-            trainer.watch.add(state["stages"])
-
-    def run(self, stream: Iterable[Tensor]) -> None:
-        """Train on the batches (B, T) of `stream` up to the tokens asked for; then, or at a
-        signal, save a checkpoint."""
-        config, trainer = self.config, self.trainer
-        log_every = Every(config.log_tokens or math.ceil(config.tokens / 100), trainer.tokens)
-        eval_every = Every(config.eval_every or math.inf, trainer.tokens)
-        save_every = Every(
-            config.checkpoint_tokens or math.ceil(config.tokens / 20), trainer.tokens
-        )
-        started = self._mark = time.perf_counter()
-        before = self.seconds
-        bar = tqdm(
-            total=config.tokens,
-            initial=trainer.tokens,
-            unit=" tokens",
-            unit_scale=True,
-            desc="training",
-        )
-        with Signals() as signals, bar:
-            batches = iter(stream)
-            while trainer.tokens < config.tokens:
-                lr, n_tokens = self.step(next(batches))
-                self.seconds = before + time.perf_counter() - started
-                done = trainer.tokens >= config.tokens
-                bar.update(n_tokens)
-                if log_every.passed(trainer.tokens) or done:
-                    line = self.line(lr)
-                    self.log.write(line)
-                    bar.set_postfix(fvu=f"{line['fvu']:.3f}", dead=f"{line['dead']:.1%}")
-                if eval_every.passed(trainer.tokens) and not done:
-                    self.measure()
-                if save_every.passed(trainer.tokens) or done or signals.caught:
-                    self.save()
-                trainer.watch.lap("logs and checkpoints")
-                if signals.caught and not done:
-                    bar.close()
-                    _save_model(config, trainer)
-                    _say(
-                        f"stopped by {signals.caught.name} after {trainer.tokens:,} tokens; saved "
-                        f"{self.saved}; go on with the same command and --resume"
-                    )
-                    sys.exit(128 + signals.caught)
-
-    def step(self, input_ids: Tensor) -> tuple[float, int]:
-        """One optimizer step on rows (B, T): its learning rate and number of tokens."""
-        self.trainer.watch.lap("waiting for text")
-        n_tokens = self.source.count(input_ids)
-        lr = learning_rate(self.config, self.trainer.mlsae.config.n_latents, self.trainer.tokens)
-        try:
-            sums = self.trainer.step(self.source.residuals(input_ids), n_tokens, lr)
-        except NonFiniteError as error:
-            good = f"the last good checkpoint is {self.saved}" if self.saved else "none saved yet"
-            raise NonFiniteError(f"{error}; {good}") from error
-        self.window.add(sums)
-        return lr, n_tokens
-
-    def line(self, lr: float) -> dict[str, Any]:
-        """A line of metrics of the steps since the last one."""
-        trainer, window = self.trainer, self.window
-        now = time.perf_counter()
-        line = {
-            "tokens": trainer.tokens,
-            "steps": trainer.steps,
-            "loss": window.loss.item() / window.steps,
-            "fvu": window.fvu().mean().item(),
-            "fvu_layers": window.fvu().tolist(),
-            "aux": window.aux.item() / window.steps,
-            "dead": trainer.dead().double().mean().item(),
-            "lr": lr,
-            "tokens_per_second": window.moments.count / (now - self._mark),
-            "seconds": self.seconds,
-        }
-        self.window, self._mark = trainer.sums(), now
-        return line
-
-    def measure(self) -> Evaluation:
-        """Measure on held-out rows, and log it. It changes nothing else."""
-        with self.trainer.autocast():
-            figures = evaluate(self.trainer.mlsae, self.source.residuals(self.heldout))
-        self.log.write({"tokens": self.trainer.tokens, "heldout": figures.as_dict()})
-        self.trainer.watch.lap("held-out figures")
-        return figures
-
-    def save(self) -> None:
-        """Write a checkpoint."""
-        state = {
-            "settings": settings_of(self.config),
-            "run_id": self.run_id,
-            "metrics_position": self.log.position(),
-            "seconds": self.seconds,
-            "stages": self.trainer.watch.seconds(),
-            "window": self.window.state_dict(),
-            "trainer": self.trainer.state_dict(),
-            "batches": self.batches.state_dict(),
-        }
-        tokens, keep = self.trainer.tokens, self.config.keep_checkpoints
-        self.saved = checkpoint.save(self.config.out, tokens, state, keep)
-
-
-class Every:
-    """Whether another `interval` of tokens has been passed since it last was."""
-
-    def __init__(self, interval: float, tokens: int) -> None:
-        self._interval, self._count = interval, tokens // interval
-
-    def passed(self, tokens: int) -> bool:
-        """Whether `tokens` lies in another interval than at the last call."""
-        before, self._count = self._count, tokens // self._interval
-        return self._count > before
-
-
 def _run_so_far(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None]:
     """The newest checkpoint of the run in `config.out` and its state; (None, None) where it has
     come to none. Raises InputError where that would lose something, or the settings differ."""
-    found = checkpoint.newest(config.out, _say)
+    found = checkpoint.newest(config.out, say)
     if found:
         check_same(config, found[1]["settings"])
         return found
@@ -259,7 +121,7 @@ def _run_so_far(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None
             f"--resume needs an undamaged checkpoint, and {config.out} has none; choose another "
             "--out, or start over with --overwrite"
         )
-    _say(f"there is no checkpoint in {config.out} yet; starting at the beginning")
+    say(f"there is no checkpoint in {config.out} yet; starting at the beginning")
     return None, None
 
 
@@ -298,18 +160,6 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _save_model(config: TrainConfig, trainer: Trainer) -> None:
-    trainer.mlsae.save_pretrained(
-        config.out,
-        training=settings_of(config),
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
-    )
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _print_summary(out: Path, fit: Fit, figures: Evaluation) -> None:
     trainer, console = fit.trainer, Console(highlight=False)
     config: MLSAEConfig = trainer.mlsae.config
@@ -332,9 +182,8 @@ def _print_summary(out: Path, fit: Fit, figures: Evaluation) -> None:
     )
 
 
-def _parse() -> TrainConfig:
-    """The command line. `--preset` sets the defaults that everything else is read over."""
-    arguments = sys.argv[1:]
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The settings of a command line. `--preset` sets what those not given default to."""
     preset = "default"
     for i, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
@@ -342,6 +191,7 @@ def _parse() -> TrainConfig:
             preset = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
     return tyro.cli(
         TrainConfig,
+        args=arguments,
         default=PRESETS.get(preset, PRESETS["default"]),  # tyro refuses an unknown one
         description=(__doc__ or "").split("Legend:")[0],
         use_underscores=True,
@@ -351,17 +201,17 @@ def _parse() -> TrainConfig:
 
 def main() -> None:
     """The program."""
-    config = _parse()
+    config = parse(sys.argv[1:])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with exit_on_bad_input():
         try:
             train(config)
         except NonFiniteError as error:
-            _say(f"error: {error}")
+            say(f"error: {error}")
             sys.exit(1)
         except KeyboardInterrupt:
-            _say("interrupted")
+            say("interrupted")
             sys.exit(130)
 
 

@@ -22,16 +22,22 @@ from collections import Counter
 from pathlib import Path
 
 SETTINGS = (
-    "--tokens 20000 --batch_tokens 512 --micro_tokens 256 --seq_len 64 --sae.expansion 2 --sae.k 8 "
-    "--sae.dead_tokens 2000 --max_grad_norm 1 --eval_tokens 512 --eval_every 6000 "
+    "--tokens 10000 --batch_tokens 512 --micro_tokens 256 --seq_len 64 --sae.expansion 2 --sae.k 8 "
+    "--sae.dead_tokens 2000 --max_grad_norm 1 --eval_tokens 512 --eval_every 3000 "
     "--log_tokens 1000 --checkpoint_tokens 512"
 ).split()
 
 
 def start(out: Path) -> subprocess.Popen[str]:
-    """The training program, resuming whatever is in `out`."""
+    """The training program, resuming whatever is in `out`: several passes over a short text."""
+    text = out.with_name("text.jsonl")
+    if not text.exists():
+        source = Path(json.__file__).parent.joinpath("decoder.py").read_text()
+        records = [{"text": source[i : i + 500]} for i in range(0, len(source), 500)]
+        text.write_text("\n".join(map(json.dumps, records)))
+    command = [sys.executable, "-m", "mlsae.train", "builtin", str(text), *SETTINGS]
     return subprocess.Popen(
-        [sys.executable, "-m", "mlsae.train", *SETTINGS, "--out", str(out), "--resume"],
+        [*command, "--out", str(out), "--resume"],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -11,6 +11,8 @@ import safetensors.torch
 import torch
 
 from mlsae import MLSAE, builtin
+from mlsae.config import learning_rate
+from mlsae.train import parse
 
 SMALL = (
     "--tokens 4000 --batch_tokens 512 --seq_len 64 --sae.expansion 2 --sae.k 8 "
@@ -137,6 +139,15 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(tmp_path)
     assert result.returncode == 2
     assert "error: cannot write" in result.stderr.splitlines()[-1]
     assert [path.name for path in contents(tmp_path / "run")] == ["metrics.jsonl"]
+
+
+def test_a_preset_sets_what_is_not_given():
+    paper = parse(["--preset", "paper", "--sae.k", "16"])
+    assert (paper.sae.expansion, paper.sae.k, paper.lr) == (64, 16, 1e-4)
+    assert (paper.tokens, paper.batch_tokens) == (10**9, 64 * 2048)
+    assert learning_rate(paper, 32768, 0) == learning_rate(paper, 32768, 10**9) == 1e-4
+    assert parse(["--preset=paper"]).sae.dead_tokens == 10**7
+    assert parse([]).preset == "default"
 
 
 def test_help_teaches():

@@ -1,0 +1,42 @@
+"""A run that would not fit is told so."""
+
+import pytest
+import torch
+
+from mlsae import memory
+from mlsae.errors import InputError
+from mlsae.model import MLSAEConfig
+
+CONFIG = MLSAEConfig(d_in=512, n_latents=32768, k=32, layers=(0, 1, 2, 3, 4, 5))
+
+
+def test_the_estimate_counts_weights_gradients_and_moments():
+    """With next to no tokens: four float32 of each of the 2 · M · D weights."""
+    needed = memory.estimate(CONFIG, 1, 1, torch.float32)
+    weights = 2 * 512 * 32768
+    assert needed == pytest.approx(16 * weights, rel=0.01)
+    half = memory.estimate(CONFIG, 1, 1, torch.bfloat16)
+    assert half == pytest.approx(20 * weights, rel=0.01)
+
+
+def test_the_flags_it_names_shrink_it():
+    needed = memory.estimate(CONFIG, 16384, 256, torch.float32)
+    assert memory.estimate(CONFIG, 4096, 256, torch.float32) < needed
+    assert memory.estimate(CONFIG, 16384, 32, torch.float32) < needed
+    smaller = MLSAEConfig(d_in=512, n_latents=8192, k=32, layers=CONFIG.layers)
+    assert memory.estimate(smaller, 16384, 256, torch.float32) < needed
+    fewer = MLSAEConfig(d_in=512, n_latents=32768, k=32, layers=(0,))
+    assert memory.estimate(fewer, 16384, 256, torch.float32) < needed
+
+
+def test_too_little_memory_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 10**9)
+    memory.check_memory(10**9, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"needs about 2\.0 GB of cpu memory, and 1\.0 GB is free"):
+        memory.check_memory(2 * 10**9, torch.device("cpu"))
+
+
+def test_what_this_machine_says_is_plausible():
+    free = memory.available(torch.device("cpu"))
+    assert free is None or 10**8 < free < 10**14
+    assert 10**7 < memory.peak(torch.device("cpu")) < 10**12
