@@ -23,7 +23,7 @@ CHUNK = 128
 
 
 @triton.jit
-def gather_sum_kernel(
+def gather_sum_kernel(  # type: ignore[no-untyped-def]
     values,  # (N, K)
     indices,  # (N, K)
     W,  # (M, D)
@@ -49,7 +49,7 @@ def gather_sum_kernel(
 
 
 @triton.jit
-def gather_dot_kernel(
+def gather_dot_kernel(  # type: ignore[no-untyped-def]
     x,  # (N, D)
     indices,  # (N, K)
     W,  # (M, D)
@@ -75,7 +75,7 @@ def gather_dot_kernel(
 
 
 @triton.jit
-def _sum_selections(place, valid, values, order, x, column, D, K: tl.constexpr, SUM: tl.constexpr):
+def _sum_selections(place, valid, values, order, x, column, D, K: tl.constexpr, SUM: tl.constexpr):  # type: ignore[no-untyped-def]
     """Σ values · x over the valid places of `order`, in one block of columns."""
     at = tl.load(order + place, valid, other=0).to(tl.int64)
     value = tl.load(values + at, valid, other=0.0).to(SUM)
@@ -85,7 +85,7 @@ def _sum_selections(place, valid, values, order, x, column, D, K: tl.constexpr, 
 
 
 @triton.jit
-def sum_chunks_kernel(
+def sum_chunks_kernel(  # type: ignore[no-untyped-def]
     values,  # (N, K)
     order,  # (N·K,)
     offsets,  # (M + 1,)
@@ -113,7 +113,7 @@ def sum_chunks_kernel(
 
 
 @triton.jit
-def scatter_outer_kernel(
+def scatter_outer_kernel(  # type: ignore[no-untyped-def]
     values,  # (N, K)
     order,  # (N·K,)
     offsets,  # (M + 1,)
