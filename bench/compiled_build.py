@@ -48,7 +48,9 @@ class Build:
     """Integer arguments that are multiples of 16 at the launch, which the compiler is then told.
     Pointers always are."""
     needs: Mapping[str, int] = field(default_factory=dict)
-    """Least counts of `Compiled`'s fields: {"tensor_core": 1, "wide_loads": 8}."""
+    """Least values of `Compiled`'s fields: {"tensor_core": 1, "wide_loads": 8}."""
+    allows: Mapping[str, int] = field(default_factory=dict)
+    """Largest values of `Compiled`'s fields: {"narrow_loads": 2}. Spills are never allowed."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class Compiled:
     """Global loads of at least 16 bytes a thread: LDG, LDGSTS, or the bulk copies of TMA."""
     wide_stores: int
     """Global stores of at least 16 bytes a thread, or TMA's."""
-    loads: int
-    """All global loads, wide or narrow."""
+    narrow_loads: int
+    """Global loads of less."""
 
 
 def compile_for(build: Build, chip: int) -> Compiled:
@@ -121,6 +123,9 @@ def violations(build: Build, chip: int, made: Compiled) -> list[str]:
     for what, least in build.needs.items():
         if getattr(made, what) < least:
             faults.append(f"has {getattr(made, what)} {what}, needs at least {least}")
+    for what, most in build.allows.items():
+        if getattr(made, what) > most:
+            faults.append(f"has {getattr(made, what)} {what}, may have at most {most}")
     return [f"{build.name} on sm_{chip} {fault}" for fault in faults]
 
 
@@ -154,5 +159,5 @@ def _read(usage: str, sass: str, shared: int, chip: int) -> Compiled:
         tensor_core=count(_TENSOR_CORE[chip]),
         wide_loads=count(*loads, wide=True),
         wide_stores=count(*stores, wide=True),
-        loads=count(*loads),
+        narrow_loads=count(*loads) - count(*loads, wide=True),
     )

@@ -132,8 +132,6 @@ def adam_unit_norm_(
             raise ValueError(f"{name} must be contiguous, got the strides {t.stride()}")
     if shadow is not None and not shadow.is_contiguous():
         raise ValueError(f"shadow must be contiguous, got the strides {shadow.stride()}")
-    if not weight.numel():
-        return
     # m̂ / (√v̂ + ε) = m √(1 − β₂ᵗ) / (1 − β₁ᵗ) / (√v + ε √(1 − β₂ᵗ))
     root = math.sqrt(1 - betas[1] ** step)
     scalars = (lr * root / (1 - betas[0] ** step), eps * root, 1 - betas[0], 1 - betas[1])
@@ -152,10 +150,10 @@ def adam_unit_norm_(
 
 
 def adam_rows_tile(d: int) -> tuple[int, int]:
-    """Columns and warps of one program: a whole row, 8 columns a thread, more beyond D = 4096.
-    From the cost model and compiled code, not yet measured on a GPU."""
+    """Columns and warps of one program: a whole row, 8 columns a thread. Beyond D = 8192 they are
+    more, and registers spill. From the cost model and compiled code, not yet measured on a GPU."""
     block = triton.next_power_of_2(d)
-    return block, max(1, min(16, block // 256))
+    return block, max(1, min(32, block // 256))
 
 
 def adam_flat_tile() -> tuple[int, int]:
