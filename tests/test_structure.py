@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "kernels/sparse_topk": [
         {"reference", "torch_ops"},
+        {"triton_ops"},
+        {"backend"},
         {"functional", "optim"},
         {"module"},
         {"__init__"},
@@ -35,9 +37,12 @@ def test_imports_go_down(package):
     files = {path.stem for path in (ROOT / package).glob("*.py")}
     folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
     assert files | folders == set(floor_of), "a file is on no floor, or a floor names no file"
-    for name in files:
-        for node in ast.walk(ast.parse((ROOT / package / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
+    for name in files | folders:
+        # A folder's own files may import one another, and what lies below the folder.
+        path = ROOT / package / name
+        inside, level = (path.glob("*.py"), 2) if path.is_dir() else ([path.with_suffix(".py")], 1)
+        for node in (node for file in inside for node in ast.walk(ast.parse(file.read_text()))):
+            if isinstance(node, ast.ImportFrom) and node.level == level:
                 below = [node.module] if node.module else [alias.name for alias in node.names]
                 for other in below:
                     assert floor_of[other] < floor_of[name], f"{name} imports {other}"
@@ -63,9 +68,13 @@ def test_the_folder_kernels_is_not_a_package():
 def test_on_a_cpu_nothing_imports_triton():
     code = (
         "import sys, torch; before = 'triton' in sys.modules\n"
-        "from sparse_topk import SparseTopKSAE\n"
-        "SparseTopKSAE(4, 8, 2)(torch.randn(3, 4)).sum().backward()\n"
-        "assert ('triton' in sys.modules) == before, 'sparse_topk imported triton'"
+        "from sparse_topk import SparseTopKSAE, UnitNormAdam\n"
+        "sae = SparseTopKSAE(4, 8, 2)\n"
+        "sae(torch.randn(3, 4)).sum().backward()\n"
+        "assert ('triton' in sys.modules) == before, 'sparse_topk imported triton'\n"
+        # From here on torch itself imports it: every optimizer of torch does.
+        "UnitNormAdam(sae.parameter_groups()).step()\n"
+        "assert 'sparse_topk.triton_ops' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -83,5 +92,9 @@ def test_the_wheel_holds_our_two_packages_only(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"sparse_topk", "mlsae"}
-    for needed in ("mlsae/builtin/model/model.safetensors", "mlsae/py.typed"):
+    for needed in (
+        "mlsae/builtin/model/model.safetensors",
+        "mlsae/py.typed",
+        "sparse_topk/triton_ops/sparse.py",
+    ):
         assert needed in names

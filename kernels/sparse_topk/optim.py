@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch_ops
+from .backend import ops_for
 
 
 class UnitNormAdam(torch.optim.Optimizer):
@@ -20,8 +20,12 @@ class UnitNormAdam(torch.optim.Optimizer):
     w ← w / |w|. The constraint thus holds after every step, the last one too. `eps` defaults to
     6.25e-10, as in the MLSAE paper (arXiv 2409.04185, App. A).
 
-    Raises ValueError where lr, a beta or eps is out of range, or a `unit_norm` parameter is not a
-    matrix; RuntimeError on sparse gradients.
+    With `max_grad_norm`, the gradients of all groups together are first scaled to at most this
+    norm, as `torch.nn.utils.clip_grad_norm_` would, but without waiting for the device. It is the
+    optimizer's, not its state's: give it again on resuming.
+
+    Raises ValueError where lr, a beta, eps or max_grad_norm is out of range, or a `unit_norm`
+    parameter is not a matrix; RuntimeError on sparse gradients.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class UnitNormAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 6.25e-10,
         unit_norm: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         if lr < 0:
             raise ValueError(f"lr must be at least 0, got {lr}")
@@ -38,6 +43,9 @@ class UnitNormAdam(torch.optim.Optimizer):
             raise ValueError(f"betas must each be in [0, 1), got {betas}")
         if eps < 0:
             raise ValueError(f"eps must be at least 0, got {eps}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
+        self.max_grad_norm = max_grad_norm
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "unit_norm": unit_norm})
         for group in self.param_groups:
             for p in group["params"]:
@@ -49,11 +57,13 @@ class UnitNormAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient. The gradients are left as they were."""
+        """Update every parameter that has a gradient. The gradients are left as they were, not
+        clipped."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grad_scale = self._grad_scale()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -64,9 +74,21 @@ class UnitNormAdam(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
                 state["step"] += 1
-                torch_ops.adam_unit_norm_(
+                ops_for(p).adam_unit_norm_(
                     p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"],
                     lr=group["lr"], betas=group["betas"], eps=group["eps"],
                     unit_norm=group["unit_norm"],
+                    grad_scale=None if grad_scale is None else grad_scale.to(p.device),
                 )  # fmt: skip
         return loss
+
+    def _grad_scale(self) -> Tensor | None:
+        """min(1, max_grad_norm / |all gradients|), on the device; None where nothing is clipped."""
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if self.max_grad_norm is None or not grads:
+            return None
+        norm = torch.nn.utils.get_total_norm(grads)
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"max_grad_norm": self.max_grad_norm}

@@ -109,23 +109,32 @@ def adam_unit_norm_(
     betas: tuple[float, float],
     eps: float,
     unit_norm: bool,
+    grad_scale: Tensor | None = None,
+    shadow: Tensor | None = None,
 ) -> None:
     """One Adam step in place; with `unit_norm`, on the unit sphere of each row.
 
     For each row w of `weight` with gradient g:
+        g ← grad_scale · g       a factor that stays on the device, for clipping; 1 if None
         g ← g − (g·w) w          the part that would only change the norm is removed
         w ← Adam(w, g)           bias-corrected (Kingma and Ba, 2015), `step` counted from 1
-        w ← w / |w|
+        w ← w / |w|              also stored in `shadow`, in its dtype, if given
 
-    weight, grad, exp_avg, exp_avg_sq (…) of one shape; (M, D) with `unit_norm`. `grad` is left
-    as it was. Rows are done a block at a time, so that memory is passed over once.
+    weight, grad, exp_avg, exp_avg_sq, shadow (…) of one shape; (M, D) with `unit_norm`.
+    grad_scale () on the weight's device. `grad` is left as it was. Rows are done a block at a
+    time, so that memory is passed over once.
     """
+    if not weight.numel():
+        return
     steps = torch.tensor(float(step - 1))
     flat = [
-        t.view(len(t), -1) if t.ndim else t.view(1, 1) for t in (weight, grad, exp_avg, exp_avg_sq)
+        t.view(len(t), -1) if t.ndim else t.view(1, 1)
+        for t in (weight, grad, exp_avg, exp_avg_sq, weight if shadow is None else shadow)
     ]
     rows = max(1, _ADAM_BLOCK_BYTES // max(1, flat[0].shape[1] * weight.element_size()))
-    for w, g, m, v in zip(*(t.split(rows) for t in flat), strict=True):
+    for w, g, m, v, copy in zip(*(t.split(rows) for t in flat), strict=True):
+        if grad_scale is not None:
+            g = g * grad_scale
         if unit_norm:
             g = g.addcmul((g * w).sum(1, keepdim=True), w, value=-1)
         adam(
@@ -135,6 +144,8 @@ def adam_unit_norm_(
         )  # fmt: skip
         if unit_norm:
             w /= torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        if shadow is not None:
+            copy.copy_(w)
 
 
 def _group_size(m: int, k: int) -> int:

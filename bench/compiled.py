@@ -1,0 +1,163 @@
+"""What the compiler makes of every Triton kernel, for three chips, on a machine without a GPU.
+
+    python -m bench.compiled        prints the table, then each fault; ends with 1 if there is one
+
+It shows no time: a kernel that compiles well may still be slow.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_topk.triton_ops import adam, sparse
+
+from .compiled_build import Build, Compiled, compile_for, violations
+
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
+    """The kernels of `triton_ops.sparse` at one width, K and dtype of all arguments."""
+    name = f"{str(dtype).removeprefix('torch.')} D={d} K={k}"
+    some = torch.empty(0, dtype=dtype)
+    data, ids = TYPES[dtype], "*i64"
+    sums = sparse.sum_type(some)
+    aligned = ("D",) if d % 16 == 0 else ()
+
+    def build(
+        verb: str, kernel: Any, arguments: dict[str, str], tile: tuple[int, int, int], **more: int
+    ) -> Build:
+        block, rows, warps = tile
+        return Build(
+            f"{verb} {name}",
+            kernel,
+            arguments | {"D": "i32"},
+            {"K": k, "BLOCK_D": block, "ROWS": rows, "SUM": sums, **more},
+            num_warps=warps,
+            divisible=aligned,
+            needs={"wide_loads": rows} if aligned else {},
+            allows={"narrow_loads": 2 * rows + 2} if aligned else {},  # of indices and values
+        )
+
+    return [
+        build(
+            "gather_sum",
+            sparse.gather_sum_kernel,
+            {"values": data, "indices": ids, "W": data, "out": data},
+            sparse.gather_sum_tile(d, k, some.element_size()),
+        ),
+        build(
+            "gather_dot",
+            sparse.gather_dot_kernel,
+            {"x": data, "indices": ids, "W": data, "out": data},
+            sparse.gather_dot_tile(some.element_size()),
+        ),
+        build(
+            "sum_chunks",
+            sparse.sum_chunks_kernel,
+            {"values": data, "order": ids, "offsets": ids, "owners": ids}
+            | {"x": data, "partials": "*fp32"},
+            sparse.sum_chunks_tile(d, some.element_size()),
+            CHUNK=sparse.CHUNK,
+        ),
+        build(
+            "scatter_outer",
+            sparse.scatter_outer_kernel,
+            {"values": data, "order": ids, "offsets": ids}
+            | {"x": data, "partials": "*fp32", "out": data},
+            sparse.scatter_outer_tile(d, some.element_size()),
+            CHUNK=sparse.CHUNK,
+        ),
+    ]
+
+
+def adam_build(d: int | None, clip: bool) -> Build:
+    """Adam on rows of D float32 weights, or off the sphere where D is None; with `clip`, scaled
+    by a factor and with a bfloat16 shadow."""
+    arguments = dict.fromkeys(("weight", "grad", "exp_avg", "exp_avg_sq"), "*fp32")
+    arguments |= {"rate": "fp32", "eps": "fp32", "c1": "fp32", "c2": "fp32"}
+    constants: dict[str, Any] = {"SUM": sparse.sum_type()}
+    if clip:
+        arguments |= {"shadow": "*bf16", "grad_scale": "*fp32"}
+    else:
+        constants |= {"shadow": None, "grad_scale": None}
+    block, warps = adam.adam_flat_tile() if d is None else adam.adam_rows_tile(d)
+    size, width = ("size", "BLOCK") if d is None else ("D", "BLOCK_D")
+    vectors = block // (warps * 32 * 4)  # of 16 bytes a thread
+    return Build(
+        "adam" + ("" if d is None else f" unit_norm D={d}") + (" clip shadow" if clip else ""),
+        adam.adam_flat_kernel if d is None else adam.adam_rows_kernel,
+        arguments | {size: "i32"},
+        constants | {width: block},
+        num_warps=warps,
+        divisible=(size,),
+        needs={"wide_loads": 4 * vectors, "wide_stores": 3 * vectors},
+        allows={"narrow_loads": int(clip)},
+    )
+
+
+BUILDS = [
+    build
+    for d, k, dtype in [
+        (2048, 32, torch.bfloat16),
+        (512, 32, torch.float32),
+        (770, 3, torch.bfloat16),
+    ]
+    for build in sparse_builds(d, k, dtype)
+] + [
+    adam_build(None, clip=True),
+    adam_build(2048, clip=False),
+    adam_build(2048, clip=True),
+    adam_build(8192, clip=True),
+]
+
+
+def builds() -> list[Build]:
+    """Every kernel of the package, at the shapes and dtypes that matter."""
+    if not (Path(__file__).parent / "compiled_encode.py").exists():
+        return BUILDS
+    from .compiled_encode import BUILDS as ENCODE
+
+    return ENCODE + BUILDS
+
+
+def compile_all() -> Iterator[tuple[Build, int, Compiled]]:
+    """Compile every build for every chip of its own, on all cores."""
+    every = builds()
+    tasks = [(i, chip) for i, build in enumerate(every) for chip in build.chips]
+    with ProcessPoolExecutor() as pool:
+        for (i, chip), made in zip(tasks, pool.map(_compile, tasks), strict=True):
+            yield every[i], chip, made
+
+
+def _compile(task: tuple[int, int]) -> Compiled:
+    i, chip = task
+    return compile_for(builds()[i], chip)
+
+
+def check() -> list[str]:
+    """What is wrong with the kernels, one sentence a fault; empty where nothing is."""
+    return [fault for made in compile_all() for fault in violations(*made)]
+
+
+def main() -> int:
+    line = "{:<44} {:>6} {:>5} {:>6} {:>7} {:>6} {:>6} {:>6} {:>7} {:>6}"
+    print(line.format(*"kernel chip regs spills shared instr tensor 16B-ld <16B-ld 16B-st".split()))
+    faults = []
+    for build, chip, made in compile_all():
+        sizes = (made.registers, made.spills, made.shared, made.instructions)
+        kinds = (made.tensor_core, made.wide_loads, made.narrow_loads, made.wide_stores)
+        print(line.format(build.name, f"sm_{chip}", *sizes, *kinds))
+        faults += violations(build, chip, made)
+    print(*faults, sep="\n")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

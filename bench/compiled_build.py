@@ -1,0 +1,163 @@
+"""Compile one kernel for one chip, without a GPU, and read what the compiler made of it.
+
+A `Build` is a kernel with the types, constants and warps that its launcher would give it. Triton's
+wheel holds the assembler and the disassembler; no driver is needed. What this shows is registers,
+spills, shared memory and instructions; it shows no time.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CHIPS = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that one program may have (CUDA Programming Guide, compute
+capabilities)."""
+
+_TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel as one of its launches would compile it."""
+
+    name: str
+    """What the table and the violations call it."""
+    kernel: Any
+    """The `triton.jit` function."""
+    signature: Mapping[str, str]
+    """Type of each run-time argument, by its name: "*bf16", "i32", "fp32",
+    "tensordesc<bf16[128, 64]>"."""
+    constexprs: Mapping[str, Any]
+    """The other arguments, by name. An argument that is None or 1 at the launch belongs here."""
+    num_warps: int
+    num_stages: int = 3
+    chips: tuple[int, ...] = CHIPS
+    """Compute capabilities to build for, as 80 for sm_80."""
+    divisible: tuple[str, ...] = ()
+    """Integer arguments that are multiples of 16 at the launch, which the compiler is then told.
+    Pointers always are."""
+    needs: Mapping[str, int] = field(default_factory=dict)
+    """Least values of `Compiled`'s fields: {"tensor_core": 1, "wide_loads": 8}."""
+    allows: Mapping[str, int] = field(default_factory=dict)
+    """Largest values of `Compiled`'s fields: {"narrow_loads": 2}. Spills are never allowed."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one `Build` on one chip."""
+
+    registers: int
+    """Of one thread."""
+    spills: int
+    """Bytes of stack and local memory of one thread, or where the compiler reports none of either,
+    the instructions that touch such memory."""
+    shared: int
+    """Bytes of one program."""
+    instructions: int
+    """Static, in one warp's code."""
+    tensor_core: int
+    """Matrix instructions of the kind that the chip is fast with: HMMA, wgmma, tcgen05."""
+    wide_loads: int
+    """Global loads of at least 16 bytes a thread: LDG, LDGSTS, or the bulk copies of TMA."""
+    wide_stores: int
+    """Global stores of at least 16 bytes a thread, or TMA's."""
+    narrow_loads: int
+    """Global loads of less."""
+
+
+def compile_for(build: Build, chip: int) -> Compiled:
+    """Compile `build` for compute capability `chip`.
+
+    Raises RuntimeError where Triton's interpreter is on, which leaves nothing to compile; passes
+    on what the compiler raises, with the build's name added.
+    """
+    if not isinstance(build.kernel, triton.JITFunction):
+        raise RuntimeError(
+            f"{build.name} is not a compiled kernel: unset TRITON_INTERPRET before the import"
+        )
+    names = build.kernel.arg_names
+    types = {name: build.signature.get(name, "constexpr") for name in names}
+    aligned = [["tt.divisibility", 16]]
+    source = ASTSource(
+        build.kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in build.constexprs.items()},
+        attrs={
+            (i,): aligned
+            for i, name in enumerate(names)
+            if types[name].startswith("*") or name in build.divisible
+        },
+    )
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    try:
+        made = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    except Exception as error:
+        error.add_note(f"while compiling {build.name} for sm_{chip}")
+        raise
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        sass = _cuobjdump("-sass", file.name)
+    return _read(usage, sass, made.metadata.shared, chip)
+
+
+def violations(build: Build, chip: int, made: Compiled) -> list[str]:
+    """What is wrong with `made`, one sentence a fault; empty where nothing is."""
+    faults = []
+    if made.spills:
+        faults.append(f"spills {made.spills} bytes a thread")
+    if made.shared > SHARED_LIMIT[chip]:
+        faults.append(f"takes {made.shared} bytes of shared memory, more than {SHARED_LIMIT[chip]}")
+    for what, least in build.needs.items():
+        if getattr(made, what) < least:
+            faults.append(f"has {getattr(made, what)} {what}, needs at least {least}")
+    for what, most in build.allows.items():
+        if getattr(made, what) > most:
+            faults.append(f"has {getattr(made, what)} {what}, may have at most {most}")
+    return [f"{build.name} on sm_{chip} {fault}" for fault in faults]
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
+
+
+def _read(usage: str, sass: str, shared: int, chip: int) -> Compiled:
+    """The figures in cuobjdump's two texts."""
+    registers = [int(n) for n in re.findall(r"\bREG:(\d+)", usage)]
+    spilled = [int(n) for n in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)]
+    # "/*0010*/  @!P0 LDG.E.128.CONSTANT R4, …": the opcode with its dotted parts
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.M)
+    if not registers or not spilled or not opcodes:
+        raise RuntimeError(f"cannot read cuobjdump's answer:\n{usage}\n{sass[:500]}")
+
+    def count(*bases: str, wide: bool = False) -> int:
+        parts = (opcode.split(".") for opcode in opcodes)
+        return sum(
+            p[0] in bases and (not wide or "128" in p or "256" in p or p[0].startswith("UTMA"))
+            for p in parts
+        )
+
+    loads, stores = ("LDG", "LDGSTS", "UTMALDG"), ("STG", "UTMASTG")
+    return Compiled(
+        registers=max(registers),
+        spills=sum(spilled) or count("LDL", "STL"),
+        shared=shared,
+        instructions=len(opcodes),
+        tensor_core=count(_TENSOR_CORE[chip]),
+        wide_loads=count(*loads, wide=True),
+        wide_stores=count(*stores, wide=True),
+        narrow_loads=count(*loads) - count(*loads, wide=True),
+    )

@@ -1,0 +1,82 @@
+"""The gate: what the compiler makes of every kernel for three chips, without a GPU.
+
+A compiler needs a process whose kernels are not interpreted, hence the subprocesses.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bench import compiled
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments):
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}"}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_every_kernel_compiles_as_it_must():
+    """No spill, tensor cores and 16-byte loads where they belong, shared memory that exists."""
+    made = run("-m", "bench.compiled")
+    assert made.returncode == 0, made.stdout + made.stderr
+    for chip in ("sm_80", "sm_90", "sm_100"):
+        assert f" {chip} " in made.stdout
+
+
+def test_no_kernel_is_left_out():
+    """A kernel is a function of `triton.jit` that a launcher starts: its name ends in _kernel."""
+    kernels = {
+        node.name
+        for path in (ROOT / "kernels/sparse_topk/triton_ops").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert len(kernels) >= 6
+    assert {build.kernel.fn.__name__ for build in compiled.builds()} == kernels
+
+
+def test_the_gate_shuts():
+    """A row of 16384 spills; one of 770 cannot be loaded 16 bytes at a time; and the rest."""
+    code = """
+from dataclasses import replace
+from bench.compiled import adam_build
+from bench.compiled_build import compile_for, violations
+
+wide = adam_build(16384, clip=False)
+print(violations(wide, 90, compile_for(wide, 90)))
+odd = replace(adam_build(2048, clip=False), divisible=())
+made = compile_for(odd, 80)
+print(violations(odd, 80, made))
+good = adam_build(2048, clip=False)
+made = compile_for(good, 100)
+print(violations(good, 100, made))
+print(violations(replace(good, needs={"tensor_core": 1}), 100, made))
+print(violations(good, 80, replace(made, shared=163 * 1024 + 1)))
+print(violations(good, 90, replace(made, shared=227 * 1024)))
+"""
+    made = run("-c", code)
+    assert made.returncode == 0, made.stderr
+    spill, narrow, nothing, no_tensor_core, shared, fits = made.stdout.splitlines()
+    assert "adam unit_norm D=16384 on sm_90 spills" in spill
+    assert "has 0 wide_loads, needs at least 8" in narrow
+    assert "narrow_loads, may have at most 0" in narrow
+    assert nothing == fits == "[]"
+    assert "has 0 tensor_core, needs at least 1" in no_tensor_core
+    assert "166913 bytes of shared memory, more than 166912" in shared
+
+
+def test_interpreted_kernels_are_refused():
+    code = (
+        "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "from bench import compiled\n"
+        "compiled.check()"
+    )
+    refused = run("-c", code)
+    assert refused.returncode
+    assert "is not a compiled kernel: unset TRITON_INTERPRET before the import" in refused.stderr
