@@ -30,6 +30,8 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
+from sparse_topk import backend_name
+
 from . import checkpoint
 from .activations import choose_device
 from .config import PRESETS, TrainConfig, check_config, check_same, settings_of
@@ -73,6 +75,11 @@ def train(config: TrainConfig) -> MLSAE:
     source = Source(config, device)
     check_out(config.out, config.overwrite, config.resume, RUN_FILES, _run_bytes(source, config))
     heldout = source.heldout()
+
+    try:
+        say(f"training on {device} with the {backend_name(device)} kernels")
+    except ValueError as error:  # an unknown SPARSE_TOPK_BACKEND
+        raise InputError(str(error)) from error
 
     # What is trained. The first batch sets b_pre and the first variances, then is trained on.
     trainer = _new_trainer(config, source)
@@ -138,6 +145,7 @@ def _new_trainer(config: TrainConfig, source: Source) -> Trainer:
         dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
         k_aux=k_aux,
         aux_weight=config.sae.aux_weight,
+        max_grad_norm=config.max_grad_norm,
         dtype=dtype,
     )
 

@@ -81,6 +81,7 @@ class Trainer:
         dead_tokens: int,
         k_aux: int,
         aux_weight: float,
+        max_grad_norm: float | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         config = mlsae.config
@@ -88,7 +89,7 @@ class Trainer:
         self.dead_tokens, self.k_aux, self.aux_weight = dead_tokens, k_aux, aux_weight
         self.dtype = dtype
         self.device = mlsae.sae.W_dec.device
-        self.optimizer = UnitNormAdam(mlsae.sae.parameter_groups())
+        self.optimizer = UnitNormAdam(mlsae.sae.parameter_groups(), max_grad_norm=max_grad_norm)
         self.watch = Stopwatch(self.device)
         self.tokens = 0
         self.steps = 0

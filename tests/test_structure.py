@@ -15,12 +15,14 @@ FLOORS = {
         {"reference", "torch_ops"},
         {"triton_ops"},
         {"backend"},
+        {"operators"},
         {"functional", "optim"},
         {"module"},
         {"__init__"},
     ],
     "mlsae": [
-        {"errors", "builtin"},
+        {"errors"},
+        {"builtin"},
         {"config", "documents", "files", "metrics", "signals", "stopwatch"},
         {"activations", "checkpoint", "data", "logs", "model"},
         {"evaluate", "memory", "source", "trainer", "__init__"},
@@ -65,14 +67,14 @@ def test_the_folder_kernels_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_on_a_cpu_nothing_imports_triton():
+def test_a_cpu_needs_no_triton():
+    """Torch imports it by itself where it is installed, so it is hidden here."""
     code = (
-        "import sys, torch; before = 'triton' in sys.modules\n"
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
         "from sparse_topk import SparseTopKSAE, UnitNormAdam\n"
         "sae = SparseTopKSAE(4, 8, 2)\n"
         "sae(torch.randn(3, 4)).sum().backward()\n"
-        "assert ('triton' in sys.modules) == before, 'sparse_topk imported triton'\n"
-        # From here on torch itself imports it: every optimizer of torch does.
         "UnitNormAdam(sae.parameter_groups()).step()\n"
         "assert 'sparse_topk.triton_ops' not in sys.modules"
     )

@@ -6,8 +6,17 @@ sae = SparseTopKSAE(d_in=512, n_latents=32768, k=32)
 x_hat = sae(x)  # differentiable; the (tokens, latents) matrix is never stored
 """
 
+from .backend import backend_name
 from .functional import TopK, decode, encode, topk_sae
 from .module import SparseTopKSAE
 from .optim import UnitNormAdam
 
-__all__ = ["SparseTopKSAE", "TopK", "UnitNormAdam", "decode", "encode", "topk_sae"]
+__all__ = [
+    "SparseTopKSAE",
+    "TopK",
+    "UnitNormAdam",
+    "backend_name",
+    "decode",
+    "encode",
+    "topk_sae",
+]

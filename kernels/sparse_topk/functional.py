@@ -7,14 +7,13 @@ Legend: N tokens, D inputs, M latents, K active latents a token; "…" any leadi
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import torch_ops
+from . import operators as ops
 
 
 class TopK(NamedTuple):
@@ -110,7 +109,6 @@ def check_k(k: int, n_latents: int) -> None:
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, k: int, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-        ops = _backend(x)
         cast_x, cast_W = x.to(dtype), W.to(dtype)
         scores, indices = ops.topk_encode(cast_x, cast_W, None if b is None else b.to(dtype), k)
         values = scores.relu()
@@ -124,16 +122,16 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, d_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, W, values, indices = ctx.saved_tensors
         x_dtype, W_dtype, b_dtype = ctx.dtypes
-        ops = _backend(x)
         d_scores = _relu_backward(d_values, values)
         dx = dW = db = None
         if ctx.needs_input_grad[0]:
             dx = ops.gather_sum(d_scores, indices, W).to(x_dtype)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             order = ops.order_by_latent(indices, len(W))
-            dW = ops.scatter_outer(d_scores, order, x).to(W_dtype)
-        if ctx.needs_input_grad[2]:
-            db = _sum_by_latent(d_scores, indices, len(W)).to(b_dtype)
+            if ctx.needs_input_grad[1]:
+                dW = ops.scatter_outer(d_scores, order, x).to(W_dtype)
+            if ctx.needs_input_grad[2]:
+                db = ops.sum_by_latent(d_scores, indices, order).to(b_dtype)
         return dx, dW, db, None, None
 
 
@@ -143,7 +141,7 @@ class _Decode(torch.autograd.Function):
         ctx: Any, values: Tensor, indices: Tensor, W: Tensor, b: Tensor | None, dtype: torch.dtype
     ):
         cast_values, cast_W = values.to(dtype), W.to(dtype)
-        out = _backend(values).gather_sum(cast_values, indices, cast_W)
+        out = ops.gather_sum(cast_values, indices, cast_W)
         ctx.save_for_backward(cast_values, indices, cast_W)
         ctx.dtypes = (values.dtype, W.dtype, None if b is None else b.dtype)
         return out if b is None else out + b.to(dtype)
@@ -153,7 +151,6 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         values, indices, W = ctx.saved_tensors
         values_dtype, W_dtype, b_dtype = ctx.dtypes
-        ops = _backend(values)
         d_values = dW = db = None
         if ctx.needs_input_grad[0]:
             d_values = ops.gather_dot(d_out, indices, W).to(values_dtype)
@@ -177,7 +174,6 @@ class _TopKSAE(torch.autograd.Function):
         k: int,
         dtype: torch.dtype,
     ):
-        ops = _backend(x)
         centred = (x if b_dec is None else x - b_dec).to(dtype)
         cast_enc, cast_dec = W_enc.to(dtype), W_dec.to(dtype)
         cast_b = None if b_enc is None else b_enc.to(dtype)
@@ -197,11 +193,10 @@ class _TopKSAE(torch.autograd.Function):
         centred, W_enc, W_dec, values, indices = ctx.saved_tensors
         x_dtype, enc_dtype, b_enc_dtype, dec_dtype, b_dec_dtype = ctx.dtypes
         need_x, need_enc, need_b_enc, need_dec, need_b_dec, *_rest = ctx.needs_input_grad
-        ops = _backend(centred)
         d_values = ops.gather_dot(d_out, indices, W_dec) + d_codes
         d_scores = _relu_backward(d_values, values)
         dx = d_enc = d_b_enc = d_dec = d_b_dec = None
-        if need_enc or need_dec:
+        if need_enc or need_dec or need_b_enc or need_b_dec:
             order = ops.order_by_latent(indices, len(W_enc))
             if need_enc:
                 d_enc = ops.scatter_outer(d_scores, order, centred).to(enc_dtype)
@@ -210,7 +205,7 @@ class _TopKSAE(torch.autograd.Function):
         if need_x:
             dx = ops.gather_sum(d_scores, indices, W_enc).to(x_dtype)
         if need_b_enc or need_b_dec:
-            by_latent = _sum_by_latent(d_scores, indices, len(W_enc))
+            by_latent = ops.sum_by_latent(d_scores, indices, order)
             if need_b_enc:
                 d_b_enc = by_latent.to(b_enc_dtype)
             if need_b_dec:
@@ -222,18 +217,6 @@ class _TopKSAE(torch.autograd.Function):
 def _relu_backward(d_values: Tensor, values: Tensor) -> Tensor:
     """0 where ReLU clipped; `values <= 0` and not its opposite, so that NaN is passed on."""
     return torch.where(values <= 0, torch.zeros_like(d_values), d_values)
-
-
-def _sum_by_latent(d_scores: Tensor, indices: Tensor, n_latents: int) -> Tensor:
-    """Σ of d_scores over the tokens that chose each latent: (N, K), (N, K) → (M,), in float32
-    at least."""
-    dtype = torch.promote_types(d_scores.dtype, torch.float32)
-    total = torch.zeros(n_latents, device=d_scores.device, dtype=dtype)
-    return total.index_add_(0, indices.flatten(), d_scores.flatten().to(dtype))
-
-
-def _backend(x: Tensor) -> ModuleType:
-    return torch_ops
 
 
 def _dtype(weight: Tensor) -> torch.dtype:

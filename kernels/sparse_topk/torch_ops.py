@@ -97,6 +97,16 @@ def scatter_outer(values: Tensor, order: LatentOrder, x: Tensor) -> Tensor:
     )
 
 
+def sum_by_latent(values: Tensor, indices: Tensor, order: LatentOrder) -> Tensor:
+    """out[m] = Σ values[n, k] over the (n, k) that chose m, in float32 at least; in a fixed order.
+
+    values and indices (N, K) → (M,).
+    """
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    total = values.new_zeros(len(order.offsets) - 1, dtype=dtype)
+    return total.index_add_(0, indices.flatten(), values.flatten().to(dtype))
+
+
 @torch.no_grad()
 def adam_unit_norm_(
     weight: Tensor,

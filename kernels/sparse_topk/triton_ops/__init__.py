@@ -2,7 +2,14 @@
 
 from .adam import adam_unit_norm_
 from .encode import topk_encode
-from .sparse import LatentOrder, gather_dot, gather_sum, order_by_latent, scatter_outer
+from .sparse import (
+    LatentOrder,
+    gather_dot,
+    gather_sum,
+    order_by_latent,
+    scatter_outer,
+    sum_by_latent,
+)
 
 __all__ = [
     "LatentOrder",
@@ -11,5 +18,6 @@ __all__ = [
     "gather_sum",
     "order_by_latent",
     "scatter_outer",
+    "sum_by_latent",
     "topk_encode",
 ]

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from ..torch_ops import LatentOrder, order_by_latent
 
-__all__ = ["LatentOrder", "gather_dot", "gather_sum", "order_by_latent", "scatter_outer"]
+__all__ = [
+    "LatentOrder",
+    "gather_dot",
+    "gather_sum",
+    "order_by_latent",
+    "scatter_outer",
+    "sum_by_latent",
+]
 
 CHUNK = 128
 """Selections summed by one program where a latent has many of them; a power of two."""
@@ -201,6 +208,18 @@ def scatter_outer(values: Tensor, order: LatentOrder, x: Tensor) -> Tensor:
             d, k, CHUNK, block, rows, sums, num_warps=warps,
         )  # fmt: skip
     return out
+
+
+def sum_by_latent(values: Tensor, indices: Tensor, order: LatentOrder) -> Tensor:
+    """out[m] = Σ values[n, k] over the (n, k) that chose m, in float32 at least; in a fixed order.
+
+    values and indices (N, K) → (M,). Adding at `indices` would be atomic on a GPU, its order by
+    chance; torch's own sum over the sorted runs is not.
+    """
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    runs = values.flatten()[order.order].to(dtype)
+    # `unsafe` leaves out the checks of `offsets`, which would wait for the device.
+    return torch.segment_reduce(runs, "sum", offsets=order.offsets, initial=0, unsafe=True)
 
 
 def gather_sum_tile(d: int, k: int, element_size: int) -> tuple[int, int, int]:
