@@ -42,7 +42,7 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
             num_warps=warps,
             divisible=aligned,
             needs={"wide_loads": rows} if aligned else {},
-            allows={"narrow_loads": 2 * rows + 2} if aligned else {},  # of indices and values
+            allows={"narrow_loads": 2 * rows + 8} if aligned else {},  # of indices and values
         )
 
     return [
