@@ -98,13 +98,13 @@ def reals(n, d, m, seed=0, dtype=torch.float32):
     bias=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 def test_chunked_is_a_stable_sort(n, d, m, share, bias, seed):
     check_stable_topk(*integers(n, d, m, seed, bias), 1 + round(share * (m - 1)), "chunked")
 
 
 @given(
-    n=st.integers(0, 3),
+    n=st.integers(1, 2),
     d=st.integers(1, 20),
     m=st.integers(1, 130),
     share=st.floats(0, 1),
@@ -163,9 +163,19 @@ ADVERSARIES = {
 @pytest.mark.parametrize("case", ADVERSARIES)
 @pytest.mark.parametrize("path", PATHS)
 def test_adversaries(path, case, k):
-    """One token, one input: W is the scores."""
-    W = ADVERSARIES[case]()[:, None].to(DEVICE)
-    check_stable_topk(torch.ones(1, 1, device=DEVICE), W, None, k, path)
+    """One token, one input: W is the scores. In half precision for one K: its values come from
+    the keys."""
+    dtype = torch.float16 if k == 7 else torch.float32
+    W = ADVERSARIES[case]()[:, None].to(DEVICE, dtype)
+    check_stable_topk(torch.ones(1, 1, device=DEVICE, dtype=dtype), W, None, k, path)
+
+
+def test_stored_zeros_are_equal_whatever_their_sign(monkeypatch):
+    """A sum that begins at 0 is never −0; whether a library's product does so is its affair."""
+    monkeypatch.setattr(encode, "_scores", lambda x, W: minus_zeros().to(DEVICE)[None])
+    W = torch.zeros(160, 1, device=DEVICE)
+    _, indices = topk_encode(W[:1], W, None, 3, path="chunked")
+    assert indices.tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -251,6 +261,7 @@ def test_real_scores_on_a_gpu(path, dtype, n, d, m, k):
 def test_pieces_give_what_the_whole_gives(path, monkeypatch):
     """Chunks of tokens, and keys beyond those that registers hold."""
     monkeypatch.setattr(encode, "_WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(fused, "_KEY_BYTES", 1)
     monkeypatch.setattr(rescore, "_BYTES", 1)
     monkeypatch.setattr(select, "keys_tile", lambda keys: (4 if keys < 20 else 32, 1))
     check_stable_topk(*integers(2, 4, 140, seed=6), 12, path)
@@ -271,7 +282,8 @@ def test_keys_of_the_best_two(tma, group, dtype):
     for keys, expected, member in zip(
         (best, second), top.values.unbind(2), top.indices.unbind(2), strict=True
     ):
-        bits = torch.where(keys < 0, keys | (group - 1), keys & -group)
+        bits = (keys & -group) + 0x400000
+        bits = torch.where(bits < 0, bits | (group - 1), bits)
         score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32).double()
         assert ((score - expected).abs() <= error + expected.abs() * group * 2.0**-23).all()
         assert torch.equal(group - 1 - (keys & (group - 1)), member.int())

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused import encode_fused
+from .fused import encode_fused, fused_group
 from .select import LOWEST, ordered, select_stored
 
 Path = Literal["fused", "chunked"]
@@ -48,8 +48,8 @@ def topk_encode(
     to 8 or 11 bits, and float32 ones computed again in float32.
 
     float32 inputs follow torch's own switch (`torch.set_float32_matmul_precision`): as long as it
-    forbids TF32, "fused" uses three TF32 products for one, which keeps 21 bits of each factor, and
-    "chunked" cuBLAS's float32.
+    forbids TF32, "fused" uses three TF32 products for one, which keeps about 22 bits of each
+    factor, and "chunked" cuBLAS's float32.
 
     Raises TypeError where x is not float32, bfloat16 or float16.
     """
@@ -87,7 +87,7 @@ def choose(n: int, d: int, m: int, k: int, dtype: torch.dtype, capability: tuple
         return "chunked"
     efficiency = 0.93 if capability[0] == 9 else 0.85
     product, cublas = (3.5, 13.0) if dtype == torch.float32 else (1.0, 1.0)
-    opened = 72 * (k * 32 / m) ** 2
+    opened = 72 * (k * fused_group(m, k) / m) ** 2
     fused = product / efficiency + 200 / d + opened
     chunked = cublas + 615 / d
     return "fused" if fused < chunked else "chunked"
@@ -111,7 +111,7 @@ def group_best_kernel(  # type: ignore[no-untyped-def]
     score = tl.load(scores + row * M + latent, mask=real, other=0.0)
     if bias is not None:
         score += tl.load(bias + latent, mask=real, other=0.0).to(tl.float32)
-    key = tl.where(real, ordered(score), LOWEST)
+    key = tl.where(real, ordered(score + 0.0), LOWEST)
     tl.store(best + row * J + group, tl.max(key, 1), mask=group < J)
 
 

@@ -23,6 +23,7 @@ from .rescore import select_recomputed
 from .select import LOWEST, ordered
 from .sparse import gather_dot
 
+_KEY_BYTES = 256 * 2**20  # of keys held at a time
 _X_BYTES = 16 * 2**20  # of x that tiles in flight share: it stays in the L2 cache
 
 
@@ -36,17 +37,15 @@ class Tile(NamedTuple):
     stages: int
 
 
-def fused_tile(capability: tuple[int, int], dtype: torch.dtype, precision: str) -> Tile:
-    """The tile for a chip (compute capability; (0, 0) the interpreter), an input dtype and a
-    `tl.dot` precision: the largest that compiles without spilling. Not yet measured on a GPU."""
+def fused_tile(capability: tuple[int, int], dtype: torch.dtype, precision: str, tma: bool) -> Tile:
+    """The tile for a chip (compute capability; (0, 0) the interpreter), an input dtype, a `tl.dot`
+    precision, and loads by tensor descriptor or by pointer: the largest that compiles without
+    spilling. Not yet measured on a GPU."""
     if capability[0] == 0:
         return Tile(8, 64, 16, 4, 1)
-    half = dtype != torch.float32
-    if capability[0] < 9:
-        return Tile(128, 128, 64 if half else 32, 8, 3)
-    if half:
-        return Tile(128, 256, 64, 8, 3)
-    return Tile(128, 256, 32, 8, 3) if precision == "tf32" else Tile(128, 128, 32, 8, 3)
+    if precision == "tf32x3":
+        return Tile(128, 128 if tma else 64, 32, 8, 3)
+    return Tile(128, 256 if tma else 128, 128 // dtype.itemsize, 8, 3)
 
 
 def fused_group(m: int, k: int) -> int:
@@ -57,7 +56,7 @@ def fused_group(m: int, k: int) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies: one TF32 product where torch's own switch allows it, else three,
-    which keep 21 bits of each factor. Half-precision products are exact in any case."""
+    which keep about 22 bits of each factor. Half-precision products are exact in any case."""
     if dtype != torch.float32:
         return "tf32"
     matmul = torch.backends.cuda.matmul
@@ -102,8 +101,10 @@ def _store_best_two(  # type: ignore[no-untyped-def]
     """Pack a tile's scores into keys, and store the two largest of each row and group."""
     member = tl.arange(0, BLOCK_M)
     latent = block_m * BLOCK_M + member
+    addend = tl.zeros((BLOCK_M,), tl.float32)
     if bias is not None:
-        scores += tl.load(bias + latent, mask=latent < M, other=0.0).to(tl.float32)[None, :]
+        addend += tl.load(bias + latent, mask=latent < M, other=0.0).to(tl.float32)
+    scores += addend[None, :]
     keys = (ordered(scores) & -G) | (G - 1 - member % G)[None, :]
     if (block_m + 1) * BLOCK_M > M:
         keys = tl.where((latent < M)[None, :], keys, LOWEST)
@@ -190,16 +191,22 @@ def encode_fused(
     *,
     tma: bool | None = None,
 ) -> None:
-    """Write the K largest of each row of x Wᵀ + b, its (N, M) scores never stored.
+    """Write the K largest of each row of x Wᵀ + b, its (N, M) scores never stored; at most
+    256 MiB of keys at a time.
 
     x (N, D), W (M, D), b (M,) → values, indices (N, K). `tma` picks the kernel with tensor
     descriptors (sm_90 on, rows of a multiple of 16 bytes), by default wherever it works.
     """
     if not x.is_cuda and x.dtype == torch.bfloat16:  # the interpreter's `tl.dot` misreads it
         x, W = x.float(), W.float()
-    group = fused_group(len(W), values.shape[1])
-    best, second = best_two(x, W, b, group, tma=tma)
-    select_recomputed(x, W, b, best, second, group, values, indices)
+    m, k = len(W), values.shape[1]
+    group = fused_group(m, k)
+    step = max(1, _KEY_BYTES // (8 * triton.cdiv(m, group)))
+    step = step // 128 * 128 or step
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        best, second = best_two(x[rows], W, b, group, tma=tma)
+        select_recomputed(x[rows], W, b, best, second, group, values[rows], indices[rows])
     if values.dtype == torch.float32:
         values.copy_(gather_dot(x, indices, W))
         if b is not None:
@@ -215,11 +222,11 @@ def best_two(
     if x.is_cuda:
         capability = torch.cuda.get_device_capability(x.device)
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    precision = dot_precision(x.dtype)
-    tile = fused_tile(capability, x.dtype, precision)
     if tma is None:
         aligned = d * x.element_size() % 16 == 0 and x.data_ptr() % 16 == W.data_ptr() % 16 == 0
         tma = capability[0] >= 9 and aligned
+    precision = dot_precision(x.dtype)
+    tile = fused_tile(capability, x.dtype, precision, tma)
     n_groups = triton.cdiv(m, group)
     best = torch.empty(n, n_groups, device=x.device, dtype=torch.int32)
     second = torch.empty_like(best)

@@ -34,18 +34,20 @@ HIGHEST = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def ordered(score):  # type: ignore[no-untyped-def]
-    """int32 keys in the order of float32 scores: −Inf < … < −0 = 0 < … < +Inf < NaN, all alike."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)  # −0 + 0 is 0
-    bits = tl.where(score != score, 0x7FC00000, bits)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    """int32 keys in the order of float32 scores: −Inf < … < 0 < … < +Inf < NaN. Of a sum with
+    0.0, which is never −0. What is subtracted makes a NaN whose sign is set, below −Inf until
+    then, wrap around to the top."""
+    bits = score.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) - 0x400000
 
 
 @triton.jit
 def score_of(key, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
     """The score of a key whose last log2(STEP) bits were cut off: of what it may have been, the
     nearest to zero, so that an infinity stays one."""
-    key = tl.where(key < 0, key | (STEP - 1), key)
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    bits = key + 0x400000
+    bits = tl.where(bits < 0, bits | (STEP - 1), bits)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -73,13 +75,13 @@ def _load_bests(best, second, start, group, J, STEP: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _count_bests(a, b, least, best, second, start, J, STEP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many of a row's keys are at least `least`: of (a, b), the first BLOCK groups', and of
+def _count_bests(a, b, floor, best, second, start, J, STEP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many of a row's keys exceed `floor`: of (a, b), the first BLOCK groups', and of
     those that registers do not hold."""
-    count = tl.sum((a >= least).to(tl.int32) + (b >= least).to(tl.int32), 0)
+    count = tl.sum((a > floor).to(tl.int32) + (b > floor).to(tl.int32), 0)
     for first in range(BLOCK, J, BLOCK):
         c, d = _load_bests(best, second, start, first + tl.arange(0, BLOCK), J, STEP)
-        count += tl.sum((c >= least).to(tl.int32) + (d >= least).to(tl.int32), 0)
+        count += tl.sum((c > floor).to(tl.int32) + (d > floor).to(tl.int32), 0)
     return count
 
 
@@ -107,9 +109,9 @@ def pick_groups_kernel(  # type: ignore[no-untyped-def]
     low = tl.where(K > J, LOWEST, low)  # the K-th may be a second, below all bests
     while low < high:
         middle = _middle(low, high)
-        count = _count_bests(a, b, middle, best, second, start, J, STEP, BLOCK)
+        count = _count_bests(a, b, middle - 1, best, second, start, J, STEP, BLOCK)
         low, high = _narrow(low, high, count, middle, K)
-    room = K - _count_bests(a, b, low + 1, best, second, start, J, STEP, BLOCK)
+    room = K - _count_bests(a, b, low, best, second, start, J, STEP, BLOCK)
     ties, filled = 0, 0
     for first in range(0, J, BLOCK):
         group = first + tl.arange(0, BLOCK)
@@ -144,27 +146,27 @@ def _load_candidates(  # type: ignore[no-untyped-def]
         score = tl.load(scores + row * P * G + place, mask=opened, other=0.0)
         packed = tl.load(best + row * tl.cdiv(M, G) + (pick >> 1), mask=real, other=0)
         alone = tl.where(member == G - 1 - (packed & (G - 1)), packed & -G, LOWEST)
-        key = tl.where(opened, ordered(score) & -G, alone)
+        key = tl.where(opened, ordered(score + 0.0) & -G, alone)
     else:
         score = tl.load(scores + row * M + latent, mask=real, other=0.0)
         if bias is not None:
             score += tl.load(bias + latent, mask=real, other=0.0).to(tl.float32)
-        key = ordered(score)
+        key = ordered(score + 0.0)
     return tl.where(real, key, LOWEST), latent
 
 
 @triton.jit
 def _count_candidates(  # type: ignore[no-untyped-def]
-    key, least, scores, best, bias, picks, row, M, P,
+    key, floor, scores, best, bias, picks, row, M, P,
     G: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many of a row's candidates have keys of at least `least`: of `key`, the first BLOCK, and
+    """How many of a row's candidates have keys above `floor`: of `key`, the first BLOCK, and
     of those that registers do not hold."""
-    count = tl.sum((key >= least).to(tl.int32), 0)
+    count = tl.sum((key > floor).to(tl.int32), 0)
     for first in range(BLOCK, P * G, BLOCK):
         place = first + tl.arange(0, BLOCK)
         other, _ = _load_candidates(scores, best, bias, picks, row, place, M, P, G, TWO)
-        count += tl.sum((other >= least).to(tl.int32), 0)
+        count += tl.sum((other > floor).to(tl.int32), 0)
     return count
 
 
@@ -195,9 +197,11 @@ def rank_kernel(  # type: ignore[no-untyped-def]
         high = tl.maximum(high, tl.max(other, 0))
     while low < high:
         middle = _middle(low, high)
-        count = _count_candidates(key, middle, scores, best, bias, picks, row, M, P, G, TWO, BLOCK)
+        count = _count_candidates(
+            key, middle - 1, scores, best, bias, picks, row, M, P, G, TWO, BLOCK
+        )
         low, high = _narrow(low, high, count, middle, K)
-    room = K - _count_candidates(key, low + 1, scores, best, bias, picks, row, M, P, G, TWO, BLOCK)
+    room = K - _count_candidates(key, low, scores, best, bias, picks, row, M, P, G, TWO, BLOCK)
     ties, filled = 0, 0
     for first in range(0, P * G, BLOCK):
         place = first + tl.arange(0, BLOCK)

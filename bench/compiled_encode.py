@@ -1,0 +1,126 @@
+"""The builds of `topk_encode`'s kernels, with the constants that its launchers would give them.
+
+Legend: N tokens, D inputs, M latents, K active latents a token, G latents a group, J groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from sparse_topk.triton_ops import encode, fused, rescore, select
+
+from .compiled_build import CHIPS, Build
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def product_build(
+    chip: int, m: int, k: int, dtype: torch.dtype, precision: str, *, aligned: bool = True
+) -> Build:
+    """The fused product on one chip: with tensor descriptors from sm_90 on, if D allows them."""
+    tma = chip >= 90 and aligned
+    tile = fused.fused_tile((chip // 10, chip % 10), dtype, precision, tma)
+    name, group = _TYPES[dtype], fused.fused_group(m, k)
+    described = {
+        "x": f"tensordesc<{name}[{tile.block_n}, {tile.block_d}]>",
+        "W": f"tensordesc<{name}[{tile.block_m}, {tile.block_d}]>",
+    }
+    results = {"bias": f"*{name}", "best": "*i32", "second": "*i32"}
+    sizes = {"N": "i32", "M": "i32", "D": "i32", "ROWS": "i32"}
+    return Build(
+        f"best_two{'_tma' * tma} {name} {precision}{'' if aligned else ' odd D'}",
+        fused.best_two_tma_kernel if tma else fused.best_two_kernel,
+        (described if tma else {"x": f"*{name}", "W": f"*{name}"}) | results | sizes,
+        {"G": group, "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m}
+        | {"BLOCK_D": tile.block_d, "PRECISION": precision},
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        chips=(chip,),
+        divisible=("N", "M", "D") if aligned else ("M",),
+        needs={"tensor_core": 1} | ({"wide_loads": 2} if aligned else {}),
+    )
+
+
+def producer_builds(m: int, k: int, dtype: torch.dtype) -> list[Build]:
+    """What reads or makes scores outside the product."""
+    data, group = f"*{_TYPES[dtype]}", fused.fused_group(m, k)
+    wide = encode.chunked_group(m, k)
+    return [
+        Build(
+            f"group_best M={m} K={k}",
+            encode.group_best_kernel,
+            {"scores": "*fp32", "bias": data, "best": "*i32", "M": "i32", "J": "i32"},
+            {"G": wide, "BLOCK_J": encode.group_best_block(wide)},
+            num_warps=4,
+            divisible=("M",),
+            needs={"wide_loads": 8},
+        ),
+        Build(
+            f"rescore {data[1:]} M={m} K={k}",
+            rescore.rescore_kernel,
+            {"x": data, "W": data, "bias": data, "picks": "*i32", "scores": "*fp32"}
+            | {"D": "i32", "M": "i32", "P": "i32"},
+            {"G": group, "BLOCK_P": triton.next_power_of_2(k)}
+            | {"BLOCK_D": rescore.rescore_width(group)},
+            num_warps=4,
+            divisible=("D", "M"),
+            needs={"wide_loads": 2},
+        ),
+    ]
+
+
+def selection_builds(
+    m: int, k: int, dtype: torch.dtype, *, two: bool, chips: tuple[int, ...] = CHIPS
+) -> list[Build]:
+    """The selection from fused keys (`two`) or from stored scores."""
+    group = fused.fused_group(m, k) if two else encode.chunked_group(m, k)
+    n_groups = triton.cdiv(m, group)
+    slots = min(k, n_groups)
+    keys, pick_warps = select.keys_tile(n_groups)
+    candidates, rank_warps = select.keys_tile(slots * group)
+    name = f"{'fused' if two else 'chunked'} M={m} K={k}"
+    data = f"*{_TYPES[dtype]}"
+    return [
+        Build(
+            f"pick_groups {name}",
+            select.pick_groups_kernel,
+            {"best": "*i32", "picks": "*i32", "J": "i32", "P": "i32", "K": "i32"}
+            | ({"second": "*i32"} if two else {}),
+            {"STEP": group if two else 1, "BLOCK": keys}
+            | {"BLOCK_P": triton.next_power_of_2(slots)}
+            | ({} if two else {"second": None}),
+            num_warps=pick_warps,
+            chips=chips,
+            divisible=("J",),
+            needs={"wide_loads": 4},
+        ),
+        Build(
+            f"rank {name}",
+            select.rank_kernel,
+            {"scores": "*fp32", "best": "*i32", "picks": "*i32", "values": data}
+            | {"indices": "*i64", "M": "i32", "P": "i32", "K": "i32"}
+            | ({} if two else {"bias": data}),
+            {"G": group, "TWO": two, "BLOCK": candidates} | ({"bias": None} if two else {}),
+            num_warps=rank_warps,
+            chips=chips,
+            divisible=("M",),
+            needs={"wide_loads": 4},
+        ),
+    ]
+
+
+_BF16, _FP32 = torch.bfloat16, torch.float32
+
+BUILDS = [
+    *[product_build(chip, 2**17, 32, _BF16, "tf32") for chip in CHIPS],
+    *[product_build(chip, 2**17, 32, _BF16, "tf32", aligned=False) for chip in CHIPS],
+    *[product_build(chip, 2**15, 32, _FP32, "tf32x3") for chip in CHIPS],
+    *[product_build(chip, 2**15, 32, _FP32, "tf32x3", aligned=False) for chip in CHIPS],
+    *[product_build(chip, 2**15, 32, _FP32, "tf32") for chip in CHIPS],
+    *producer_builds(2**17, 32, _BF16),
+    *selection_builds(2**17, 32, _BF16, two=True),
+    *selection_builds(2**17, 32, _BF16, two=False),
+    *selection_builds(2**17, 1024, _FP32, two=True, chips=(90,)),
+    *selection_builds(2**20, 1024, _FP32, two=False, chips=(90,)),
+]
