@@ -29,6 +29,7 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
     data, ids = TYPES[dtype], "*i64"
     sums = sparse.sum_type(some)
     aligned = ("D",) if d % 16 == 0 else ()
+    divisible = aligned + (("K",) if k % 16 == 0 else ())
 
     def build(
         verb: str, kernel: Any, arguments: dict[str, str], tile: tuple[int, int, int], **more: int
@@ -37,10 +38,10 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
         return Build(
             f"{verb} {name}",
             kernel,
-            arguments | {"D": "i32"},
-            {"K": k, "BLOCK_D": block, "ROWS": rows, "SUM": sums, **more},
+            arguments | {"D": "i32", "K": "i32"},
+            {"BLOCK_D": block, "ROWS": rows, "SUM": sums, **more},
             num_warps=warps,
-            divisible=aligned,
+            divisible=divisible,
             needs={"wide_loads": rows} if aligned else {},
             allows={"narrow_loads": 2 * rows + 8} if aligned else {},  # of indices and values
         )

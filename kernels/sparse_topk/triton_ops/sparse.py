@@ -2,7 +2,9 @@
 
 All are bound by memory: a thread reads 16 bytes of a row at a time, with several rows under way.
 Sums are in float32 (in float64 where an argument is), in a fixed order and without atomics, so a
-result is the same bits every time. Nothing here waits for the device.
+result is the same bits every time. Nothing here waits for the device. K is an argument, not a
+constant of the kernels: AuxK's is the number of dead latents while they are few, and every value of
+a constant would be compiled anew.
 
 Legend: N tokens, D inputs, M latents, K active latents a token.
 """
@@ -36,7 +38,7 @@ def gather_sum_kernel(  # type: ignore[no-untyped-def]
     W,  # (M, D)
     out,  # (N, D)
     D,
-    K: tl.constexpr,
+    K,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     SUM: tl.constexpr,
@@ -62,7 +64,7 @@ def gather_dot_kernel(  # type: ignore[no-untyped-def]
     W,  # (M, D)
     out,  # (N, K)
     D,
-    K: tl.constexpr,
+    K,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     SUM: tl.constexpr,
@@ -82,7 +84,7 @@ def gather_dot_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_selections(place, valid, values, order, x, column, D, K: tl.constexpr, SUM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_selections(place, valid, values, order, x, column, D, K, SUM: tl.constexpr):  # type: ignore[no-untyped-def]
     """Σ values · x over the valid places of `order`, in one block of columns."""
     at = tl.load(order + place, valid, other=0).to(tl.int64)
     value = tl.load(values + at, valid, other=0.0).to(SUM)
@@ -100,7 +102,7 @@ def sum_chunks_kernel(  # type: ignore[no-untyped-def]
     x,  # (N, D)
     partials,  # (N·K // CHUNK, D)
     D,
-    K: tl.constexpr,
+    K,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -128,7 +130,7 @@ def scatter_outer_kernel(  # type: ignore[no-untyped-def]
     partials,  # (N·K // CHUNK, D)
     out,  # (M, D)
     D,
-    K: tl.constexpr,
+    K,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
