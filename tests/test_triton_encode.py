@@ -144,7 +144,7 @@ def not_finite():
 
 
 def minus_zeros():
-    return torch.where(torch.arange(160) % 3 == 0, 0.0, -0.0)
+    return torch.where(torch.arange(160) > 90, 0.0, -0.0)
 
 
 ADVERSARIES = {
