@@ -15,7 +15,7 @@ train: .venv/installed
 	.venv/bin/python -m mlsae.train --out runs/demo --overwrite
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile -p no:benchmark
 
 check: .venv/installed
 	.venv/bin/ruff check .
