@@ -38,14 +38,15 @@ class Fit:
         heldout: Tensor,
         log: MetricsLog,
         run_id: str,
-        state: dict[str, Any] | None,
+        state: dict[str, Any] | None = None,
+        saved: Path | None = None,
     ) -> None:
         self.trainer, self.source, self.batches = trainer, source, batches
         self.heldout, self.log, self.run_id = heldout, log, run_id
         self.config = source.config
         self.window = trainer.sums()  # since the last line of metrics
         self.seconds = 0.0
-        self.saved: Path | None = None
+        self.saved = saved  # the newest checkpoint
         if state:
             self.window.load_state_dict(state["window"])
             self.seconds = state["seconds"]
@@ -60,7 +61,8 @@ class Fit:
         save_every = Every(
             config.checkpoint_tokens or math.ceil(config.tokens / 20), trainer.tokens
         )
-        started = self._mark = time.perf_counter()
+        started = time.perf_counter()
+        self._mark = (trainer.tokens, started)
         before = self.seconds
         bar = tqdm(
             total=config.tokens,
@@ -110,7 +112,7 @@ class Fit:
     def line(self, lr: float) -> dict[str, Any]:
         """A line of metrics of the steps since the last one."""
         trainer, window = self.trainer, self.window
-        now = time.perf_counter()
+        (tokens, then), now = self._mark, time.perf_counter()
         line = {
             "tokens": trainer.tokens,
             "steps": trainer.steps,
@@ -120,10 +122,10 @@ class Fit:
             "aux": window.aux.item() / window.steps,
             "dead": trainer.dead().double().mean().item(),
             "lr": lr,
-            "tokens_per_second": window.moments.count / (now - self._mark),
+            "tokens_per_second": (trainer.tokens - tokens) / (now - then),
             "seconds": self.seconds,
         }
-        self.window, self._mark = trainer.sums(), now
+        self.window, self._mark = trainer.sums(), (trainer.tokens, now)
         return line
 
     def measure(self) -> Evaluation:

@@ -100,7 +100,7 @@ def train(config: TrainConfig) -> MLSAE:
         closing(batches),
         closing(MetricsLog(config.out, config.log, settings_of(config), run_id, position)) as log,
     ):
-        fit = Fit(trainer, source, batches, heldout, log, run_id, state)
+        fit = Fit(trainer, source, batches, heldout, log, run_id, state, path)
         fit.run(chain(first, batches))
         figures = fit.measure()
 
