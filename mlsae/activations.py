@@ -34,12 +34,13 @@ def load_transformer(name: str, device: torch.device) -> tuple[Any, Any]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` names."""
+    """The device that `--device` names; on CUDA with its index, and made the current one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"--device must be auto, cpu, or a CUDA device that is there, got {name!r}: "

@@ -24,6 +24,7 @@ from .evaluate import Evaluation, evaluate
 from .logs import MetricsLog
 from .signals import Signals
 from .source import Source
+from .stopwatch import Stopwatch
 from .trainer import NonFiniteError, Trainer
 
 
@@ -135,6 +136,18 @@ class Fit:
         self.log.write({"tokens": self.trainer.tokens, "heldout": figures.as_dict()})
         self.trainer.watch.lap("held-out figures")
         return figures
+
+    @torch.no_grad()
+    def encode_seconds(self) -> float:
+        """How long encoding took in the run, from how long it takes now on a part of the
+        held-out text: within a step it cannot be told from the rest of the SAE."""
+        x = next(self.source.residuals(self.heldout))
+        watch = Stopwatch(self.source.device)
+        with self.trainer.autocast():
+            for stage in ("first", "second"):  # the first one compiles and allocates
+                self.trainer.mlsae.encode(x)
+                watch.lap(stage)
+        return watch.seconds()["second"] * self.trainer.tokens / x.shape[1]
 
     def save(self) -> None:
         """Write a checkpoint."""

@@ -174,6 +174,8 @@ def _print_summary(out: Path, fit: Fit, figures: Evaluation) -> None:
     console.print(figures.table(config.layers))
     stages = fit.trainer.watch.seconds()
     total = sum(stages.values())
+    stages["encode"] = min(stages.pop("SAE"), fit.encode_seconds())
+    stages["rest of the SAE"] = total - sum(stages.values())
     shares = sorted(stages.items(), key=lambda stage: -stage[1])
     console.print(
         f"trained on {trainer.tokens:,} tokens in {fit.seconds:.0f} s "
