@@ -1,11 +1,12 @@
 """Load a Hugging Face transformer, and read its residual stream after every block.
 
-Legend: L layers read, B rows, T positions, D width of the residual stream.
+Legend: L layers read, B rows, T positions, D width of the residual stream, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -70,6 +71,9 @@ class ResidualReader:
     def __init__(self, model: nn.Module, layers: Sequence[int] | None = None) -> None:
         self.model = model
         self.blocks = find_blocks(model)
+        self.others: tuple[None, ...] | None = None
+        """What blocks return beside the residual, as Nones; None where they return it alone.
+        Known after the first pass."""
         n_layers = len(self.blocks)
         self.layers = tuple(range(n_layers)) if layers is None else tuple(layers)
         if not self.layers or not all(0 <= layer < n_layers for layer in self.layers):
@@ -86,25 +90,39 @@ class ResidualReader:
     def __call__(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) → residuals (L, B, T, D)."""
         found: dict[int, Tensor] = {}
+        with suppress(_AllReadError):
+            self._run(input_ids, found, stop=True)
+        return torch.stack([found[layer] for layer in self.layers])
+
+    @torch.no_grad()
+    def with_logits(self, input_ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        """input_ids (B, T) → residuals, L of (B, T, D), and the model's logits (B, T, V): one
+        whole forward pass."""
+        found: dict[int, Tensor] = {}
+        logits = self._run(input_ids, found, stop=False).logits
+        return [found[layer] for layer in self.layers], logits
+
+    def _run(self, input_ids: Tensor, found: dict[int, Tensor], stop: bool) -> Any:
+        """The model's output, and in `found` the residuals by layer. Raises _AllReadError behind
+        the last wanted block, if it is to `stop` there."""
 
         def hook_for(layer: int) -> Any:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
                 # A block returns its hidden states, alone or first in a tuple.
-                found[layer] = output if isinstance(output, Tensor) else output[0]
-                if layer == self.layers[-1]:
+                alone = isinstance(output, Tensor)
+                found[layer] = output if alone else output[0]
+                self.others = None if alone else (None,) * (len(output) - 1)
+                if stop and layer == self.layers[-1]:
                     raise _AllReadError
 
             return hook
 
         handles = [self.blocks[i].register_forward_hook(hook_for(i)) for i in self.layers]
         try:
-            self.model(input_ids=input_ids, use_cache=False)
-        except _AllReadError:
-            pass
+            return self.model(input_ids=input_ids, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.stack([found[layer] for layer in self.layers])
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from . import checkpoint
 from .config import TrainConfig, learning_rate, settings_of
 from .data import Batches
-from .evaluate import Evaluation, evaluate
 from .logs import MetricsLog
+from .measure import Evaluation, evaluate
 from .signals import Signals
 from .source import Source
 from .stopwatch import Stopwatch

@@ -116,3 +116,40 @@ def normalized_entropy(totals: Tensor) -> Tensor:
     p = totals / totals.sum(1, keepdim=True)
     n_layers = max(totals.shape[1], 2)
     return torch.special.entr(p).sum(1) / torch.tensor(float(n_layers)).log()
+
+
+def pca_explained(scatter: Tensor, k: int) -> Tensor:
+    """Fraction of variance explained by the first k principal components: Σ_{i≤k} λ_i / Σ_i λ_i.
+
+    The λ_i, in descending order, are the eigenvalues of `scatter` (…, D, D) = Σ_n (x_n − mean)
+    (x_n − mean)ᵀ. It is what the best affine map through k dimensions explains of these tokens
+    (Eckart and Young, 1936), and compares with an SAE's 1 − `fvu`. → (…), in [0, 1].
+    """
+    eigenvalues = torch.linalg.eigvalsh(scatter).clamp_min(0)  # ascending
+    return eigenvalues[..., -k:].sum(-1) / eigenvalues.sum(-1)
+
+
+def token_scores(
+    true_log_p: Tensor, logits: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How well substituted `logits` (N, V) predict, at each of N positions (N,), float32:
+
+        −ln q(target)                     cross-entropy, nats
+        KL(p ‖ q) = Σ_v p (ln p − ln q)   nats; of the true p from the substituted q, ≥ 0
+        argmax_v q = argmax_v p           top-1 agreement, 0 or 1
+
+    true_log_p (N, V) = ln p, float32; q = softmax(logits); targets (N,) int64. The paper's
+    released code has the KL reversed and summed over positions.
+    """
+    log_q = logits.float().log_softmax(-1)
+    cross_entropy = -log_q.gather(-1, targets[:, None]).squeeze(-1)
+    agree = log_q.argmax(-1) == true_log_p.argmax(-1)
+    kl = (true_log_p.exp() * (true_log_p - log_q)).sum(-1)
+    return cross_entropy, kl, agree.float()
+
+
+def ce_recovered(true: Tensor, substituted: Tensor, ablated: Tensor) -> Tensor:
+    """(CE_ablated − CE_substituted) / (CE_ablated − CE_true): 1 where the substitution costs
+    nothing, 0 where it costs what the ablation costs (Gao et al., arXiv 2406.04093, and SAEBench,
+    arXiv 2503.09532, with zero-ablation)."""
+    return (ablated - substituted) / (ablated - true)

@@ -36,10 +36,10 @@ from . import checkpoint
 from .activations import choose_device
 from .config import PRESETS, TrainConfig, check_config, check_same, settings_of
 from .errors import InputError, exit_on_bad_input
-from .evaluate import Evaluation
 from .files import check_out, write_file
 from .fit import Fit, save_model, say
 from .logs import MetricsLog, check_loggers
+from .measure import Evaluation
 from .memory import check_memory, estimate, peak
 from .model import MLSAE, MLSAEConfig
 from .report import write_report
@@ -52,6 +52,8 @@ RUN_FILES = (
     "latents.safetensors",
     "metrics.jsonl",
     "report.html",
+    "evaluation.csv",
+    "evaluation.json",
     "checkpoints",
     "tensorboard",
     "wandb",

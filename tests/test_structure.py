@@ -25,9 +25,9 @@ FLOORS = {
         {"builtin"},
         {"config", "documents", "files", "metrics", "signals", "stopwatch"},
         {"activations", "checkpoint", "data", "logs", "model"},
-        {"evaluate", "memory", "source", "trainer", "__init__"},
-        {"fit", "report"},
-        {"train"},
+        {"figures", "measure", "memory", "source", "substitution", "trainer", "__init__"},
+        {"faithfulness", "fit", "report"},
+        {"evaluate", "train"},
     ],
 }
 
