@@ -16,8 +16,12 @@ from test_train import SMALL, program
 
 from mlsae import MLSAE, MLSAEConfig, metrics
 from mlsae.activations import ResidualReader
+from mlsae.errors import InputError
+from mlsae.evaluate import evaluate as measure
+from mlsae.evaluate import parse
 from mlsae.faithfulness import measure_faithfulness
 from mlsae.figures import RowSums, figures, with_intervals
+from mlsae.train import RUN_FILES
 
 R, T, D = 5, 12, 24
 
@@ -186,13 +190,24 @@ def test_the_program(tmp_path):
     assert float(rows[1]["fvu"]) == pytest.approx(found["figures"]["fvu"]["mean"], rel=1e-6)
     assert float(rows[0]["fvu"]) > float(rows[1]["fvu"])
     assert math.isclose(float(rows[2]["kl"]), (float(rows[0]["kl"]) + float(rows[1]["kl"])) / 2)
-    # The run may still be replaced: the files are its own.
-    assert program(*SMALL, "--layers", 3, "--out", one, "--overwrite").returncode == 0
+
+
+def test_bad_input_is_named(tmp_path):
+    folder = tmp_path / "run"
+    narrow = MLSAE(MLSAEConfig(8, 16, 2, (0,), model="builtin"))
+    narrow.save_pretrained(folder)
     for arguments, message in (
         ([tmp_path / "none"], "RUN must be the folder of a trained MLSAE"),
-        ([one, "--tokens", 0], "--tokens must be at least 1, got 0"),
-        ([one, "--layers", 6], "--layers must be in [0, 5]"),
+        ([folder, "--tokens", 0], "--tokens must be at least 1, got 0"),
+        ([folder], "DATASET must be given"),
+        ([folder, "builtin", "--layers", 6], r"--layers must be in \[0, 5\]"),
+        ([folder, "builtin"], "MODEL must have a residual stream of width 8, .* builtin has 192"),
     ):
-        result = program(*arguments, module="mlsae.evaluate")
-        assert result.returncode == 2
-        assert message in result.stderr
+        with pytest.raises(InputError, match=message):
+            measure(parse(list(map(str, arguments))))
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_its_files_are_a_runs_own():
+    """Else --overwrite would refuse a run that has been evaluated."""
+    assert {"evaluation.csv", "evaluation.json"} <= set(RUN_FILES)
