@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,16 +17,19 @@ import tyro
 from . import builtin
 from .errors import InputError
 
+Values = Annotated[int | tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
+
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """The sparse autoencoder."""
+    """The sparse autoencoder. Of several expansions (or numbers of latents) and several ks, each
+    combination is one that is trained beside the others, and has a folder in OUT: x16-k32, …"""
 
-    expansion: int = 16
+    expansion: Values = 16
     """Latents per dimension of the residual stream (R): n_latents = expansion · d_model."""
-    n_latents: int | None = None
+    n_latents: Values | None = None
     """Latents, instead of an expansion."""
-    k: int = 32
+    k: Values = 32
     """Active latents a token and layer."""
     standardize: bool = True
     """Whether each vector is standardised before encoding."""
@@ -125,6 +129,33 @@ _FREE_ON_RESUME = (  # what may differ from the run that is resumed
 )
 
 
+def values_of(setting: Values) -> tuple[int, ...]:
+    """The values of a setting that takes one or several."""
+    return setting if isinstance(setting, tuple) else (setting,)
+
+
+def runs_of(config: TrainConfig) -> dict[str, TrainConfig]:
+    """The runs that `config` asks for, by name: one for each of its expansions (or numbers of
+    latents) and ks, with the settings it has when trained alone. A single run is in the folder
+    `out`; each of several is in one of its own there, of its name: "x16-k32", or "n4096-k32"."""
+    sae = config.sae
+    if sae.n_latents is None:
+        saes = {
+            f"x{expansion}-k{k}": replace(sae, expansion=expansion, k=k)
+            for expansion, k in product(values_of(sae.expansion), values_of(sae.k))
+        }
+    else:
+        saes = {
+            f"n{n_latents}-k{k}": replace(sae, n_latents=n_latents, k=k)
+            for n_latents, k in product(values_of(sae.n_latents), values_of(sae.k))
+        }
+    alone = len(saes) == 1
+    return {
+        name: replace(config, sae=sae, out=config.out if alone else config.out / name)
+        for name, sae in saes.items()
+    }
+
+
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """The settings as JSON has them."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
@@ -138,9 +169,14 @@ def check_same(config: TrainConfig, saved: dict[str, Any]) -> None:
         old = _flat(saved).get(name)
         if name not in _FREE_ON_RESUME and value != old:
             raise InputError(
-                f"--{name} must be {old} to resume this run, as it began, got {value}; "
-                "give the same settings, or another --out"
+                f"--{name} must be {_shown(old)} to resume this run, as it began, got "
+                f"{_shown(value)}; give the same settings, or another --out"
             )
+
+
+def _shown(value: Any) -> str:
+    """A setting as it is given on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -161,9 +197,20 @@ def check_config(config: TrainConfig) -> None:
         (config.sae, "--sae.", ("expansion", "n_latents", "k", "k_aux", "dead_tokens")),
     ):
         for name in names:
-            value = getattr(owner, name)
-            if value is not None and value < 1:
-                raise InputError(f"{prefix}{name} must be at least 1, got {value}")
+            setting = getattr(owner, name)
+            values = () if setting is None else values_of(setting)
+            if any(value < 1 for value in values):
+                raise InputError(f"{prefix}{name} must be at least 1, got {min(values)}")
+            if len(set(values)) < len(values) or setting == ():
+                raise InputError(
+                    f"{prefix}{name} must have one value or several different ones, got "
+                    f"{' '.join(map(str, values)) or 'none'}"
+                )
+    if config.sae.n_latents is not None and len(values_of(config.sae.expansion)) > 1:
+        raise InputError(
+            "--sae.n_latents is instead of --sae.expansion, which has the values "
+            f"{' '.join(map(str, values_of(config.sae.expansion)))}; give one of them"
+        )
     for name in ("lr", "max_grad_norm"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:

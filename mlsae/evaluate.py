@@ -175,10 +175,10 @@ def evaluate(config: EvaluateConfig) -> Result:
     mlsae = MLSAE.from_pretrained(config.run, device).requires_grad_(False)
     settings = _settings(config, mlsae)
     source = Source(settings, device)
-    if source.mlsae_config.d_in != mlsae.config.d_in:
+    if source.d_in != mlsae.config.d_in:
         raise InputError(
             f"MODEL must have a residual stream of width {mlsae.config.d_in}, as the MLSAE in "
-            f"{config.run}, and {settings.model} has {source.mlsae_config.d_in}; "
+            f"{config.run}, and {settings.model} has {source.d_in}; "
             "give the one it was trained on with --model"
         )
     out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection
+from fnmatch import fnmatch
 from pathlib import Path
 
 from .errors import InputError
@@ -37,8 +38,8 @@ def check_out(
     folder: Path, overwrite: bool, resume: bool, own: Collection[str], needed_bytes: int
 ) -> None:
     """Raise InputError where `folder` cannot take a run: it has files and neither `overwrite` nor
-    `resume` is on, or files that are not a run's `own`; it is a file; its disk has less than
-    `needed_bytes` free. Nothing is changed."""
+    `resume` is on, or files that match none of the patterns of a run's `own`; it is a file; its
+    disk has less than `needed_bytes` free. Nothing is changed."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out must be a folder, and {folder} is a file; choose another")
     files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -47,7 +48,8 @@ def check_out(
             f"--out must be a new or empty folder, and {folder} has files in it; choose another, "
             "go on with the run in it with --resume, or replace it with --overwrite"
         )
-    foreign = [name for name in files if name.removesuffix(".partial") not in own]
+    known = [name.removesuffix(".partial") for name in files]
+    foreign = [name for name in known if not any(fnmatch(name, pattern) for pattern in own)]
     if foreign:
         raise InputError(
             f"--out must hold nothing but a run, and {folder} has {', '.join(foreign[:3])} in it; "

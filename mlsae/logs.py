@@ -40,7 +40,13 @@ class MetricsLog:
         run_id: str,
         position: int = 0,
     ) -> None:
-        self._file = (folder / "metrics.jsonl").open("a+b")
+        path = folder / "metrics.jsonl"
+        self._file = path.open("a+b")
+        if self._file.tell() < position:
+            raise InputError(
+                f"{path} must have the {position:,} bytes that were in it at the checkpoint, and "
+                f"has {self._file.tell():,}; put it back, or start over with --overwrite"
+            )
         self._file.truncate(position)
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -51,10 +57,12 @@ class MetricsLog:
         if "wandb" in names:
             self._wandb = importlib.import_module("wandb").init(
                 project=os.environ.get("WANDB_PROJECT", "mlsae"),
+                name=folder.resolve().name,
                 dir=str(folder),
                 config=settings,
                 id=run_id,
                 resume="allow",
+                reinit="create_new",  # beside those of the other runs of this process
             )
 
     def write(self, line: dict[str, Any]) -> None:

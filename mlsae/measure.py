@@ -1,11 +1,11 @@
-"""Measure an MLSAE on residuals that it was not trained on.
+"""Measure MLSAEs on residuals that they were not trained on.
 
 Legend: L layers, N tokens, D width of the residual stream, M latents, K active latents a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,34 +54,52 @@ class Evaluation(NamedTuple):
         return table
 
 
+class _Sums:
+    """What is summed for one MLSAE."""
+
+    def __init__(self, mlsae: MLSAE) -> None:
+        n_layers, n_latents = len(mlsae.config.layers), mlsae.config.n_latents
+        device = mlsae.sae.W_dec.device
+        self.mlsae = mlsae
+        self.moments = metrics.Moments(n_layers, mlsae.config.d_in, device)
+        self.sq_error = torch.zeros(n_layers, dtype=torch.float64, device=device)
+        self.totals = torch.zeros(n_latents, n_layers, dtype=torch.float64, device=device)
+        self.counts = torch.zeros_like(self.totals)
+
+    def add(self, x: Tensor) -> None:
+        """Take in residuals (L, N, D) float32."""
+        standard, mean, std = self.mlsae.standardize(x)
+        reconstruction, codes = self.mlsae.sae.reconstruct(standard)
+        self.moments.update(x)
+        self.sq_error += (x - reconstruction * std - mean).square().sum((1, 2))
+        totals, counts = metrics.latent_layer_totals(*codes, self.mlsae.config.n_latents)
+        self.totals += totals
+        self.counts += counts
+
+    def evaluation(self) -> Evaluation:
+        """The figures of all that has been added."""
+        n_tokens = self.moments.count
+        if n_tokens == 0:
+            raise ValueError("residuals must hold at least one token, got none")
+        return Evaluation(
+            n_tokens,
+            metrics.fvu(self.sq_error, n_tokens, self.moments),
+            metrics.fvu_paper(self.sq_error, n_tokens, self.moments),
+            self.counts.sum(0) / n_tokens,
+            self.totals,
+            self.counts,
+        )
+
+
 @torch.inference_mode()
-def evaluate(mlsae: MLSAE, residuals: Iterable[Tensor]) -> Evaluation:
-    """One pass over batches of residuals (L, N, D). It changes nothing, in the MLSAE or elsewhere.
+def evaluate(mlsaes: Sequence[MLSAE], residuals: Iterable[Tensor]) -> list[Evaluation]:
+    """One pass over batches of residuals (L, N, D), for all of `mlsaes`. It changes nothing, in
+    them or elsewhere.
 
     Raises ValueError where there are no tokens.
     """
-    config = mlsae.config
-    n_layers, device = len(config.layers), mlsae.sae.W_dec.device
-    moments = metrics.Moments(n_layers, config.d_in, device)
-    sq_error = torch.zeros(n_layers, dtype=torch.float64, device=device)
-    totals = torch.zeros(config.n_latents, n_layers, dtype=torch.float64, device=device)
-    counts = torch.zeros_like(totals)
+    sums = [_Sums(mlsae) for mlsae in mlsaes]
     for x in residuals:
-        x = x.float()
-        standard, mean, std = mlsae.standardize(x)
-        reconstruction, codes = mlsae.sae.reconstruct(standard)
-        moments.update(x)
-        sq_error += (x - reconstruction * std - mean).square().sum((1, 2))
-        some_totals, some_counts = metrics.latent_layer_totals(*codes, config.n_latents)
-        totals += some_totals
-        counts += some_counts
-    if moments.count == 0:
-        raise ValueError("residuals must hold at least one token, got none")
-    return Evaluation(
-        moments.count,
-        metrics.fvu(sq_error, moments.count, moments),
-        metrics.fvu_paper(sq_error, moments.count, moments),
-        counts.sum(0) / moments.count,
-        totals,
-        counts,
-    )
+        for one in sums:
+            one.add(x.float())
+    return [one.evaluation() for one in sums]

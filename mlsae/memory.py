@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,20 +18,25 @@ from .model import MLSAEConfig
 _SCORES_BYTES = 512 * 2**20  # at most, of the encoder's workspace
 
 
-def estimate(config: MLSAEConfig, micro_tokens: int, k_aux: int, dtype: torch.dtype) -> int:
+def estimate(
+    configs: Sequence[MLSAEConfig], micro_tokens: int, k_aux: int, dtype: torch.dtype
+) -> int:
     """Bytes that training takes at its peak, beside the transformer's weights.
 
-    Weights, gradients and Adam's two moments: 16 B a parameter, and with a compute dtype of b
-    bytes 2·b more, for the cast weights and their gradients. Each of the L · micro_tokens vectors
-    of a part: about 12 float32 copies of its D elements (input, standardised, reconstruction,
-    errors, gradients), and 60 B for each of its K + k_aux selections; and the scores of a block.
+    Weights, gradients and Adam's two moments: 16 B a parameter, of all SAEs that train beside one
+    another. The rest is one SAE's at a time, so of the largest: with a compute dtype of b bytes,
+    2·b a parameter for the cast weights and their gradients. For each of the L · micro_tokens
+    vectors of a part about 12 float32 copies of its D elements (input, standardised,
+    reconstruction, errors, gradients), and 60 B for each of its K + k_aux selections; and the
+    scores of a block.
     """
-    parameters = 2 * config.n_latents * config.d_in
+    parameters = [2 * config.n_latents * config.d_in for config in configs]
     cast = 0 if dtype == torch.float32 else 2 * dtype.itemsize
-    vectors = len(config.layers) * micro_tokens
-    scores = min(_SCORES_BYTES, vectors * config.n_latents * dtype.itemsize)
-    activations = vectors * (48 * config.d_in + 60 * (config.k + k_aux))
-    return parameters * (16 + cast) + activations + scores
+    vectors = len(configs[0].layers) * micro_tokens
+    n_latents, k = max(c.n_latents for c in configs), max(c.k for c in configs)
+    scores = min(_SCORES_BYTES, vectors * n_latents * dtype.itemsize)
+    activations = vectors * (48 * configs[0].d_in + 60 * (k + k_aux))
+    return 16 * sum(parameters) + cast * max(parameters) + activations + scores
 
 
 def check_memory(needed: int, device: torch.device) -> None:
@@ -40,7 +46,8 @@ def check_memory(needed: int, device: torch.device) -> None:
         raise InputError(
             f"the run needs about {needed / 1e9:.1f} GB of {device.type} memory, and "
             f"{free / 1e9:.1f} GB is free; make it smaller with --micro_tokens (the vectors held "
-            "at a time), --sae.expansion (weights and optimizer), --sae.k_aux or --layers"
+            "at a time), --sae.expansion (weights and optimizer; or fewer SAEs at once), "
+            "--sae.k_aux or --layers"
         )
 
 

@@ -14,22 +14,17 @@ from torch import Tensor
 
 from . import data
 from .activations import ResidualReader, load_transformer
-from .config import TrainConfig
+from .config import SAEConfig, TrainConfig, values_of
 from .documents import Split
 from .errors import InputError
 from .model import MLSAEConfig
 
 
-def resolve(config: TrainConfig, reader: ResidualReader) -> tuple[MLSAEConfig, int]:
-    """The MLSAE that `config` asks for on this model, and the length of its rows."""
-    text_config = reader.model.config.get_text_config()  # type: ignore[operator, union-attr]
-    d_in = text_config.hidden_size
-    n_latents = config.sae.n_latents or config.sae.expansion * d_in
-    if config.sae.k > n_latents:
-        raise InputError(
-            f"--sae.k must be in [1, {n_latents}] (the number of latents), got {config.sae.k}"
-        )
-    context = getattr(text_config, "max_position_embeddings", None) or 2048
+def row_length(config: TrainConfig, context: int) -> int:
+    """The length T of rows that `config` asks for, of a model with so long a `context`.
+
+    Raises InputError where it is longer than the context, or than a batch or a part of one.
+    """
     seq_len = config.seq_len or min(context, 2048)
     if seq_len > context:
         raise InputError(
@@ -41,9 +36,7 @@ def resolve(config: TrainConfig, reader: ResidualReader) -> tuple[MLSAEConfig, i
             f"--batch_tokens and --micro_tokens must be at least {seq_len} (a row; see --seq_len), "
             f"got {smallest}"
         )
-    return MLSAEConfig(
-        d_in, n_latents, config.sae.k, reader.layers, config.sae.standardize, config.model
-    ), seq_len
+    return seq_len
 
 
 class Source:
@@ -55,9 +48,28 @@ class Source:
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         model, self.tokenizer = load_transformer(config.model, device)
         self.reader = ResidualReader(model, config.layers)
-        self.mlsae_config, self.seq_len = resolve(config, self.reader)
         self.config, self.device = config, device
+        text_config = model.config.get_text_config()
+        self.d_in: int = text_config.hidden_size
+        context = getattr(text_config, "max_position_embeddings", None) or 2048
+        self.seq_len = row_length(config, context)
         self.micro_rows = (config.micro_tokens or config.batch_tokens) // self.seq_len
+
+    def mlsae_config(self, sae: SAEConfig) -> MLSAEConfig:
+        """The MLSAE of these residuals that `sae`, with one value of each setting, asks for.
+
+        Raises InputError where it has fewer latents than k.
+        """
+        (k,) = values_of(sae.k)
+        (size,) = values_of(sae.n_latents or sae.expansion)
+        n_latents = size if sae.n_latents else size * self.d_in
+        if k > n_latents:
+            raise InputError(
+                f"--sae.k must be in [1, {n_latents}] (the number of latents), got {k}"
+            )
+        return MLSAEConfig(
+            self.d_in, n_latents, k, self.reader.layers, sae.standardize, self.config.model
+        )
 
     def batches(self, state: dict[str, Any] | None = None) -> data.Batches:
         """Batches (B, T) to train on, without end; from a saved state, if given."""

@@ -4,9 +4,12 @@
     python -m mlsae.train EleutherAI/pythia-70m-deduped monology/pile-uncopyrighted \\
         --sae.expansion 64 --sae.k 32 --tokens 1000000000 --batch_tokens 131072 --out runs/70m
     python -m mlsae.train … --out runs/70m --resume          # go on after a stop, to the same bits
+    python -m mlsae.train --sae.k 16 32 64 --sae.expansion 8 16 --out runs/grid      # six at once
 
 It leaves a folder that stands alone: config.json, model.safetensors, latents.safetensors,
-metrics.jsonl and report.html. `MLSAE.from_pretrained(FOLDER)` loads it.
+metrics.jsonl and report.html. `MLSAE.from_pretrained(FOLDER)` loads it. Several SAEs train side by
+side on the same residuals, so that the transformer runs once for all of them; each ends as it
+would alone, in a folder of its own in OUT.
 
 Legend: L layers, B rows, T positions, N tokens, D width of the residual stream, M latents.
 """
@@ -16,35 +19,32 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-import uuid
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import transformers
 import tyro
-from rich.console import Console
 from torch import Tensor
 
 from sparse_topk import backend_name
 
 from . import checkpoint
 from .activations import choose_device
-from .config import PRESETS, TrainConfig, check_config, check_same, settings_of
+from .config import PRESETS, TrainConfig, check_config, check_same, runs_of
 from .errors import InputError, exit_on_bad_input
-from .files import check_out, write_file
-from .fit import Fit, save_model, say
-from .logs import MetricsLog, check_loggers
-from .measure import Evaluation
-from .memory import check_memory, estimate, peak
-from .model import MLSAE, MLSAEConfig
-from .report import write_report
+from .files import check_out
+from .fit import Fit, say
+from .logs import check_loggers
+from .memory import check_memory, estimate
+from .model import MLSAE
+from .run import Run
 from .source import Source
-from .trainer import NonFiniteError, Trainer
+from .summary import print_summary, write_csv
+from .trainer import NonFiniteError, Trainer, survey
 
 RUN_FILES = (
     "config.json",
@@ -58,24 +58,24 @@ RUN_FILES = (
     "tensorboard",
     "wandb",
 )
+RUN_FOLDERS = ("x*-k*", "n*-k*")  # see `config.runs_of`
 
 
-def train(config: TrainConfig) -> MLSAE:
-    """Train as `config` says; leave the run in `config.out`.
+def train(config: TrainConfig) -> dict[Path, MLSAE]:
+    """Train as `config` says; leave each run in its folder: the MLSAEs by folder.
 
     Raises InputError for bad input, before anything is written; NonFiniteError where a loss is
     not finite; SystemExit (128 + the signal's number) after SIGINT or SIGTERM, with a checkpoint
-    written and a model that loads.
+    written and models that load.
     """
     check_config(config)
     check_loggers(config.log)
-    torch.manual_seed(config.seed)
     device = choose_device(config.device)
 
-    # What is read: the run so far, the transformer, the layers of it, the text.
-    path, state = _run_so_far(config) if config.resume else (None, None)
+    # What is read: the training so far, the transformer, the layers of it, the text.
+    path, state = _training_so_far(config) if config.resume else (None, None)
     source = Source(config, device)
-    check_out(config.out, config.overwrite, config.resume, RUN_FILES, _run_bytes(source, config))
+    _check_out(config, source)
     heldout = source.heldout()
 
     try:
@@ -83,49 +83,53 @@ def train(config: TrainConfig) -> MLSAE:
     except ValueError as error:  # an unknown SPARSE_TOPK_BACKEND
         raise InputError(str(error)) from error
 
-    # What is trained. The first batch sets b_pre and the first variances, then is trained on.
-    trainer = _new_trainer(config, source)
+    # What is trained: an SAE for each run. The first batch sets b_pre and the first variances,
+    # then is trained on.
+    trainers = _new_trainers(config, source)
     batches = source.batches(state["batches"] if state else None)
-    if state:
-        trainer.load_state_dict(state["trainer"])
-        say(f"going on from {path}, after {trainer.tokens:,} tokens")
-        first: list[Tensor] = []
-    else:
+    first: list[Tensor] = []
+    if not state:
         first = [next(batches)]
-        trainer.initialize(source.residuals(first[0]))
+        mlsae = next(iter(trainers.values())).mlsae
+        moments, centre = survey(mlsae, source.residuals(first[0]))
+        for trainer in trainers.values():
+            trainer.initialize(moments, centre)
         _empty(config.out)
 
     # Train, and measure on held-out rows.
-    run_id = state["run_id"] if state else uuid.uuid4().hex
-    position = state["metrics_position"] if state else 0
-    with (
-        closing(batches),
-        closing(MetricsLog(config.out, config.log, settings_of(config), run_id, position)) as log,
-    ):
-        fit = Fit(trainer, source, batches, heldout, log, run_id, state, path)
-        fit.run(chain(first, batches))
-        figures = fit.measure()
+    with ExitStack() as stack:
+        stack.enter_context(closing(batches))
+        runs = []
+        for name, settings in runs_of(config).items():
+            settings.out.mkdir(parents=True, exist_ok=True)
+            run = Run(name, settings, trainers[name], state["runs"][name] if state else None)
+            runs.append(stack.enter_context(closing(run)))
+        fit = Fit(config, runs, source, batches, heldout, state, path)
+        if state:
+            say(f"going on from {path}, after {fit.tokens:,} tokens")
+        fit.train(chain(first, batches))
+        evaluations = fit.measure()
 
-    # Leave a folder that stands alone.
-    save_model(config, trainer)
-    latents = {
-        "totals": figures.totals.float().contiguous().cpu(),
-        "counts": figures.counts.long().contiguous().cpu(),
-    }
-    write_file(config.out / "latents.safetensors", safetensors.torch.save(latents))
-    write_report(config.out)
-    _print_summary(config.out, fit, figures)
-    return trainer.mlsae
+    # Leave folders that stand alone.
+    for run, figures in zip(runs, evaluations, strict=True):
+        run.finish(figures)
+    if len(runs) > 1:
+        write_csv(config.out / "runs.csv", fit, evaluations)
+    print_summary(fit, evaluations)
+    return {run.config.out: run.trainer.mlsae for run in runs}
 
 
-def _run_so_far(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None]:
-    """The newest checkpoint of the run in `config.out` and its state; (None, None) where it has
-    come to none. Raises InputError where that would lose something, or the settings differ."""
+def _training_so_far(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None]:
+    """The newest checkpoint in `config.out` and its state; (None, None) where it has come to
+    none. Raises InputError where that would lose something, or the settings differ."""
     found = checkpoint.newest(config.out, say)
     if found:
         check_same(config, found[1]["settings"])
         return found
-    if checkpoint.any_written(config.out) or (config.out / "model.safetensors").exists():
+    models = (config.out, *(run.out for run in runs_of(config).values()))
+    if checkpoint.any_written(config.out) or any(
+        (folder / "model.safetensors").exists() for folder in models
+    ):
         raise InputError(
             f"--resume needs an undamaged checkpoint, and {config.out} has none; choose another "
             "--out, or start over with --overwrite"
@@ -134,64 +138,55 @@ def _run_so_far(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None
     return None, None
 
 
-def _new_trainer(config: TrainConfig, source: Source) -> Trainer:
-    """The trainer of a run at its start. Raises InputError where it does not fit in memory."""
-    d_in, device = source.mlsae_config.d_in, source.device
+def _new_trainers(config: TrainConfig, source: Source) -> dict[str, Trainer]:
+    """The trainers of all runs at their start, by the runs' names. Raises InputError where they
+    do not fit in memory together."""
+    device, sae = source.device, config.sae
+    saes = {name: source.mlsae_config(run.sae) for name, run in runs_of(config).items()}
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
-    k_aux = config.sae.k_aux or 2 ** round(math.log2(max(d_in / 2, 1)))
+    k_aux = sae.k_aux or 2 ** round(math.log2(max(source.d_in / 2, 1)))
     micro_tokens = source.micro_rows * source.seq_len
-    check_memory(estimate(source.mlsae_config, micro_tokens, k_aux, dtype), device)
-    return Trainer(
-        MLSAE(source.mlsae_config, device),
-        dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
-        k_aux=k_aux,
-        aux_weight=config.sae.aux_weight,
-        max_grad_norm=config.max_grad_norm,
-        dtype=dtype,
-    )
+    check_memory(estimate(list(saes.values()), micro_tokens, k_aux, dtype), device)
+    trainers = {}
+    for name, mlsae_config in saes.items():
+        torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
+        trainers[name] = Trainer(
+            MLSAE(mlsae_config, device),
+            dead_tokens=sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
+            k_aux=k_aux,
+            aux_weight=sae.aux_weight,
+            max_grad_norm=config.max_grad_norm,
+            dtype=dtype,
+        )
+    return trainers
 
 
-def _run_bytes(source: Source, config: TrainConfig) -> int:
-    """What a run takes on the disk: two weights, the counts of latents, the report; and in each
+def _check_out(config: TrainConfig, source: Source) -> None:
+    """Raise InputError where the folder cannot take the runs, or would lose something.
+
+    What they take on the disk: two weights, the counts of latents, the report; and in each
     checkpoint, one of them being written, the weights and two moments of each."""
-    sae = source.mlsae_config
-    run = 4 * sae.n_latents * (2 * sae.d_in + 3 * len(sae.layers)) + 12 * 2**20
-    return run + (config.keep_checkpoints + 1) * 24 * sae.n_latents * sae.d_in
+    bytes_needed = 0
+    for run in runs_of(config).values():
+        sae = source.mlsae_config(run.sae)
+        bytes_needed += 4 * sae.n_latents * (2 * sae.d_in + 3 * len(sae.layers)) + 12 * 2**20
+        bytes_needed += (config.keep_checkpoints + 1) * 24 * sae.n_latents * sae.d_in
+    own = (*RUN_FILES, "runs.csv", *RUN_FOLDERS)
+    check_out(config.out, config.overwrite, config.resume, own, bytes_needed)
+    for pattern in RUN_FOLDERS:
+        for folder in config.out.glob(pattern):
+            check_out(folder, config.overwrite, config.resume, RUN_FILES, 0)
 
 
 def _empty(folder: Path) -> None:
-    """Make the folder, and remove the run in it, if any: `check_out` has said that it may."""
+    """Make the folder, and remove the runs in it, if any: `_check_out` has said that it may."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _print_summary(out: Path, fit: Fit, figures: Evaluation) -> None:
-    trainer, console = fit.trainer, Console(highlight=False)
-    config: MLSAEConfig = trainer.mlsae.config
-    console.print(figures.table(config.layers))
-    stages = fit.trainer.watch.seconds()
-    total = sum(stages.values())
-    stages["encode"] = min(stages.pop("SAE"), fit.encode_seconds())
-    stages["rest of the SAE"] = total - sum(stages.values())
-    shares = sorted(stages.items(), key=lambda stage: -stage[1])
-    console.print(
-        f"trained on {trainer.tokens:,} tokens in {fit.seconds:.0f} s "
-        f"({trainer.tokens / fit.seconds:,.0f} tokens/s); "
-        f"{trainer.dead().double().mean():.1%} of {config.n_latents:,} latents dead",
-        "where the time went: "
-        + ", ".join(f"{name} {spent / total:.1%}" for name, spent in shares)
-        + f"; tokenising, beside it, {fit.batches.seconds:.1f} s",
-        f"peak memory: {peak(fit.source.device) / 1e9:.2f} GB",
-        f"run: {out}",
-        f"report: {out / 'report.html'}",
-        sep="\n",
-        soft_wrap=True,
-    )
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:

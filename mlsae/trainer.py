@@ -18,7 +18,6 @@ from sparse_topk import UnitNormAdam
 from . import metrics
 from .errors import InputError
 from .model import ACTIVE, MLSAE, geometric_median
-from .stopwatch import Stopwatch
 
 
 class NonFiniteError(FloatingPointError):
@@ -90,7 +89,6 @@ class Trainer:
         self.dtype = dtype
         self.device = mlsae.sae.W_dec.device
         self.optimizer = UnitNormAdam(mlsae.sae.parameter_groups(), max_grad_norm=max_grad_norm)
-        self.watch = Stopwatch(self.device)
         self.tokens = 0
         self.steps = 0
         self.inactive_tokens = torch.zeros(config.n_latents, dtype=torch.int64, device=self.device)
@@ -105,89 +103,11 @@ class Trainer:
         """Which latents are dead, (M,) bool."""
         return self.inactive_tokens >= self.dead_tokens
 
-    def initialize(self, parts: Iterable[Tensor]) -> None:
-        """Set b_pre to the geometric median, in standardised space, of residuals (L, N, D), and
-        take the first variances from them.
-
-        Raises InputError where the residuals of a layer do not vary or are not finite.
-        """
-        standard = []
-        for x in parts:
-            self.moments.update(x)
-            standard.append(self.mlsae.standardize(x)[0].flatten(0, 1))
-        variances = self.moments.variance().tolist()
-        for layer, variance in zip(self.mlsae.config.layers, variances, strict=True):
-            if not 0 < variance < math.inf:
-                raise InputError(
-                    f"MODEL's residuals must be finite and vary, and those of layer {layer} have "
-                    f"the variance {variance}; leave the layer out with --layers"
-                )
+    def initialize(self, moments: metrics.Moments, centre: Tensor) -> None:
+        """Begin with what `survey` found: the first variances, and b_pre at the centre (D,)."""
+        self.moments.merge(moments)
         with torch.no_grad():
-            self.mlsae.sae.b_dec.copy_(geometric_median(torch.cat(standard)))
-
-    def step(self, parts: Iterable[Tensor], n_tokens: int, lr: float) -> Sums:
-        """One optimizer step on residuals (L, N, D) that come in parts, `n_tokens` in all.
-
-        Raises NonFiniteError where the loss is not finite; nothing is then changed.
-        """
-        # Forward and backward, a part at a time.
-        variance = self.moments.variance().float()
-        dead = self.dead().nonzero().flatten()
-        active = torch.zeros_like(self.inactive_tokens, dtype=torch.bool)
-        step, errors = self.sums(), self.sums().moments
-        for x in parts:
-            self.watch.lap("model")
-            with self.autocast():
-                losses = self.mlsae.losses(
-                    x,
-                    variance,
-                    n_tokens,
-                    dead=dead,
-                    k_aux=self.k_aux,
-                    error_variance=self.error_variance,
-                    aux_weight=self.aux_weight,
-                )
-            losses.loss.backward()
-            step.loss += losses.loss.detach()
-            step.aux += losses.aux
-            step.sq_error += losses.sq_error
-            step.moments.update(x)
-            errors.update(losses.error)
-            active[losses.codes.indices[losses.codes.values > ACTIVE]] = True
-            self.watch.lap("SAE")
-        step.steps = 1
-        if not math.isfinite(step.loss.item()):
-            self.optimizer.zero_grad()
-            raise NonFiniteError(self._blame(step))
-
-        # Update.
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.watch.lap("optimizer")
-        self.tokens += n_tokens
-        self.steps += 1
-        self.inactive_tokens += n_tokens
-        self.inactive_tokens[active] = 0
-        self.moments.merge(step.moments)
-        self.error_variance = errors.variance().float()
-        return step
-
-    def _blame(self, step: Sums) -> str:
-        """Which layer made the loss of `step` not finite, and what to do."""
-        layers = self.mlsae.config.layers
-        at = f"at step {self.steps}, after {self.tokens:,} tokens; the weights are untouched"
-        for layer, mean in zip(layers, step.moments.mean, strict=True):
-            if not mean.isfinite().all():
-                return (
-                    f"the residuals of layer {layer} are not finite {at}. Leave that layer out "
-                    "with --layers, or load the model in a dtype of larger range"
-                )
-        for layer, sq_error in zip(layers, step.sq_error, strict=True):
-            if not sq_error.isfinite():
-                return f"the reconstruction of layer {layer} is not finite {at}. Lower --lr"
-        return f"the loss is {step.loss.item()} {at}. Lower --lr"
+            self.mlsae.sae.b_dec.copy_(centre)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on: tensors, and values as JSON has them."""
@@ -221,3 +141,103 @@ class Trainer:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+
+class Step:
+    """An optimizer step, whose tokens come in parts:
+
+        step = Step(trainer, n_tokens)
+        for x in parts:  # residuals (L, N, D), n_tokens in all
+            step.add(x)
+        step.check()
+        sums = step.end(lr)
+
+    Until its end nothing of the trainer has changed but the gradients.
+    """
+
+    def __init__(self, trainer: Trainer, n_tokens: int) -> None:
+        self.trainer, self.n_tokens = trainer, n_tokens
+        self.sums, self.errors = trainer.sums(), trainer.sums().moments
+        self._variance = trainer.moments.variance().float()
+        self._dead = trainer.dead().nonzero().flatten()
+        self._active = torch.zeros_like(trainer.inactive_tokens, dtype=torch.bool)
+
+    def add(self, x: Tensor) -> None:
+        """Forward and backward of a part, residuals (L, N, D)."""
+        trainer, sums = self.trainer, self.sums
+        with trainer.autocast():
+            losses = trainer.mlsae.losses(
+                x,
+                self._variance,
+                self.n_tokens,
+                dead=self._dead,
+                k_aux=trainer.k_aux,
+                error_variance=trainer.error_variance,
+                aux_weight=trainer.aux_weight,
+            )
+        losses.loss.backward()
+        sums.loss += losses.loss.detach()
+        sums.aux += losses.aux
+        sums.sq_error += losses.sq_error
+        sums.moments.update(x)
+        self.errors.update(losses.error)
+        self._active[losses.codes.indices[losses.codes.values > ACTIVE]] = True
+
+    def check(self) -> None:
+        """Raise NonFiniteError where the loss is not finite; the gradients are then dropped."""
+        if not math.isfinite(self.sums.loss.item()):
+            self.trainer.optimizer.zero_grad()
+            raise NonFiniteError(self._blame())
+
+    def end(self, lr: float) -> Sums:
+        """Update the weights, and all that is counted; the sums of the step."""
+        trainer = self.trainer
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = lr
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        trainer.tokens += self.n_tokens
+        trainer.steps += 1
+        trainer.inactive_tokens += self.n_tokens
+        trainer.inactive_tokens[self._active] = 0
+        trainer.moments.merge(self.sums.moments)
+        trainer.error_variance = self.errors.variance().float()
+        self.sums.steps = 1
+        return self.sums
+
+    def _blame(self) -> str:
+        """Which layer made the loss not finite, and what to do."""
+        trainer, sums = self.trainer, self.sums
+        layers = trainer.mlsae.config.layers
+        at = f"at step {trainer.steps}, after {trainer.tokens:,} tokens; the weights are untouched"
+        for layer, mean in zip(layers, sums.moments.mean, strict=True):
+            if not mean.isfinite().all():
+                return (
+                    f"the residuals of layer {layer} are not finite {at}. Leave that layer out "
+                    "with --layers, or load the model in a dtype of larger range"
+                )
+        for layer, sq_error in zip(layers, sums.sq_error, strict=True):
+            if not sq_error.isfinite():
+                return f"the reconstruction of layer {layer} is not finite {at}. Lower --lr"
+        return f"the loss is {sums.loss.item()} {at}. Lower --lr"
+
+
+def survey(mlsae: MLSAE, parts: Iterable[Tensor]) -> tuple[metrics.Moments, Tensor]:
+    """What training begins with: the moments of residuals (L, N, D) that come in parts, and the
+    geometric median (D,) of the vectors as `mlsae` standardises them.
+
+    Raises InputError where the residuals of a layer do not vary or are not finite.
+    """
+    config, device = mlsae.config, mlsae.sae.W_dec.device
+    moments = metrics.Moments(len(config.layers), config.d_in, device)
+    standard = []
+    for x in parts:
+        moments.update(x)
+        standard.append(mlsae.standardize(x)[0].flatten(0, 1))
+    for layer, variance in zip(config.layers, moments.variance().tolist(), strict=True):
+        if not 0 < variance < math.inf:
+            raise InputError(
+                f"MODEL's residuals must be finite and vary, and those of layer {layer} have "
+                f"the variance {variance}; leave the layer out with --layers"
+            )
+    return moments, geometric_median(torch.cat(standard))

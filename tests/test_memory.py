@@ -12,21 +12,28 @@ CONFIG = MLSAEConfig(d_in=512, n_latents=32768, k=32, layers=(0, 1, 2, 3, 4, 5))
 
 def test_the_estimate_counts_weights_gradients_and_moments():
     """With next to no tokens: four float32 of each of the 2 · M · D weights."""
-    needed = memory.estimate(CONFIG, 1, 1, torch.float32)
+    needed = memory.estimate([CONFIG], 1, 1, torch.float32)
     weights = 2 * 512 * 32768
     assert needed == pytest.approx(16 * weights, rel=0.01)
-    half = memory.estimate(CONFIG, 1, 1, torch.bfloat16)
+    half = memory.estimate([CONFIG], 1, 1, torch.bfloat16)
     assert half == pytest.approx(20 * weights, rel=0.01)
 
 
-def test_the_flags_it_names_shrink_it():
-    needed = memory.estimate(CONFIG, 16384, 256, torch.float32)
-    assert memory.estimate(CONFIG, 4096, 256, torch.float32) < needed
-    assert memory.estimate(CONFIG, 16384, 32, torch.float32) < needed
+def test_several_saes_need_weights_each_and_room_for_one_at_a_time():
     smaller = MLSAEConfig(d_in=512, n_latents=8192, k=32, layers=CONFIG.layers)
-    assert memory.estimate(smaller, 16384, 256, torch.float32) < needed
+    both = memory.estimate([CONFIG, smaller], 16384, 256, torch.float32)
+    alone = memory.estimate([CONFIG], 16384, 256, torch.float32)
+    assert both - alone == 16 * 2 * 512 * 8192
+
+
+def test_the_flags_it_names_shrink_it():
+    needed = memory.estimate([CONFIG], 16384, 256, torch.float32)
+    assert memory.estimate([CONFIG], 4096, 256, torch.float32) < needed
+    assert memory.estimate([CONFIG], 16384, 32, torch.float32) < needed
+    smaller = MLSAEConfig(d_in=512, n_latents=8192, k=32, layers=CONFIG.layers)
+    assert memory.estimate([smaller], 16384, 256, torch.float32) < needed
     fewer = MLSAEConfig(d_in=512, n_latents=32768, k=32, layers=(0,))
-    assert memory.estimate(fewer, 16384, 256, torch.float32) < needed
+    assert memory.estimate([fewer], 16384, 256, torch.float32) < needed
 
 
 def test_too_little_memory_is_one_clear_line(monkeypatch):

@@ -26,8 +26,11 @@ FLOORS = {
         {"config", "documents", "files", "metrics", "signals", "stopwatch"},
         {"activations", "checkpoint", "data", "logs", "model"},
         {"figures", "measure", "memory", "source", "substitution", "trainer", "__init__"},
-        {"faithfulness", "fit", "report"},
-        {"evaluate", "train"},
+        {"faithfulness", "report"},
+        {"run"},
+        {"fit"},
+        {"evaluate", "summary"},
+        {"train"},
     ],
 }
 

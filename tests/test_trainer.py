@@ -8,7 +8,7 @@ import torch
 
 from mlsae import MLSAE, MLSAEConfig
 from mlsae.errors import InputError
-from mlsae.trainer import NonFiniteError, Trainer
+from mlsae.trainer import NonFiniteError, Step, Trainer, survey
 
 L, N, D, M, K = 2, 64, 8, 48, 4
 
@@ -18,8 +18,17 @@ def make(**options):
     mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 1)))
     settings = {"dead_tokens": 100, "k_aux": 4, "aux_weight": 1 / 32} | options
     trainer = Trainer(mlsae, **settings)
-    trainer.initialize([residuals(99)])
+    trainer.initialize(*survey(mlsae, [residuals(99)]))
     return trainer
+
+
+def take(trainer, parts, lr):
+    """One optimizer step on residuals in parts."""
+    step = Step(trainer, sum(x.shape[1] for x in parts))
+    for x in parts:
+        step.add(x)
+    step.check()
+    return step.end(lr)
 
 
 def residuals(seed):
@@ -36,8 +45,8 @@ def test_a_step_in_parts_is_the_step(parts):
     """Weights, counters and metrics after several steps, with AuxK at work."""
     whole, split = make(), make()
     for seed in range(8):
-        one = whole.step([residuals(seed)], N, lr=1e-2)
-        other = split.step(residuals(seed).tensor_split(parts, dim=1), N, lr=1e-2)
+        one = take(whole, [residuals(seed)], lr=1e-2)
+        other = take(split, residuals(seed).tensor_split(parts, dim=1), lr=1e-2)
         torch.testing.assert_close(one.fvu(), other.fvu())
         torch.testing.assert_close(one.loss, other.loss)
         torch.testing.assert_close(one.aux, other.aux)
@@ -51,14 +60,14 @@ def test_a_step_in_parts_is_the_step(parts):
 def test_the_decoder_stays_on_the_unit_sphere():
     trainer = make()
     for seed in range(5):
-        trainer.step([residuals(seed)], N, lr=1e-2)
+        take(trainer, [residuals(seed)], lr=1e-2)
         norms = trainer.mlsae.sae.W_dec.norm(dim=1)
         torch.testing.assert_close(norms, torch.ones(M))
 
 
 def test_the_loss_falls():
     trainer = make()
-    losses = [trainer.step([residuals(0)], N, lr=1e-2).loss.item() for _ in range(60)]
+    losses = [take(trainer, [residuals(0)], lr=1e-2).loss.item() for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -71,7 +80,7 @@ def test_dead_latents_are_counted_in_tokens():
     for step in range(4):
         assert trainer.inactive_tokens[7] == step * N
         assert bool(trainer.dead()[7]) == (step >= 3)
-        trainer.step([residuals(0)], N, lr=0.0)
+        take(trainer, [residuals(0)], lr=0.0)
     firing = trainer.mlsae.encode(residuals(0))
     fired = torch.zeros(M, dtype=torch.bool)
     fired[firing.indices[firing.values > 1e-3]] = True
@@ -93,11 +102,11 @@ def test_aux_revives_dead_latents():
         torch.manual_seed(0)
         mlsae = MLSAE(MLSAEConfig(16, M, K, (0, 1)))
         trainer = Trainer(mlsae, dead_tokens=8 * N, k_aux=16, aux_weight=aux_weight)
-        trainer.initialize([sparse_residuals()])
+        trainer.initialize(*survey(mlsae, [sparse_residuals()]))
         with torch.no_grad():
             mlsae.sae.W_enc[:20] *= 1e-2
         for _ in range(200):
-            trainer.step([sparse_residuals()], N, lr=3e-3)
+            take(trainer, [sparse_residuals()], lr=3e-3)
         return int(trainer.dead().sum())
 
     assert dead_at_end(0.0) >= 20
@@ -107,24 +116,23 @@ def test_aux_revives_dead_latents():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stops_before_the_weights(bad):
     trainer = make()
-    trainer.step([residuals(0)], N, lr=1e-2)
+    take(trainer, [residuals(0)], lr=1e-2)
     before, moments = weights(trainer), trainer.moments.mean.clone()
     x = residuals(1)
     x[1, 3, 2] = bad
     with pytest.raises(NonFiniteError, match=r"layer 1 are not finite at step 1, after 64 tokens"):
-        trainer.step([x], N, lr=1e-2)
+        take(trainer, [x], lr=1e-2)
     for one, other in zip(weights(trainer), before, strict=True):
         assert torch.equal(one, other)
     assert trainer.tokens == N
     assert torch.equal(trainer.moments.mean, moments)
-    trainer.step([residuals(1)], N, lr=1e-2)  # and it can go on
+    take(trainer, [residuals(1)], lr=1e-2)  # and it can go on
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 0.0])
 def test_residuals_that_cannot_be_trained_on_are_named(bad):
     x = residuals(0)
     x[1] = bad
-    torch.manual_seed(0)
-    trainer = Trainer(MLSAE(MLSAEConfig(D, M, K, (0, 5))), dead_tokens=1, k_aux=1, aux_weight=1.0)
+    mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 5)))
     with pytest.raises(InputError, match="those of layer 5"):
-        trainer.initialize([x])
+        survey(mlsae, [x])
