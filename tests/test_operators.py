@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparse_topk import SparseTopKSAE, operators, reference
+from sparse_topk.triton_ops import sparse
 
 N, D, M, K = 7, 12, 40, 5
 
@@ -57,10 +58,13 @@ def test_fake_results_have_the_real_shapes_and_dtypes():
             torch.library.opcheck(verb.default, arguments)
 
 
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_triton_gives_the_gradients_of_dense_autograd(monkeypatch, bias):
-    """The whole module on the kernels, in Triton's interpreter where there is no GPU."""
+def test_triton_gives_the_gradients_of_dense_autograd(monkeypatch, bias, few):
+    """The whole module on the kernels, in Triton's interpreter where there is no GPU; sparse
+    products by rows, and as for few latents."""
     monkeypatch.setenv("SPARSE_TOPK_BACKEND", "triton")
+    monkeypatch.setattr(sparse, "few_latents", lambda *shape: few)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sae, x = case(bias)
     sae = sae.to(device)

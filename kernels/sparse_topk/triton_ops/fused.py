@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .dense import pieces
 from .rescore import select_recomputed
 from .select import LOWEST, ordered
 from .sparse import gather_dot
@@ -201,12 +202,10 @@ def encode_fused(
         x, W = x.float(), W.float()
     m, k = len(W), values.shape[1]
     group = fused_group(m, k)
-    step = max(1, _KEY_BYTES // (8 * triton.cdiv(m, group)))
-    step = step // 128 * 128 or step
-    for start in range(0, len(x), step):
-        rows = slice(start, start + step)
-        best, second = best_two(x[rows], W, b, group, tma=tma)
-        select_recomputed(x[rows], W, b, best, second, group, values[rows], indices[rows])
+    for rows in pieces(len(x), 8 * triton.cdiv(m, group), _KEY_BYTES):
+        keys = best_two(x[rows], W, b, group, tma=tma)
+        select_recomputed(x[rows], W, b, *keys, group, values[rows], indices[rows])
+        del keys  # before the next are made
     if values.dtype == torch.float32:
         values.copy_(gather_dot(x, indices, W))
         if b is not None:
