@@ -20,11 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CHIPS = (80, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {
+    chip: kib * 1024 for chip, kib in {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}.items()
+}
 """Bytes of shared memory that one program may have (CUDA Programming Guide, compute
 capabilities)."""
 
-_TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+_TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,12 @@ def fused_tile(capability: tuple[int, int], dtype: torch.dtype, precision: str, 
     return Tile(128, 256 if tma else 128, 128 // dtype.itemsize, 8, 3)
 
 
+def describes(capability: tuple[int, int]) -> bool:
+    """Whether a chip takes tiles by tensor descriptor: sm_90 to sm_110. sm_120 knows them, but has
+    99 KiB of shared memory for the 112 that they take."""
+    return 9 <= capability[0] < 12
+
+
 def fused_group(m: int, k: int) -> int:
     """Latents a group: 64, or 32 where with 64 a token would open more than a group or so
     (K² G / 2M of them). Not yet measured on a GPU."""
@@ -196,7 +202,7 @@ def encode_fused(
     256 MiB of keys at a time.
 
     x (N, D), W (M, D), b (M,) → values, indices (N, K). `tma` picks the kernel with tensor
-    descriptors (sm_90 on, rows of a multiple of 16 bytes), by default wherever it works.
+    descriptors (rows of a multiple of 16 bytes), by default wherever `describes` and they allow.
     """
     if not x.is_cuda and x.dtype == torch.bfloat16:  # the interpreter's `tl.dot` misreads it
         x, W = x.float(), W.float()
@@ -223,7 +229,7 @@ def best_two(
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     if tma is None:
         aligned = d * x.element_size() % 16 == 0 and x.data_ptr() % 16 == W.data_ptr() % 16 == 0
-        tma = capability[0] >= 9 and aligned
+        tma = describes(capability) and aligned
     precision = dot_precision(x.dtype)
     tile = fused_tile(capability, x.dtype, precision, tma)
     n_groups = triton.cdiv(m, group)
