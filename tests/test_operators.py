@@ -29,13 +29,26 @@ def gradients(module, sae, x):
 
 
 @pytest.mark.filterwarnings("default")  # torch's compiler uses what torch deprecates
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_is_the_same_without_a_graph_break(backend):
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("aot_eager", None), ("aot_eager", torch.bfloat16), ("inductor", None)],
+)
+def test_compiled_is_the_same_without_a_graph_break(backend, dtype):
+    """Output and every gradient; also under autocast, where the output is of its dtype."""
     sae, x = case()
-    expected = gradients(sae, sae, x)
+
+    def autocast(module):
+        def forward(x):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                return module(x)
+
+        return forward
+
+    expected = gradients(autocast(sae), sae, x)
+    assert expected[0].dtype == (dtype or torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(sae, backend=backend, fullgraph=True)
-    for one, other in zip(gradients(compiled, sae, x), expected, strict=True):
+    for one, other in zip(gradients(autocast(compiled), sae, x), expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
