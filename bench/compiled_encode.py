@@ -40,6 +40,7 @@ def product_build(
         chips=(chip,),
         divisible=("N", "M", "D") if aligned else ("M",),
         needs={"tensor_core": 1} | ({"wide_loads": 2} if aligned else {}),
+        allows={"int32_products": 3},  # numbers of tiles
     )
 
 
