@@ -7,8 +7,9 @@ than a product with all latents. `few_latents` tells, and the verbs of `sparse.p
     gather_dot      x Wᵀ, at indices
     scatter_outer   codesᵀ x
 
-each a piece of the (N, M) matrix at a time. Sums are in float32 and in a fixed order; as in any
-dense product, 0 times what is not finite is NaN.
+each a piece of the (N, M) matrix at a time. Sums are in float32 and in a fixed order; float32
+factors are cut to TF32 only where torch's own switch allows it. As in any dense product, 0 times
+what is not finite is NaN.
 
 Legend: N tokens, D inputs, M latents, K active latents a token.
 """
