@@ -50,8 +50,8 @@ def fused_tile(capability: tuple[int, int], dtype: torch.dtype, precision: str, 
 
 
 def describes(capability: tuple[int, int]) -> bool:
-    """Whether a chip takes tiles by tensor descriptor: sm_90 to sm_110. sm_120 knows them, but has
-    99 KiB of shared memory for the 112 that they take."""
+    """Whether a chip takes tiles by tensor descriptor: sm_90 to sm_110. sm_120 knows them, but they
+    spill there, and take 112 KiB of shared memory where 99 are (Triton 3.7)."""
     return 9 <= capability[0] < 12
 
 
