@@ -68,7 +68,7 @@ def _add_codes(row, column, value, valid):  # type: ignore[no-untyped-def]
     """row[column] += value where valid; elsewhere, value is 0 or column no valid one's. Values of
     equal columns are summed first, and all of these store the sum: any may be the last to do so."""
     same = column[:, None] == column[None, :]
-    total = tl.sum(tl.where(same, value[None, :], 0.0), 1)
+    total = tl.sum(tl.where(same, value[:, None], 0.0), 0)  # along what one thread holds
     total += tl.load(row + column, valid, other=0.0).to(tl.float32)
     tl.debug_barrier()  # all have read before one writes, and have written before one reads
     tl.store(row + column, total.to(row.dtype.element_ty), valid)
