@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sparse_topk.triton_ops import adam, sparse
+from sparse_topk.triton_ops import adam, dense, sparse
 
 from . import compiled_encode
 from .compiled_build import Build, Compiled, compile_for, violations
@@ -78,6 +78,26 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
     ]
 
 
+def dense_builds(dtype: torch.dtype) -> list[Build]:
+    """What writes the codes that the products of few latents need."""
+    data, ids = TYPES[dtype], "*i64"
+    block, warps = dense.codes_tile()
+    return [
+        Build(
+            f"{verb} {data[1:]}",
+            kernel,
+            {"values": data, "codes": data, "K": "i32", size: "i32"} | dict.fromkeys(places, ids),
+            {"BLOCK": block},
+            num_warps=warps,
+            divisible=("K", size),
+        )
+        for verb, kernel, size, places in (
+            ("codes_of_token", dense.codes_of_token_kernel, "M", ("indices",)),
+            ("codes_of_latent", dense.codes_of_latent_kernel, "N", ("order", "offsets")),
+        )
+    ]
+
+
 def adam_build(d: int | None, clip: bool) -> Build:
     """Adam on rows of D float32 weights, or off the sphere where D is None; with `clip`, scaled
     by a factor and with a bfloat16 shadow."""
@@ -111,7 +131,10 @@ BUILDS = [
         (770, 3, torch.bfloat16),
     ]
     for build in sparse_builds(d, k, dtype)
-] + [
+]
+BUILDS += [
+    *dense_builds(torch.bfloat16),
+    *dense_builds(torch.float32),
     adam_build(None, clip=True),
     adam_build(2048, clip=False),
     adam_build(2048, clip=True),

@@ -20,11 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CHIPS = (80, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {
+    chip: kib * 1024 for chip, kib in {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}.items()
+}
 """Bytes of shared memory that one program may have (CUDA Programming Guide, compute
 capabilities)."""
 
-_TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+_TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Build:
     needs: Mapping[str, int] = field(default_factory=dict)
     """Least values of `Compiled`'s fields: {"tensor_core": 1, "wide_loads": 8}."""
     allows: Mapping[str, int] = field(default_factory=dict)
-    """Largest values of `Compiled`'s fields: {"narrow_loads": 2}. Spills are never allowed."""
+    """Largest values of `Compiled`'s fields: {"narrow_loads": 2}. Spills are never allowed, and
+    `int32_products` only where this says so."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Compiled:
     """Global stores of at least 16 bytes a thread, or TMA's."""
     narrow_loads: int
     """Global loads of less."""
+    int32_products: int
+    """32-bit products of two run-time values: one such in an address is wrong past 2³¹."""
 
 
 def compile_for(build: Build, chip: int) -> Compiled:
@@ -110,7 +115,7 @@ def compile_for(build: Build, chip: int) -> Compiled:
         file.flush()
         usage = _cuobjdump("-res-usage", file.name)
         sass = _cuobjdump("-sass", file.name)
-    return _read(usage, sass, made.metadata.shared, chip)
+    return _read(usage, sass, made.asm["ttir"], made.metadata.shared, chip)
 
 
 def violations(build: Build, chip: int, made: Compiled) -> list[str]:
@@ -123,7 +128,7 @@ def violations(build: Build, chip: int, made: Compiled) -> list[str]:
     for what, least in build.needs.items():
         if getattr(made, what) < least:
             faults.append(f"has {getattr(made, what)} {what}, needs at least {least}")
-    for what, most in build.allows.items():
+    for what, most in ({"int32_products": 0} | dict(build.allows)).items():
         if getattr(made, what) > most:
             faults.append(f"has {getattr(made, what)} {what}, may have at most {most}")
     return [f"{build.name} on sm_{chip} {fault}" for fault in faults]
@@ -134,13 +139,15 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
 
 
-def _read(usage: str, sass: str, shared: int, chip: int) -> Compiled:
-    """The figures in cuobjdump's two texts."""
+def _read(usage: str, sass: str, ttir: str, shared: int, chip: int) -> Compiled:
+    """The figures in cuobjdump's two texts and Triton's own."""
     registers = [int(n) for n in re.findall(r"\bREG:(\d+)", usage)]
     spilled = [int(n) for n in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)]
     # "/*0010*/  @!P0 LDG.E.128.CONSTANT R4, …": the opcode with its dotted parts
     opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.M)
-    if not registers or not spilled or not opcodes:
+    constants = set(re.findall(r"(%\S+) = arith\.constant", ttir))
+    products = re.findall(r"= arith\.muli (%\S+), (%\S+)[^:\n]* : (?:tensor<[\dx]+x)?i32", ttir)
+    if not registers or not spilled or not opcodes or not constants:
         raise RuntimeError(f"cannot read cuobjdump's answer:\n{usage}\n{sass[:500]}")
 
     def count(*bases: str, wide: bool = False) -> int:
@@ -160,4 +167,5 @@ def _read(usage: str, sass: str, shared: int, chip: int) -> Compiled:
         wide_loads=count(*loads, wide=True),
         wide_stores=count(*stores, wide=True),
         narrow_loads=count(*loads) - count(*loads, wide=True),
+        int32_products=sum(constants.isdisjoint(factors) for factors in products),
     )

@@ -10,7 +10,7 @@ import triton
 
 from sparse_topk.triton_ops import encode, fused, rescore, select
 
-from .compiled_build import CHIPS, Build
+from .compiled_build import CHIPS, SHARED_LIMIT, Build
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -18,9 +18,10 @@ _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def product_build(
     chip: int, m: int, k: int, dtype: torch.dtype, precision: str, *, aligned: bool = True
 ) -> Build:
-    """The fused product on one chip: with tensor descriptors from sm_90 on, if D allows them."""
-    tma = chip >= 90 and aligned
-    tile = fused.fused_tile((chip // 10, chip % 10), dtype, precision, tma)
+    """The fused product on one chip: with tensor descriptors, if the chip and D allow them."""
+    capability = (chip // 10, chip % 10)
+    tma = fused.describes(capability) and aligned
+    tile = fused.fused_tile(capability, dtype, precision, tma)
     name, group = _TYPES[dtype], fused.fused_group(m, k)
     described = {
         "x": f"tensordesc<{name}[{tile.block_n}, {tile.block_d}]>",
@@ -29,7 +30,7 @@ def product_build(
     results = {"bias": f"*{name}", "best": "*i32", "second": "*i32"}
     sizes = {"N": "i32", "M": "i32", "D": "i32", "ROWS": "i32"}
     return Build(
-        f"best_two{'_tma' * tma} {name} {precision}{'' if aligned else ' odd D'}",
+        f"best_two{'_tma' * tma} {name} {precision} G={group}{'' if aligned else ' odd D'}",
         fused.best_two_tma_kernel if tma else fused.best_two_kernel,
         (described if tma else {"x": f"*{name}", "W": f"*{name}"}) | results | sizes,
         {"G": group, "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m}
@@ -39,6 +40,7 @@ def product_build(
         chips=(chip,),
         divisible=("N", "M", "D") if aligned else ("M",),
         needs={"tensor_core": 1} | ({"wide_loads": 2} if aligned else {}),
+        allows={"int32_products": 3},  # numbers of tiles
     )
 
 
@@ -70,9 +72,7 @@ def producer_builds(m: int, k: int, dtype: torch.dtype) -> list[Build]:
     ]
 
 
-def selection_builds(
-    m: int, k: int, dtype: torch.dtype, *, two: bool, chips: tuple[int, ...] = CHIPS
-) -> list[Build]:
+def selection_builds(m: int, k: int, dtype: torch.dtype, *, two: bool) -> list[Build]:
     """The selection from fused keys (`two`) or from stored scores."""
     group = fused.fused_group(m, k) if two else encode.chunked_group(m, k)
     n_groups = triton.cdiv(m, group)
@@ -91,7 +91,6 @@ def selection_builds(
             | {"BLOCK_P": triton.next_power_of_2(slots)}
             | ({} if two else {"second": None}),
             num_warps=pick_warps,
-            chips=chips,
             divisible=("J",),
             needs={"wide_loads": 4},
         ),
@@ -103,7 +102,6 @@ def selection_builds(
             | ({} if two else {"bias": data}),
             {"G": group, "TWO": two, "BLOCK": candidates} | ({"bias": None} if two else {}),
             num_warps=rank_warps,
-            chips=chips,
             divisible=("M",),
             needs={"wide_loads": 4},
         ),
@@ -113,14 +111,16 @@ def selection_builds(
 _BF16, _FP32 = torch.bfloat16, torch.float32
 
 BUILDS = [
-    *[product_build(chip, 2**17, 32, _BF16, "tf32") for chip in CHIPS],
+    *[product_build(chip, 2**17, 32, _BF16, "tf32") for chip in SHARED_LIMIT],
+    *[product_build(chip, 2**17, 1024, _BF16, "tf32") for chip in CHIPS],
     *[product_build(chip, 2**17, 32, _BF16, "tf32", aligned=False) for chip in CHIPS],
-    *[product_build(chip, 2**15, 32, _FP32, "tf32x3") for chip in CHIPS],
+    *[product_build(chip, 2**15, 32, _FP32, "tf32x3") for chip in SHARED_LIMIT],
     *[product_build(chip, 2**15, 32, _FP32, "tf32x3", aligned=False) for chip in CHIPS],
-    *[product_build(chip, 2**15, 32, _FP32, "tf32") for chip in CHIPS],
+    *[product_build(chip, 2**15, 32, _FP32, "tf32") for chip in SHARED_LIMIT],
     *producer_builds(2**17, 32, _BF16),
+    *producer_builds(2**20, 1024, _FP32),
     *selection_builds(2**17, 32, _BF16, two=True),
     *selection_builds(2**17, 32, _BF16, two=False),
-    *selection_builds(2**17, 1024, _FP32, two=True, chips=(90,)),
-    *selection_builds(2**20, 1024, _FP32, two=False, chips=(90,)),
+    *selection_builds(2**17, 1024, _FP32, two=True),
+    *selection_builds(2**20, 1024, _FP32, two=False),
 ]

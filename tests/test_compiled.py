@@ -25,7 +25,7 @@ def test_every_kernel_compiles_as_it_must():
     """No spill, tensor cores and 16-byte loads where they belong, shared memory that exists."""
     made = run("-m", "bench.compiled")
     assert made.returncode == 0, made.stdout + made.stderr
-    for chip in ("sm_80", "sm_90", "sm_100"):
+    for chip in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"):
         assert f" {chip} " in made.stdout
 
 
@@ -69,6 +69,45 @@ print(violations(good, 90, replace(made, shared=227 * 1024)))
     assert nothing == fits == "[]"
     assert "has 0 tensor_core, needs at least 1" in no_tensor_core
     assert "166913 bytes of shared memory, more than 166912" in shared
+
+
+def test_the_gate_knows_each_chips_tensor_cores_and_memory():
+    """Float32 without TF32 has none on sm_80; a tile of 16 tokens has the slow ones of sm_80 on
+    sm_90 and sm_100; seven stages do not fit sm_80, nor five sm_120. A product of sizes in 32
+    bits must be allowed by name."""
+    code = """
+from dataclasses import replace
+import torch
+from bench.compiled_build import compile_for, violations
+from bench.compiled_encode import product_build
+
+def show(build):
+    (chip,) = build.chips
+    print(violations(build, chip, compile_for(build, chip)))
+
+def product(chip, **changes):
+    good = product_build(chip, 2**17, 32, torch.bfloat16, "tf32")
+    signature = good.signature | changes.pop("signature", {})
+    return replace(good, signature=signature, constexprs=good.constexprs | changes)
+
+small = {"BLOCK_N": 16, "BLOCK_M": 64, "BLOCK_D": 32}
+show(product(80, **small, PRECISION="ieee", signature={"x": "*fp32", "W": "*fp32"}))
+described = {"x": "tensordesc<bf16[16, 32]>", "W": "tensordesc<bf16[64, 32]>"}
+for chip in (90, 100):
+    show(replace(product(chip, **small, signature=described), num_warps=4))
+show(replace(product(80), num_stages=7))
+show(replace(product(120), num_stages=5))
+show(replace(product(90), allows={}))
+"""
+    made = run("-c", code)
+    assert made.returncode == 0, made.stderr
+    *no_tensor_cores, seven, five, products = made.stdout.splitlines()
+    assert len(no_tensor_cores) == 3
+    for chip, line in zip((80, 90, 100), no_tensor_cores, strict=True):
+        assert f"on sm_{chip} has 0 tensor_core, needs at least 1" in line
+    assert "on sm_80 takes 196608 bytes of shared memory, more than 166912" in seven
+    assert "on sm_120 takes 131072 bytes of shared memory, more than 101376" in five
+    assert "has 3 int32_products, may have at most 0" in products
 
 
 def test_interpreted_kernels_are_refused():

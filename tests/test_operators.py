@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparse_topk import SparseTopKSAE, operators, reference
+from sparse_topk.triton_ops import sparse
 
 N, D, M, K = 7, 12, 40, 5
 
@@ -28,13 +29,26 @@ def gradients(module, sae, x):
 
 
 @pytest.mark.filterwarnings("default")  # torch's compiler uses what torch deprecates
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_is_the_same_without_a_graph_break(backend):
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("aot_eager", None), ("aot_eager", torch.bfloat16), ("inductor", None)],
+)
+def test_compiled_is_the_same_without_a_graph_break(backend, dtype):
+    """Output and every gradient; also under autocast, where the output is of its dtype."""
     sae, x = case()
-    expected = gradients(sae, sae, x)
+
+    def autocast(module):
+        def forward(x):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                return module(x)
+
+        return forward
+
+    expected = gradients(autocast(sae), sae, x)
+    assert expected[0].dtype == (dtype or torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(sae, backend=backend, fullgraph=True)
-    for one, other in zip(gradients(compiled, sae, x), expected, strict=True):
+    for one, other in zip(gradients(autocast(compiled), sae, x), expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -57,10 +71,13 @@ def test_fake_results_have_the_real_shapes_and_dtypes():
             torch.library.opcheck(verb.default, arguments)
 
 
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_triton_gives_the_gradients_of_dense_autograd(monkeypatch, bias):
-    """The whole module on the kernels, in Triton's interpreter where there is no GPU."""
+def test_triton_gives_the_gradients_of_dense_autograd(monkeypatch, bias, few):
+    """The whole module on the kernels, in Triton's interpreter where there is no GPU; sparse
+    products by rows, and as for few latents."""
     monkeypatch.setenv("SPARSE_TOPK_BACKEND", "triton")
+    monkeypatch.setattr(sparse, "few_latents", lambda *shape: few)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sae, x = case(bias)
     sae = sae.to(device)

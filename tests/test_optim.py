@@ -7,7 +7,7 @@ import io
 import pytest
 import torch
 
-from sparse_topk import UnitNormAdam, torch_ops
+from sparse_topk import SparseTopKSAE, UnitNormAdam, torch_ops
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -115,6 +115,18 @@ def test_it_clips_as_torch_does(device, max_grad_norm):
     for one, other in zip(ours, truth, strict=True):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(ours[0].norm(dim=1), torch.ones_like(ours[0][:, 0]))
+
+
+def test_a_backward_after_the_step_is_refused(device):
+    """It would take its gradients at weights that the forward pass has not seen."""
+    sae = SparseTopKSAE(4, 16, 2).to(device)
+    optimizer = UnitNormAdam(sae.parameter_groups())
+    x = torch.randn(3, 4, device=device)
+    early, late = sae(x).sum(), sae(x).sum()
+    early.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
 
 
 def test_a_copy_clips_too():

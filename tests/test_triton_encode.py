@@ -172,7 +172,7 @@ def test_adversaries(path, case, k):
 
 def test_stored_zeros_are_equal_whatever_their_sign(monkeypatch):
     """A sum that begins at 0 is never −0; whether a library's product does so is its affair."""
-    monkeypatch.setattr(encode, "_scores", lambda x, W: minus_zeros().to(DEVICE)[None])
+    monkeypatch.setattr(encode, "product", lambda x, W: minus_zeros().to(DEVICE)[None])
     W = torch.zeros(160, 1, device=DEVICE)
     _, indices = topk_encode(W[:1], W, None, 3, path="chunked")
     assert indices.tolist() == [[0, 1, 2]]
@@ -290,7 +290,7 @@ def test_keys_of_the_best_two(tma, group, dtype):
 
 
 def may_describe() -> bool:
-    return DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
+    return DEVICE == "cpu" or fused.describes(torch.cuda.get_device_capability())
 
 
 def test_a_group_is_opened_only_where_its_second_counts():

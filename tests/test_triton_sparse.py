@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_topk import torch_ops
+from sparse_topk.triton_ops import dense as dense_ops
 from sparse_topk.triton_ops import sparse as ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,6 +27,17 @@ def _poison():
     assert torch.empty(1, device=DEVICE).isnan()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _gather(monkeypatch):
+    """Rows are gathered, unless a test asks for the dense products."""
+    monkeypatch.setattr(ops, "few_latents", lambda *shape: False)
+
+
+def go_dense(patch):
+    """Take the dense products, which float64 does not have."""
+    patch.setattr(ops, "few_latents", lambda n, d, m, k, dtype: dtype != torch.float64)
 
 
 def random_case(n, d, m, k, seed=0, dtype=torch.float32):
@@ -55,7 +67,14 @@ def assert_rounds_only(ours, truth, magnitude, terms):
 
 
 def assert_equal_dense(x, W, values, indices):
-    """All three products, each against its dense equivalent."""
+    """All three products, each against its dense equivalent in float64; both ways to each."""
+    assert_products(x, W, values, indices)
+    with pytest.MonkeyPatch.context() as patch:
+        go_dense(patch)
+        assert_products(x, W, values, indices)
+
+
+def assert_products(x, W, values, indices):
     n, k = indices.shape
     m, d = W.shape
     codes, rows, tokens = dense(values, indices, m), W.cpu().double(), x.cpu().double()
@@ -131,6 +150,67 @@ def test_any_runs_in_any_chunks(choices, chunk):
 def test_a_chunk_as_it_is_shipped():
     x, W, values, indices = random_case(3 * ops.CHUNK, 4, 3, 2)
     assert_equal_dense(x, W, values, indices)
+
+
+@given(
+    choices=st.lists(st.lists(st.integers(0, 5), min_size=70, max_size=70), min_size=1, max_size=3),
+    bytes_=st.sampled_from([1, 2**20]),
+)
+@settings(deadline=None, max_examples=10)
+def test_a_latent_chosen_again_and_again(choices, bytes_):
+    """Within what a program writes at a time and beyond it; integers, so that sums are exact."""
+    indices = torch.tensor(choices, device=DEVICE)
+    n, k = indices.shape
+    values = torch.arange(1.0, n * k + 1, device=DEVICE).view(n, k)
+    x, W = torch.arange(1.0, n + 1, device=DEVICE)[:, None], torch.arange(6.0, device=DEVICE)
+    codes = dense(values, indices, 6)
+    with pytest.MonkeyPatch.context() as patch:
+        go_dense(patch)
+        patch.setattr(dense_ops, "_BYTES", bytes_)
+        summed = ops.gather_sum(values, indices, W[:, None])
+        outer = ops.scatter_outer(values, ops.order_by_latent(indices, 6), x)
+    assert torch.equal(summed.cpu().double(), codes @ W.cpu().double()[:, None])
+    assert torch.equal(outer.cpu().double(), codes.T @ x.cpu().double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dense_products_in_pieces(monkeypatch, dtype):
+    """More tokens and latents than a piece holds; bfloat16 too, which is only moved about here."""
+    go_dense(monkeypatch)
+    monkeypatch.setattr(dense_ops, "_BYTES", 3 * 40 * 4)
+    assert_products(*random_case(11, 9, 40, 6, dtype=dtype))
+
+
+def test_an_index_that_is_none_writes_nothing(monkeypatch):
+    """Undefined, but never another token's codes."""
+    go_dense(monkeypatch)
+    indices = torch.tensor([[0, 5], [-1, 2]], device=DEVICE)
+    out = ops.gather_sum(torch.ones(2, 2, device=DEVICE), indices, torch.eye(5, device=DEVICE))
+    assert out.tolist() == [[1, 0, 0, 0, 0], [0, 0, 1, 0, 0]]
+
+
+def test_when_latents_are_few():
+    """Those of AuxK are, those of the whole dictionary are not."""
+    few, half = dense_ops.few_latents, torch.bfloat16
+    assert few(8192, 2048, 13107, 512, half)
+    assert few(8192, 512, 3276, 256, half)
+    assert not few(8192, 2048, 131072, 512, half)
+    assert not few(8192, 2048, 131072, 32, half)
+    assert not few(8192, 512, 32768, 32, torch.float32)
+    assert few(8192, 2048, 4096, 512, torch.float32)
+    assert not few(8192, 2048, 13107, 512, torch.float32)  # no tensor cores
+    assert not few(8192, 2048, 4096, 512, torch.float64)  # no dense way
+    assert not few(1, 2048, 4096, 512, half)  # one token would stream all of W
+    assert not few(0, 2048, 4096, 512, half)
+
+
+def test_many_selections_make_longer_chunks_not_more_memory():
+    assert ops.chunk_length(65536 * 32, 2048) == ops.CHUNK
+    for selections, d in ((65536 * 1024, 2048), (2**24, 5000)):
+        chunk = ops.chunk_length(selections, d)
+        assert chunk.bit_count() == 1
+        assert selections // chunk * d * 4 <= 256 * 2**20 < selections // (chunk // 2) * d * 4
+    assert ops.chunk_length(0, 8) == ops.CHUNK
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter: ∞ · 0

@@ -147,6 +147,9 @@ def adam_unit_norm_(
             adam_flat_kernel[triton.cdiv(size, block),](
                 *tensors, size, *scalars, block, sum_type(weight), num_warps=warps
             )
+    for written in (weight, exp_avg, exp_avg_sq, shadow):
+        if written is not None:  # autograd does not see it, and must refuse a late backward
+            torch.autograd.graph.increment_version(written)
 
 
 def adam_rows_tile(d: int) -> tuple[int, int]:

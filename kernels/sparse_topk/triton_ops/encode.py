@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dense import pieces, product
 from .fused import encode_fused, fused_group
 from .select import LOWEST, ordered, select_stored
 
@@ -133,10 +134,7 @@ def encode_chunked(x: Tensor, W: Tensor, b: Tensor | None, values: Tensor, indic
     x (N, D), W (M, D), b (M,) → values, indices (N, K).
     """
     m, k = len(W), values.shape[1]
-    step = max(1, _WORKSPACE_BYTES // (4 * m))
-    step = step // 128 * 128 or step
-    for start in range(0, len(x), step):
-        rows = slice(start, start + step)
+    for rows in pieces(len(x), 4 * m, _WORKSPACE_BYTES):
         _encode_chunk(x[rows], W, b, chunked_group(m, k), values[rows], indices[rows])
 
 
@@ -144,7 +142,7 @@ def _encode_chunk(
     x: Tensor, W: Tensor, b: Tensor | None, group: int, values: Tensor, indices: Tensor
 ) -> None:
     """The rows of one chunk; the scores are freed on return, before the next chunk's are made."""
-    scores = _scores(x, W)
+    scores = product(x, W.T)
     n, m = scores.shape
     n_groups, block = triton.cdiv(m, group), group_best_block(group)
     best = torch.empty(n, n_groups, device=x.device, dtype=torch.int32)
@@ -152,12 +150,3 @@ def _encode_chunk(
         scores, b, best, m, n_groups, G=group, BLOCK_J=block, num_warps=4
     )
     select_stored(scores, b, best, group, values, indices)
-
-
-def _scores(x: Tensor, W: Tensor) -> Tensor:
-    """x Wᵀ as float32, (N, M)."""
-    if x.dtype == torch.float32:
-        return torch.mm(x, W.T)
-    if not x.is_cuda:  # the interpreter's case: torch has the mixed product on CUDA only
-        return torch.mm(x.float(), W.float().T)
-    return torch.mm(x, W.T, out_dtype=torch.float32)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .dense import pieces
 from .rescore import select_recomputed
 from .select import LOWEST, ordered
 from .sparse import gather_dot
@@ -46,6 +47,12 @@ def fused_tile(capability: tuple[int, int], dtype: torch.dtype, precision: str, 
     if precision == "tf32x3":
         return Tile(128, 128 if tma else 64, 32, 8, 3)
     return Tile(128, 256 if tma else 128, 128 // dtype.itemsize, 8, 3)
+
+
+def describes(capability: tuple[int, int]) -> bool:
+    """Whether a chip takes tiles by tensor descriptor: sm_90 to sm_110. sm_120 knows them, but they
+    spill there, and take 112 KiB of shared memory where 99 are (Triton 3.7)."""
+    return 9 <= capability[0] < 12
 
 
 def fused_group(m: int, k: int) -> int:
@@ -195,18 +202,16 @@ def encode_fused(
     256 MiB of keys at a time.
 
     x (N, D), W (M, D), b (M,) → values, indices (N, K). `tma` picks the kernel with tensor
-    descriptors (sm_90 on, rows of a multiple of 16 bytes), by default wherever it works.
+    descriptors (rows of a multiple of 16 bytes), by default wherever `describes` and they allow.
     """
     if not x.is_cuda and x.dtype == torch.bfloat16:  # the interpreter's `tl.dot` misreads it
         x, W = x.float(), W.float()
     m, k = len(W), values.shape[1]
     group = fused_group(m, k)
-    step = max(1, _KEY_BYTES // (8 * triton.cdiv(m, group)))
-    step = step // 128 * 128 or step
-    for start in range(0, len(x), step):
-        rows = slice(start, start + step)
-        best, second = best_two(x[rows], W, b, group, tma=tma)
-        select_recomputed(x[rows], W, b, best, second, group, values[rows], indices[rows])
+    for rows in pieces(len(x), 8 * triton.cdiv(m, group), _KEY_BYTES):
+        keys = best_two(x[rows], W, b, group, tma=tma)
+        select_recomputed(x[rows], W, b, *keys, group, values[rows], indices[rows])
+        del keys  # before the next are made
     if values.dtype == torch.float32:
         values.copy_(gather_dot(x, indices, W))
         if b is not None:
@@ -224,7 +229,7 @@ def best_two(
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     if tma is None:
         aligned = d * x.element_size() % 16 == 0 and x.data_ptr() % 16 == W.data_ptr() % 16 == 0
-        tma = capability[0] >= 9 and aligned
+        tma = describes(capability) and aligned
     precision = dot_precision(x.dtype)
     tile = fused_tile(capability, x.dtype, precision, tma)
     n_groups = triton.cdiv(m, group)

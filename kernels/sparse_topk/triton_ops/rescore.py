@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dense import pieces
 from .select import pick_groups, rank
 
 _BYTES = 256 * 2**20  # of opened groups' scores held at a time
@@ -79,9 +80,7 @@ def select_recomputed(
     """
     k, (m, d) = values.shape[1], W.shape
     slots = min(k, best.shape[1])
-    step = max(1, _BYTES // (slots * group * 4))
-    for start in range(0, len(x), step):
-        rows = slice(start, start + step)
+    for rows in pieces(len(x), 4 * slots * group, _BYTES):
         part = x[rows]
         picks = pick_groups(best[rows], second[rows], k, m, group)
         scores = torch.empty(len(part), slots, group, device=x.device, dtype=torch.float32)
@@ -91,3 +90,4 @@ def select_recomputed(
             num_warps=4,
         )  # fmt: skip
         rank(scores, best[rows], None, picks, values[rows], indices[rows], m, group, two=True)
+        del scores  # before the next are made

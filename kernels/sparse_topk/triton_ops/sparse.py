@@ -4,7 +4,8 @@ All are bound by memory: a thread reads 16 bytes of a row at a time, with severa
 Sums are in float32 (in float64 where an argument is), in a fixed order and without atomics, so a
 result is the same bits every time. Nothing here waits for the device. K is an argument, not a
 constant of the kernels: AuxK's is the number of dead latents while they are few, and every value of
-a constant would be compiled anew.
+a constant would be compiled anew. Where K rows a token cost more than all latents at once, the
+products are dense ones (`dense.py`).
 
 Legend: N tokens, D inputs, M latents, K active latents a token.
 """
@@ -17,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..torch_ops import LatentOrder, order_by_latent
+from . import dense
+from .dense import few_latents
 
 __all__ = [
     "LatentOrder",
@@ -28,7 +31,9 @@ __all__ = [
 ]
 
 CHUNK = 128
-"""Selections summed by one program where a latent has many of them; a power of two."""
+"""Selections summed by one program where a latent has many of them, at least; a power of two."""
+
+_PARTIAL_BYTES = 256 * 2**20  # of the chunks' sums
 
 
 @triton.jit
@@ -160,6 +165,8 @@ def gather_sum(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """out[n] = Σ_k values[n, k] · W[indices[n, k]]. (N, K), (N, K), (M, D) → (N, D)."""
     (n, k), d = indices.shape, W.shape[1]
     values, indices, W = values.contiguous(), indices.contiguous(), W.contiguous()
+    if values.dtype == W.dtype and few_latents(n, d, len(W), k, W.dtype):
+        return dense.gather_sum(values, indices, W)
     out = W.new_empty(n, d)
     block, rows, warps = gather_sum_tile(d, k, W.element_size())
     with torch.cuda.device_of(W):
@@ -173,6 +180,8 @@ def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """out[n, k] = x[n] · W[indices[n, k]]. (N, D), (N, K), (M, D) → (N, K)."""
     (n, k), d = indices.shape, W.shape[1]
     x, indices, W = x.contiguous(), indices.contiguous(), W.contiguous()
+    if x.dtype == W.dtype and few_latents(n, d, len(W), k, W.dtype):
+        return dense.gather_dot(x, indices, W)
     out = x.new_empty(n, k)
     block, rows, warps = gather_dot_tile(W.element_size())
     with torch.cuda.device_of(W):
@@ -186,28 +195,30 @@ def scatter_outer(values: Tensor, order: LatentOrder, x: Tensor) -> Tensor:
     """out[m] = Σ values[n, k] · x[n] over the (n, k) that chose m; in a fixed order.
 
     values (N, K), x (N, D) → (M, D), zero where no token chose m. A latent that many tokens chose
-    is summed a chunk at a time by several programs. A chunk is CHUNK places of the sorted
-    selections; those that lie within one latent have their sum stored in float32, (N·K/CHUNK, D).
+    is summed a chunk at a time by several programs. A chunk is C places of the sorted selections;
+    those that lie within one latent have their sum stored in float32, (N·K/C, D).
     """
     (n, k), d, m = values.shape, x.shape[1], len(order.offsets) - 1
     values, x = values.contiguous(), x.contiguous()
+    if values.dtype == x.dtype and few_latents(n, d, m, k, x.dtype):
+        return dense.scatter_outer(values, order, x)
     out = x.new_empty(m, d)
-    sums = sum_type(values, x)
+    sums, chunk = sum_type(values, x), chunk_length(n * k, d)
     partials = x.new_empty(
-        n * k // CHUNK, d, dtype=torch.float64 if sums == tl.float64 else torch.float32
+        n * k // chunk, d, dtype=torch.float64 if sums == tl.float64 else torch.float32
     )
-    starts = torch.arange(0, len(partials) * CHUNK, CHUNK, device=x.device)
+    starts = torch.arange(0, len(partials) * chunk, chunk, device=x.device)
     owners = torch.searchsorted(order.offsets, starts, right=True) - 1
     with torch.cuda.device_of(x):
         block, rows, warps = sum_chunks_tile(d, x.element_size())
         sum_chunks_kernel[len(partials), triton.cdiv(d, block)](
             values, order.order, order.offsets, owners, x, partials,
-            d, k, CHUNK, block, rows, sums, num_warps=warps,
+            d, k, chunk, block, rows, sums, num_warps=warps,
         )  # fmt: skip
         block, rows, warps = scatter_outer_tile(d, x.element_size())
         scatter_outer_kernel[m, triton.cdiv(d, block)](
             values, order.order, order.offsets, x, partials, out,
-            d, k, CHUNK, block, rows, sums, num_warps=warps,
+            d, k, chunk, block, rows, sums, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -222,6 +233,11 @@ def sum_by_latent(values: Tensor, indices: Tensor, order: LatentOrder) -> Tensor
     runs = values.flatten()[order.order].to(dtype)
     # `unsafe` leaves out the checks of `offsets`, which would wait for the device.
     return torch.segment_reduce(runs, "sum", offsets=order.offsets, initial=0, unsafe=True)
+
+
+def chunk_length(selections: int, d: int) -> int:
+    """Selections a chunk: CHUNK, or the power of two at which their sums take 256 MiB."""
+    return max(CHUNK, triton.next_power_of_2(triton.cdiv(selections * d * 4, _PARTIAL_BYTES)))
 
 
 def gather_sum_tile(d: int, k: int, element_size: int) -> tuple[int, int, int]:

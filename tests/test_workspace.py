@@ -1,0 +1,136 @@
+"""What the verbs allocate at the sizes they are for, and that none waits for the device.
+
+On fake tensors, which have shapes and no data, with the launches left out: it needs no GPU, and
+what would ask a tensor for a value fails. What torch's own kernels (sort, matrix product) take
+inside is not seen; `test_real_sizes.py` measures all of it where there is a GPU.
+
+Legend: N tokens, D inputs, M latents, K active latents a token.
+"""
+
+import weakref
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparse_topk import UnitNormAdam, triton_ops
+from sparse_topk.triton_ops import adam, dense, encode, fused, rescore, select, sparse
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+
+N, D, M = 65536, 2048, 131072
+LIMIT = 600 * 2**20  # a third of a tenth of the scores in half precision, N · M · 2 / 10
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of the tensors alive, and the most there were at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage):
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+
+    def forget(self, key, size):
+        self.known.remove(key)
+        self.alive -= size
+
+    def extra(self, verb, *arguments, **options):
+        """Bytes beyond arguments and results at the peak of one call; and the results."""
+        self.peak = before = self.alive
+        results = verb(*arguments, **options)
+        outputs = sum(t.nbytes for t in tree_leaves(results) if isinstance(t, torch.Tensor))
+        return self.peak - before - outputs, results
+
+
+class NoKernel:
+    """A kernel whose launch does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    for module in (adam, dense, encode, fused, rescore, select, sparse):
+        for name in vars(module):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, NoKernel())
+
+    def product(left, right):  # as on CUDA, where nothing is converted first
+        return torch.empty(len(left), right.shape[1])
+
+    monkeypatch.setattr(dense, "product", product)
+    monkeypatch.setattr(encode, "product", product)
+    monkeypatch.setenv("SPARSE_TOPK_BACKEND", "triton")
+    with FakeTensorMode(), Memory() as counted:
+        yield counted
+
+
+def test_the_count(memory):
+    kept = torch.empty(1000, dtype=torch.float16)
+    for _ in range(3):
+        kept.float()
+    view = kept.view(10, 100)
+    assert (memory.alive, memory.peak) == (2000, 6000)
+    del kept, view
+    assert memory.alive == 0
+    with pytest.raises(DataDependentOutputException):
+        torch.empty(1).item()
+
+
+@pytest.mark.parametrize("k", [32, 1024])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("path", ["fused", "chunked"])
+def test_encode(memory, path, dtype, k):
+    x, W = torch.empty(N, D, dtype=dtype), torch.empty(M, D, dtype=dtype)
+    assert memory.extra(triton_ops.topk_encode, x, W, W[:, 0], k, path=path)[0] <= LIMIT
+
+
+def test_encode_among_some_latents(memory):
+    """Beyond that, their rows are copied."""
+    x, W = torch.empty(N, D, dtype=torch.float16), torch.empty(M, D, dtype=torch.float16)
+    some = torch.empty(13107, dtype=torch.int64)
+    extra, _ = memory.extra(triton_ops.topk_encode, x, W, None, 512, some)
+    assert extra <= LIMIT + len(some) * D * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("m", "k"), [(M, 32), (M, 1024), (13107, 512), (4096, 512)])
+def test_sparse_products(memory, m, k, dtype):
+    """Of the whole dictionary, and of AuxK's latents, by rows or densely."""
+    x, W = torch.empty(N, D, dtype=dtype), torch.empty(m, D, dtype=dtype)
+    values, indices = torch.empty(N, k, dtype=dtype), torch.empty(N, k, dtype=torch.int64)
+    assert memory.extra(triton_ops.gather_sum, values, indices, W)[0] <= LIMIT
+    assert memory.extra(triton_ops.gather_dot, x, indices, W)[0] <= LIMIT
+    extra, order = memory.extra(triton_ops.order_by_latent, indices, m)
+    assert extra <= LIMIT
+    assert memory.extra(triton_ops.scatter_outer, values, order, x)[0] <= LIMIT
+    assert memory.extra(triton_ops.sum_by_latent, values, indices, order)[0] <= LIMIT
+
+
+def test_the_optimizer_clips_without_asking(memory):
+    """No value is read, and nothing as large as a weight is allocated."""
+    weights = [torch.empty(M, D), torch.empty(M, D)]
+    optimizer = UnitNormAdam(
+        [{"params": weights[:1]}, {"params": weights[1:], "unit_norm": True}], max_grad_norm=1.0
+    )
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
+    optimizer.step()  # makes the moments
+    assert memory.extra(optimizer.step)[0] <= 2**20
