@@ -63,6 +63,14 @@ class TrainConfig:
     batch."""
     seq_len: int | None = None
     """Tokens a row. None: the model's context, 2048 at most."""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the transformer computes in. auto: as it was saved on CUDA, else float32."""
+    model_device_map: str | None = None
+    """Where the transformer is, if not whole on the SAE's device: a device (cuda:1), or a way to
+    spread it of accelerate, which must be installed. auto: over all GPUs, leaving room for the
+    SAE on its own; what does not fit is in the CPU's memory, and then on the disk."""
+    model_quantize: Literal["8bit", "4bit"] | None = None
+    """Load the transformer quantised, by bitsandbytes, which must be installed."""
     column: str = "text"
     """The dataset's column of text."""
     lr: float | None = None
@@ -122,6 +130,7 @@ _FREE_ON_RESUME = (  # what may differ from the run that is resumed
     "resume",
     "preset",
     "device",
+    "model_device_map",
     "micro_tokens",
     "log",
     "checkpoint_tokens",

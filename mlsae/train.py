@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
@@ -35,14 +35,13 @@ from sparse_topk import backend_name
 from . import checkpoint
 from .activations import choose_device
 from .config import PRESETS, TrainConfig, check_config, check_same, runs_of
-from .errors import InputError, exit_on_bad_input
+from .errors import InputError, check_installed, exit_on_bad_input
 from .files import check_out
 from .fit import Fit, say
-from .logs import check_loggers
 from .memory import check_memory, estimate
-from .model import MLSAE
+from .model import MLSAE, MLSAEConfig
 from .run import Run
-from .source import Source
+from .source import Shape, Source, read_shape
 from .summary import print_summary, write_csv
 from .trainer import NonFiniteError, Trainer, survey
 
@@ -69,13 +68,18 @@ def train(config: TrainConfig) -> dict[Path, MLSAE]:
     written and models that load.
     """
     check_config(config)
-    check_loggers(config.log)
+    for logger in config.log:
+        check_installed(logger, f"--log {logger}")
     device = choose_device(config.device)
 
-    # What is read: the training so far, the transformer, the layers of it, the text.
+    # What is read: the training so far, the transformer up to its last wanted layer, the text.
     path, state = _training_so_far(config) if config.resume else (None, None)
-    source = Source(config, device)
-    _check_out(config, source)
+    shape = read_shape(config)
+    saes = {name: shape.mlsae_config(run) for name, run in runs_of(config).items()}
+    _check_out(config, saes.values())
+    needed = _memory_needed(config, shape, saes.values(), device)
+    source = Source(config, device, whole=False, reserved=needed)
+    check_memory(needed, device)
     heldout = source.heldout()
 
     try:
@@ -85,7 +89,7 @@ def train(config: TrainConfig) -> dict[Path, MLSAE]:
 
     # What is trained: an SAE for each run. The first batch sets b_pre and the first variances,
     # then is trained on.
-    trainers = _new_trainers(config, source)
+    trainers = {name: _new_trainer(config, sae, device) for name, sae in saes.items()}
     batches = source.batches(state["batches"] if state else None)
     first: list[Tensor] = []
     if not state:
@@ -138,38 +142,48 @@ def _training_so_far(config: TrainConfig) -> tuple[Path | None, dict[str, Any] |
     return None, None
 
 
-def _new_trainers(config: TrainConfig, source: Source) -> dict[str, Trainer]:
-    """The trainers of all runs at their start, by the runs' names. Raises InputError where they
-    do not fit in memory together."""
-    device, sae = source.device, config.sae
-    saes = {name: source.mlsae_config(run.sae) for name, run in runs_of(config).items()}
+def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if half else torch.float32
-    k_aux = sae.k_aux or 2 ** round(math.log2(max(source.d_in / 2, 1)))
-    micro_tokens = source.micro_rows * source.seq_len
-    check_memory(estimate(list(saes.values()), micro_tokens, k_aux, dtype), device)
-    trainers = {}
-    for name, mlsae_config in saes.items():
-        torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
-        trainers[name] = Trainer(
-            MLSAE(mlsae_config, device),
-            dead_tokens=sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
-            k_aux=k_aux,
-            aux_weight=sae.aux_weight,
-            max_grad_norm=config.max_grad_norm,
-            dtype=dtype,
-        )
-    return trainers
+    return torch.bfloat16 if half else torch.float32
 
 
-def _check_out(config: TrainConfig, source: Source) -> None:
+def _k_aux(config: TrainConfig, d_in: int) -> int:
+    return config.sae.k_aux or 2 ** round(math.log2(max(d_in / 2, 1)))
+
+
+def _memory_needed(
+    config: TrainConfig, shape: Shape, saes: Iterable[MLSAEConfig], device: torch.device
+) -> int:
+    """Bytes that training all of `saes` takes on `device`, beside the transformer."""
+    batch_rows = (config.micro_tokens or config.batch_tokens) // shape.seq_len
+    return estimate(
+        list(saes),
+        batch_rows * shape.seq_len,
+        _k_aux(config, shape.d_in),
+        _compute_dtype(config, device),
+    )
+
+
+def _new_trainer(config: TrainConfig, sae: MLSAEConfig, device: torch.device) -> Trainer:
+    """The trainer of a run at its start."""
+    torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
+    return Trainer(
+        MLSAE(sae, device),
+        dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
+        k_aux=_k_aux(config, sae.d_in),
+        aux_weight=config.sae.aux_weight,
+        max_grad_norm=config.max_grad_norm,
+        dtype=_compute_dtype(config, device),
+    )
+
+
+def _check_out(config: TrainConfig, saes: Iterable[MLSAEConfig]) -> None:
     """Raise InputError where the folder cannot take the runs, or would lose something.
 
     What they take on the disk: two weights, the counts of latents, the report; and in each
     checkpoint, one of them being written, the weights and two moments of each."""
     bytes_needed = 0
-    for run in runs_of(config).values():
-        sae = source.mlsae_config(run.sae)
+    for sae in saes:
         bytes_needed += 4 * sae.n_latents * (2 * sae.d_in + 3 * len(sae.layers)) + 12 * 2**20
         bytes_needed += (config.keep_checkpoints + 1) * 24 * sae.n_latents * sae.d_in
     own = (*RUN_FILES, "runs.csv", *RUN_FOLDERS)
