@@ -22,8 +22,8 @@ FLOORS = {
     ],
     "mlsae": [
         {"errors"},
-        {"builtin"},
-        {"config", "documents", "files", "metrics", "signals", "stopwatch"},
+        {"builtin", "distributed"},
+        {"config", "documents", "files", "metrics", "sharding", "signals", "stopwatch"},
         {"activations", "checkpoint", "data", "logs", "model"},
         {"figures", "measure", "memory", "substitution", "trainer", "transformer", "__init__"},
         {"faithfulness", "report", "source"},
