@@ -100,6 +100,14 @@ class Group:
             parts.append(buffer.cpu())
         return torch.cat(parts)
 
+    def total(self, number: int) -> int:
+        """The sum of the processes' numbers."""
+        return int(self.sum_(torch.tensor(number))) if self.size > 1 else number
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        return int(self.max_(torch.tensor(number))) if self.size > 1 else number
+
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """The first process's tensor, in all of them."""
         if self.size > 1:
@@ -215,11 +223,11 @@ def mesh(everyone: Group, device: torch.device, shards: int) -> Ranks:
     return Ranks(everyone, *map(Group, groups))
 
 
-def share_of(n: int, group: Group) -> slice:
-    """The part of n rows that is this process's: contiguous, in the order of the ranks, without
-    gap or overlap, none longer by more than one."""
-    ends = [n * rank // group.size for rank in (group.rank, group.rank + 1)]
-    return slice(*ends)
+def shares(n: int, size: int) -> list[slice]:
+    """The parts of n rows that `size` processes have: contiguous, in the order of the ranks,
+    without gap or overlap; none is longer by more than one, and the first is never shorter."""
+    ends = [-(-n * rank // size) for rank in range(size + 1)]
+    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 
 @contextmanager

@@ -155,7 +155,7 @@ class MLSAE(nn.Module):
 
     def part(self, whole: Tensor) -> Tensor:
         """The rows (M/S, …) of something (M, …) that are of this process's latents."""
-        return whole[self.sae.rows] if isinstance(self.sae, ShardedSAE) else whole
+        return whole[self.sae.rows].clone() if isinstance(self.sae, ShardedSAE) else whole
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, as those of one that is not sharded: see `whole`."""
@@ -206,8 +206,7 @@ def geometric_median(
 
     Stops where the centre moves by less than `tolerance` of its own norm plus 1.
     """
-    n_vectors = group.sum_(torch.tensor(len(x), device=x.device))
-    centre = group.sum_(x.sum(0)) / n_vectors
+    centre = group.sum_(x.sum(0)) / group.total(len(x))
     for _ in range(iterations):
         weight = 1 / (x - centre).norm(dim=1).clamp_min(1e-12)
         moved = group.sum_(weight @ x) / group.sum_(weight.sum())

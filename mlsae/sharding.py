@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from sparse_topk import SparseTopKSAE, TopK, topk_sae
+from sparse_topk import SparseTopKSAE, TopK, encode, topk_sae
 
-from .distributed import Group, share_of
+from .distributed import Group, shares
 
 
 class Selection:
@@ -84,12 +84,16 @@ class ShardedSAE(SparseTopKSAE):
     ) -> None:
         super().__init__(d_in, n_latents, k, bias=False, device="meta")
         self.group = group
-        self.rows = share_of(n_latents, group)
+        self.rows = shares(n_latents, group.size)[group.rank]
         # Drawn whole, so that the weights do not depend on the number of shards.
         drawn = torch.randn(n_latents, d_in, device=device)[self.rows]
         self.W_enc = nn.Parameter(F.normalize(drawn, dim=1))
         self.W_dec = nn.Parameter(self.W_enc.detach().clone())
         self.b_dec = nn.Parameter(torch.zeros_like(self.W_dec[0]))
+
+    def encode(self, x: Tensor) -> TopK:
+        """This shard's candidates, (…, min(K, M/S)): no other shard is asked."""
+        return encode(x - self.b_dec, self.W_enc, None, min(self.k, len(self.W_enc)))
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, TopK]:
         """x̂ (…, D), and this shard's part of the active latents (…, min(K, M/S))."""
@@ -115,6 +119,5 @@ class ShardedSAE(SparseTopKSAE):
     def whole(self, part: Tensor) -> Tensor:
         """What all shards hold of something with a row a latent, (M, …), on the CPU of the first;
         the others get their own part back. All must call it."""
-        bounds = [self.n_latents * rank // self.group.size for rank in range(self.group.size + 1)]
-        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-        return self.group.collect(part, lengths)
+        parts = shares(self.n_latents, self.group.size)
+        return self.group.collect(part, [rows.stop - rows.start for rows in parts])
