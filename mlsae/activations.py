@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from .errors import InputError
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `--device` names; on CUDA with its index, and made the current one."""
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device that `--device` names; on CUDA with its index, and made the current one. Of
+    several processes on a node, number `local_rank` takes the GPU of that number."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.empty(1, device=name).device
         if device.type == "cuda":

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -144,11 +145,11 @@ class Group:
         failed = [(rank, *said.split("\n", 1)) for rank, said in enumerate(messages) if said]
         if not failed:
             return
-        rank, host, message = failed[0]
+        rank, host, said = failed[0]
         if self.rank > 0:
             sys.exit(2)
-        everywhere = len({said for _, _, said in failed}) == 1 and len(failed) == self.size
-        raise InputError(message if everywhere else f"on rank {rank} ({host}): {message}")
+        everywhere = len({text for _, _, text in failed}) == 1 and len(failed) == self.size
+        raise InputError(said if everywhere else f"on rank {rank} ({host}): {said}")
 
 
 class Ranks(NamedTuple):
@@ -203,17 +204,18 @@ def session(timeout: float) -> Iterator[Group]:
     dist.destroy_process_group()
 
 
-def mesh(everyone: Group, device: torch.device, shards: int) -> Ranks:
-    """The processes as a grid of data × latents, on torch's own device mesh.
-
-    Raises InputError where `shards` does not divide their number.
-    """
+def check_shards(everyone: Group, shards: int) -> None:
+    """Raise InputError where `shards` does not divide the number of processes."""
     if everyone.size % shards:
-        alone = "; start several with torchrun --nproc_per_node" if everyone.size == 1 else ""
         raise InputError(
-            f"--shard_latents must divide the number of processes, {everyone.size}, "
-            f"got {shards}{alone}"
+            f"--shard_latents must divide the number of processes, {everyone.size}, got {shards}; "
+            "torchrun --nproc_per_node N -m mlsae.train … starts N of them"
         )
+
+
+def mesh(everyone: Group, device: torch.device, shards: int) -> Ranks:
+    """The processes as a grid of data × latents, on torch's own device mesh. `shards` divides
+    their number."""
     if everyone.size == 1:
         return ALONE
     shape = (everyone.size // shards, shards)
@@ -227,7 +229,7 @@ def shares(n: int, size: int) -> list[slice]:
     """The parts of n rows that `size` processes have: contiguous, in the order of the ranks,
     without gap or overlap; none is longer by more than one, and the first is never shorter."""
     ends = [-(-n * rank // size) for rank in range(size + 1)]
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 @contextmanager

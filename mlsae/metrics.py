@@ -93,7 +93,9 @@ def reduce(moments: Sequence[Moments], sums: Sequence[Tensor], group: Group) -> 
         m.sq_dev + m.count * (m.mean - mean).square()
         for m, mean in zip(moments, means, strict=True)
     ]
-    for m, count, mean, sq_dev in zip(moments, counts, means, _added_up(spread, group), strict=True):
+    for m, count, mean, sq_dev in zip(
+        moments, counts, means, _added_up(spread, group), strict=True
+    ):
         m.count, m.mean, m.sq_dev = int(count), mean, sq_dev
 
 

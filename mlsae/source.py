@@ -10,11 +10,13 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import data
 from .activations import ResidualReader, chosen_layers
 from .config import TrainConfig, values_of
+from .distributed import ALONE, Ranks, shares
 from .documents import Split
 from .errors import InputError
 from .model import MLSAEConfig
@@ -68,8 +70,15 @@ def read_shape(config: TrainConfig) -> Shape:
     return Shape(text_config.hidden_size, layers, seq_len)
 
 
+def micro_rows(config: TrainConfig, seq_len: int, ranks: Ranks) -> int:
+    """Rows whose residuals a process has at a time."""
+    share = -(-(config.batch_tokens // seq_len) // ranks.data.size)  # of a batch, at most
+    return min(share, (config.micro_tokens or config.batch_tokens) // seq_len)
+
+
 class Source:
-    """Rows of tokens, and the residuals of the transformer at them.
+    """Rows of tokens, and the residuals of the transformer at them. Of several processes, the
+    first reads the text, and all have the same rows; each has the residuals of a part of them.
 
     Without `whole`, the transformer's blocks above the last layer that is read are not loaded, so
     that it has no logits. See `transformer.load_transformer` for `reserved`.
@@ -78,20 +87,28 @@ class Source:
     """
 
     def __init__(
-        self, config: TrainConfig, device: torch.device, *, whole: bool = True, reserved: int = 0
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        *,
+        whole: bool = True,
+        reserved: int = 0,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.ranks = config, device, ranks
         self.d_in, layers, self.seq_len = read_shape(config)
-        self.micro_rows = (config.micro_tokens or config.batch_tokens) // self.seq_len
+        self.batch_rows = config.batch_tokens // self.seq_len
+        self.micro_rows = micro_rows(config, self.seq_len, ranks)
         self.tokenizer = load_tokenizer(config.model)
         n_layers = None if whole else layers[-1] + 1
         self.reader = ResidualReader(load_transformer(config, device, n_layers, reserved), layers)
 
-    def batches(self, state: dict[str, Any] | None = None) -> data.Batches:
+    def batches(self, state: dict[str, Any] | None = None) -> data.Batches | data.Received:
         """Batches (B, T) to train on, without end; from a saved state, if given."""
-        return data.Batches(
-            self._rows("train", endless=True), self.config.batch_tokens // self.seq_len, state
-        )
+        everyone = self.ranks.everyone
+        if everyone.rank > 0:
+            return data.Received((self.batch_rows, self.seq_len), everyone)
+        return data.Batches(self._rows("train", endless=True), self.batch_rows, state, everyone)
 
     def heldout(self) -> Tensor:
         """Rows (B, T) that are never trained on, `eval_tokens` in all where there are as many."""
@@ -103,9 +120,31 @@ class Source:
         return int(data.not_special(input_ids, self.tokenizer).sum())
 
     def residuals(self, input_ids: Tensor) -> Iterator[Tensor]:
-        """Residuals (L, N, D) of rows (B, T), special tokens dropped, a part at a time."""
-        for part in input_ids.to(self.device).split(self.micro_rows):
-            yield self.reader(part)[:, data.not_special(part, self.tokenizer)].float()
+        """Residuals (L, N, D) of this process's share of rows (B, T), special tokens dropped, a
+        part at a time. Processes with the same rows are given the same parts."""
+        data_group = self.ranks.data
+        mine = shares(len(input_ids), data_group.size)[data_group.rank]
+        if mine.start == mine.stop:
+            return
+        for part in input_ids[mine].split(self.micro_rows):
+            yield self._read(part)
+
+    def _read(self, rows: Tensor) -> Tensor:
+        """Residuals (L, N, D) of rows (B, T). Processes that hold shards of the latents run the
+        transformer on a share of the rows each, and send one another what they have read."""
+        group = self.ranks.latents
+        wanted = data.not_special(rows, self.tokenizer)
+        parts = shares(len(rows), group.size)
+        lengths = [int(wanted[part].sum()) for part in parts]
+        mine = parts[group.rank] if lengths[group.rank] else parts[0]
+        x = self.reader(rows[mine].to(self.device))[:, wanted[mine].to(self.device)]
+        x = x[:, : lengths[group.rank]]
+        if group.size == 1 or not any(lengths):
+            return x.float()
+        gathered = group.gather(F.pad(x, (0, 0, 0, max(lengths) - x.shape[1])))  # (S, L, N', D)
+        return torch.cat(
+            [part[:, :length] for part, length in zip(gathered, lengths, strict=True)], dim=1
+        ).float()
 
     def _rows(self, split: Split, endless: bool = False) -> data.Rows:
         return data.Rows(

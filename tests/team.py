@@ -1,7 +1,7 @@
 """Processes that stay up over several tests, as `torchrun` would start them, but sooner.
 
-    with Team(4) as team:
-        results = team.run(function, argument)  # function(everyone, argument) in each: 4 results
+with Team(4) as team:
+    results = team.run(function, argument)  # function(everyone, argument) in each: 4 results
 """
 
 import os

@@ -69,7 +69,9 @@ def passes(sae, x):
     first = getattr(sae, "rows", slice(0, M)).start
     tokens, places = (codes.values > 0).nonzero(as_tuple=True)
     latents = codes.indices[tokens, places] + first
-    found = zip(tokens.tolist(), latents.tolist(), codes.values[tokens, places].tolist(), strict=True)
+    found = zip(
+        tokens.tolist(), latents.tolist(), codes.values[tokens, places].tolist(), strict=True
+    )
     gradients = {"x": x.grad, "b_dec": sae.b_dec.grad}
     return x_hat.detach(), gradients, (sae.W_enc.grad, sae.W_dec.grad), list(found)
 
