@@ -15,8 +15,9 @@ import torch.multiprocessing
 class Team:
     """`size` processes in a gloo group. What is run must be importable by name."""
 
-    def __init__(self, size):
-        context = torch.multiprocessing.get_context("spawn")
+    def __init__(self, size, timeout=30):
+        context = torch.multiprocessing.get_context("forkserver")  # one import of torch for all
+        context.set_forkserver_preload(["mlsae.measure", "mlsae.trainer", "torch._dynamo"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -25,7 +26,8 @@ class Team:
             ours, theirs = context.Pipe()
             environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            process = context.Process(target=_work, args=(theirs, environment), daemon=True)
+            arguments = (theirs, environment, timeout)
+            process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -53,12 +55,12 @@ class Team:
         return [result for _, result in outcomes]
 
 
-def _work(pipe, environment):
+def _work(pipe, environment, timeout):
     from mlsae import distributed
 
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    with distributed.session(timeout=30) as everyone:
+    with distributed.session(timeout) as everyone:
         while (task := pipe.recv()) is not None:
             function, arguments = task
             try:

@@ -5,19 +5,12 @@ Legend: N tokens, D inputs, M latents, K active latents a token, S shards.
 
 import pytest
 import torch
-from team import Team
 
 from mlsae.distributed import Group, mesh
 from mlsae.sharding import Selection, ShardedSAE
 from sparse_topk import SparseTopKSAE
 
 N, D, M, K = 37, 12, 42, 5  # M is no multiple of 4
-
-
-@pytest.fixture(scope="module")
-def team():
-    with Team(4) as processes:
-        yield processes
 
 
 class Counted(Group):
