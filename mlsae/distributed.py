@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from .errors import InputError
 
@@ -213,15 +214,17 @@ def check_shards(everyone: Group, shards: int) -> None:
         )
 
 
-def mesh(everyone: Group, device: torch.device, shards: int) -> Ranks:
+def mesh(everyone: Group, device: torch.device, shards: int, timeout: float) -> Ranks:
     """The processes as a grid of data × latents, on torch's own device mesh. `shards` divides
-    their number."""
+    their number; `timeout` is the session's, in seconds."""
     if everyone.size == 1:
         return ALONE
     shape = (everyone.size // shards, shards)
     with _contact():
         grid = init_device_mesh(device.type, shape, mesh_dim_names=("data", "latents"))
-    groups = (grid.get_group(name) for name in ("data", "latents"))
+    groups = [grid.get_group(name) for name in ("data", "latents")]
+    for group in groups:  # which a mesh does not hand down
+        _set_pg_timeout(timedelta(seconds=timeout), group)
     return Ranks(everyone, *map(Group, groups))
 
 

@@ -88,7 +88,7 @@ def _train(config: TrainConfig, everyone: Group) -> dict[Path, MLSAE]:
         device = choose_device(config.device, distributed.local_rank())
         path = _newest_checkpoint(config) if is_first and config.resume else None
     path = everyone.share(path)
-    ranks = distributed.mesh(everyone, device, config.shard_latents)
+    ranks = distributed.mesh(everyone, device, config.shard_latents, config.timeout)
 
     # What is read: the training so far, the transformer up to its last wanted layer, the text.
     with everyone.together():

@@ -69,7 +69,7 @@ def flat(state, prefix=""):
 
 def run(everyone, shards, seeds, state=None):
     """Train, from a state if given: the first process's state, and every process's sums."""
-    ranks = mesh(everyone, torch.device("cpu"), shards) if everyone.size > 1 else ALONE
+    ranks = mesh(everyone, torch.device("cpu"), shards, timeout=30) if everyone.size > 1 else ALONE
     trainer = make(ranks)
     if state:
         trainer.load_state_dict(copy.deepcopy(state))  # processes share what is sent to them
@@ -132,7 +132,7 @@ def test_a_state_goes_on_to_the_same_bits(team):
 
 
 def poisoned(everyone, shards):
-    ranks = mesh(everyone, torch.device("cpu"), shards)
+    ranks = mesh(everyone, torch.device("cpu"), shards, timeout=30)
     trainer = make(ranks)
     before = [p.detach().clone() for p in trainer.mlsae.parameters()]
     x = residuals(1)
@@ -212,11 +212,13 @@ def test_bad_input_in_any_process_ends_all_and_is_said_once(team):
 
 def waits_for_the_last(everyone):
     """All but the last call; the last one comes when they have given up."""
+    ranks = mesh(everyone, torch.device("cpu"), 2, timeout=2)
     started = time.monotonic()
     if everyone.rank == everyone.size - 1:
         return None
     try:
-        everyone.sum_(torch.ones(1))
+        for group in (ranks.latents, ranks.data, everyone):
+            group.sum_(torch.ones(1))
     except LostContactError as error:
         return str(error), time.monotonic() - started
     return None
@@ -226,7 +228,9 @@ def test_nothing_hangs():
     """A process that does not come is missed within the timeout."""
     from team import Team
 
-    with Team(2, timeout=2) as pair:
-        (message, seconds), _ = pair.run(waits_for_the_last)
-    assert "lost contact with another process" in message
-    assert seconds < 10
+    with Team(4, timeout=2) as processes:
+        *waited, last = processes.run(waits_for_the_last)
+    assert last is None
+    for message, seconds in waited:
+        assert "lost contact with another process" in message
+        assert seconds < 20

@@ -30,7 +30,7 @@ class Counted(Group):
 
 
 def groups(everyone, shards):
-    return mesh(everyone, torch.device("cpu"), shards)
+    return mesh(everyone, torch.device("cpu"), shards, timeout=30)
 
 
 def inputs(kind, n=N):
