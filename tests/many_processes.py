@@ -2,10 +2,10 @@
 
     python tests/many_processes.py --steps 200 --kills 4
 
-1. Trainers in float64, on random vectors: weights, moments, counters and figures after many steps.
+1. Trainers in float64, on random vectors: weights, moments, counters, figures after many steps.
 2. The program under torchrun, in float32: held-out FVU. Beside it, what it changes in one process
-   to hold other numbers of tokens at a time, which only rounds otherwise: Adam's first steps, all of
-   the same length, make much of that.
+   to hold another number of tokens at a time, which only rounds otherwise: Adam's first steps, all
+   of the same length, make much of that.
 3. Two processes, of which one is killed again and again: the bits of the run never stopped.
 
 It exits 1 where the first differences exceed 1e-6 or the last ones are any.
