@@ -183,6 +183,12 @@ def is_first() -> bool:
     return not launched() or os.environ["RANK"] == "0"
 
 
+def say(message: str) -> None:
+    """Print to the terminal, not among the results; of several processes, the first one does."""
+    if is_first():
+        print(message, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def session(timeout: float) -> Iterator[Group]:
     """All processes of the run; a process that was not launched as one of several is alone.

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import checkpoint
 from .config import TrainConfig, settings_of
 from .data import Batches, Received
-from .distributed import is_first
+from .distributed import is_first, say
 from .measure import Evaluation, evaluate
 from .run import Run
 from .signals import Signals
@@ -188,9 +188,3 @@ class Every:
         """Whether `tokens` lies in another interval than at the last call."""
         before, self._count = self._count, tokens // self._interval
         return self._count > before
-
-
-def say(message: str) -> None:
-    """Print to the terminal, not among the results; of several processes, the first one does."""
-    if is_first():
-        print(message, file=sys.stderr, flush=True)

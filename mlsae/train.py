@@ -18,14 +18,12 @@ Legend: L layers, B rows, T positions, N tokens, D width of the residual stream,
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -34,33 +32,19 @@ from torch import Tensor
 
 from sparse_topk import backend_name
 
-from . import checkpoint, distributed
+from . import distributed
 from .activations import choose_device
-from .config import PRESETS, TrainConfig, check_config, check_same, runs_of
-from .distributed import Group, LostContactError, Ranks
+from .config import PRESETS, TrainConfig, check_config, runs_of
+from .distributed import Group, LostContactError, Ranks, say
 from .errors import InputError, check_installed, exit_on_bad_input
-from .files import check_out
-from .fit import Fit, say
+from .fit import Fit
+from .folders import check_folders, empty, load_checkpoint, newest_checkpoint
 from .memory import check_memory, estimate
 from .model import MLSAE, MLSAEConfig
 from .run import Run
 from .source import Shape, Source, micro_rows, read_shape
 from .summary import print_summary, write_csv
 from .trainer import NonFiniteError, Trainer, survey
-
-RUN_FILES = (
-    "config.json",
-    "model.safetensors",
-    "latents.safetensors",
-    "metrics.jsonl",
-    "report.html",
-    "evaluation.csv",
-    "evaluation.json",
-    "checkpoints",
-    "tensorboard",
-    "wandb",
-)
-RUN_FOLDERS = ("x*-k*", "n*-k*")  # see `config.runs_of`
 
 
 def train(config: TrainConfig) -> dict[Path, MLSAE]:
@@ -81,22 +65,18 @@ def train(config: TrainConfig) -> dict[Path, MLSAE]:
 def _train(config: TrainConfig, everyone: Group) -> dict[Path, MLSAE]:
     is_first = everyone.rank == 0
     with everyone.together():
-        check_config(config)
-        for logger in config.log:
-            check_installed(logger, f"--log {logger}")
-        distributed.check_shards(everyone, config.shard_latents)
-        device = choose_device(config.device, distributed.local_rank())
-        path = _newest_checkpoint(config) if is_first and config.resume else None
+        device = _check(config, everyone)
+        path = newest_checkpoint(config) if is_first and config.resume else None
     path = everyone.share(path)
     ranks = distributed.mesh(everyone, device, config.shard_latents, config.timeout)
 
     # What is read: the training so far, the transformer up to its last wanted layer, the text.
     with everyone.together():
-        state = _load(path, config) if path else None
+        state = load_checkpoint(path, config) if path else None
         shape = read_shape(config)
         saes = {name: shape.mlsae_config(run) for name, run in runs_of(config).items()}
         if is_first:
-            _check_out(config, saes.values())
+            check_folders(config, saes.values())
         needed = _memory_needed(config, shape, saes.values(), device, ranks)
         source = Source(config, device, ranks, whole=False, reserved=needed)
         check_memory(needed, device)
@@ -108,16 +88,11 @@ def _train(config: TrainConfig, everyone: Group) -> dict[Path, MLSAE]:
     # then is trained on.
     trainers = {name: _new_trainer(config, sae, source) for name, sae in saes.items()}
     batches = source.batches(state["batches"] if state else None)
-    first: list[Tensor] = []
-    if not state:
-        first = [next(batches)]
-        mlsae = next(iter(trainers.values())).mlsae
-        with everyone.together():
-            moments, centre = survey(mlsae, source.residuals(first[0]), ranks.data)
-        for trainer in trainers.values():
-            trainer.initialize(moments, centre)
+    first = [] if state else [next(batches)]
+    for input_ids in first:
+        _begin(trainers.values(), source, input_ids)
         if is_first:
-            _empty(config.out)
+            empty(config.out)
 
     # Train, and measure on held-out rows.
     with ExitStack() as stack:
@@ -146,32 +121,27 @@ def _train(config: TrainConfig, everyone: Group) -> dict[Path, MLSAE]:
     return {run.config.out: run.trainer.mlsae for run in runs}
 
 
-def _newest_checkpoint(config: TrainConfig) -> Path | None:
-    """The newest checkpoint in `config.out`; None where it has come to none. Raises InputError
-    where that would lose something."""
-    path = checkpoint.newest(config.out, say)
-    if path:
-        return path
-    models = (config.out, *(run.out for run in runs_of(config).values()))
-    if checkpoint.any_written(config.out) or any(
-        (folder / "model.safetensors").exists() for folder in models
-    ):
+def _check(config: TrainConfig, everyone: Group) -> torch.device:
+    """The device to train on. Raises InputError for what needs no model to be known as wrong."""
+    check_config(config)
+    for logger in config.log:
+        check_installed(logger, f"--log {logger}")
+    distributed.check_shards(everyone, config.shard_latents)
+    if config.model_device_map and everyone.size > 1:
         raise InputError(
-            f"--resume needs an undamaged checkpoint, and {config.out} has none; choose another "
-            "--out, or start over with --overwrite"
+            f"--model_device_map must not be given to several processes, got "
+            f"{config.model_device_map}: each has the transformer on its own device"
         )
-    say(f"there is no checkpoint in {config.out} yet; starting at the beginning")
-    return None
+    return choose_device(config.device, distributed.local_rank())
 
 
-def _load(path: Path, config: TrainConfig) -> dict[str, Any]:
-    """The state in a checkpoint that the first process has found undamaged. Raises InputError
-    where it is not this process's to see, or was saved with other settings."""
-    if not path.exists():
-        raise InputError(f"--out must be a folder that every node has, and {path} is not there")
-    state = checkpoint.load(path)
-    check_same(config, state["settings"])
-    return state
+def _begin(trainers: Iterable[Trainer], source: Source, input_ids: Tensor) -> None:
+    """Set b_pre and the first variances from the first batch (B, T)."""
+    mlsae = next(iter(trainers)).mlsae
+    with source.ranks.everyone.together():
+        moments, centre = survey(mlsae, source.residuals(input_ids), source.ranks.data)
+    for trainer in trainers:
+        trainer.initialize(moments, centre)
 
 
 def _say_where(source: Source) -> None:
@@ -231,32 +201,6 @@ def _new_trainer(config: TrainConfig, sae: MLSAEConfig, source: Source) -> Train
         dtype=_compute_dtype(config, source.device),
         data=source.ranks.data,
     )
-
-
-def _check_out(config: TrainConfig, saes: Iterable[MLSAEConfig]) -> None:
-    """Raise InputError where the folder cannot take the runs, or would lose something.
-
-    What they take on the disk: two weights, the counts of latents, the report; and in each
-    checkpoint, one of them being written, the weights and two moments of each."""
-    bytes_needed = 0
-    for sae in saes:
-        bytes_needed += 4 * sae.n_latents * (2 * sae.d_in + 3 * len(sae.layers)) + 12 * 2**20
-        bytes_needed += (config.keep_checkpoints + 1) * 24 * sae.n_latents * sae.d_in
-    own = (*RUN_FILES, "runs.csv", *RUN_FOLDERS)
-    check_out(config.out, config.overwrite, config.resume, own, bytes_needed)
-    for pattern in RUN_FOLDERS:
-        for folder in config.out.glob(pattern):
-            check_out(folder, config.overwrite, config.resume, RUN_FILES, 0)
-
-
-def _empty(folder: Path) -> None:
-    """Make the folder, and remove the runs in it, if any: `_check_out` has said that it may."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:

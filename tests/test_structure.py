@@ -26,7 +26,7 @@ FLOORS = {
         {"config", "documents", "files", "metrics", "sharding", "signals", "stopwatch"},
         {"activations", "checkpoint", "data", "logs", "model"},
         {"figures", "measure", "memory", "substitution", "trainer", "transformer", "__init__"},
-        {"faithfulness", "report", "source"},
+        {"faithfulness", "folders", "report", "source"},
         {"run"},
         {"fit"},
         {"evaluate", "summary"},
