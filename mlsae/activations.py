@@ -1,4 +1,4 @@
-"""Load a Hugging Face transformer, and read its residual stream after every block.
+"""Read the residual stream of a Hugging Face transformer after every block.
 
 Legend: L layers read, B rows, T positions, D width of the residual stream, V vocabulary.
 """
@@ -10,34 +10,18 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from . import builtin
 from .errors import InputError
 
 
-def load_transformer(name: str, device: torch.device) -> tuple[Any, Any]:
-    """The causal language model and its tokenizer; in its own dtype on a GPU, else in float32."""
-    source = str(builtin.MODEL_DIR) if name == builtin.NAME else name
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto" if device.type == "cuda" else torch.float32
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"MODEL must be {builtin.NAME!r}, a local folder, or the name of a causal language "
-            f"model on the Hugging Face hub, and {name!r} cannot be loaded: {reason}"
-        ) from error
-    return model.to(device).eval().requires_grad_(False), tokenizer
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that `--device` names; on CUDA with its index, and made the current one."""
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device that `--device` names; on CUDA with its index, and made the current one. Of
+    several processes on a node, number `local_rank` takes the GPU of that number."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.empty(1, device=name).device
         if device.type == "cuda":
@@ -58,7 +42,7 @@ class ResidualReader:
     """The output of the chosen blocks of `model`, as forward hooks see it.
 
         reader = ResidualReader(model, layers=[0, 2, 5])
-        residuals = reader(input_ids)  # (L, B, T, D), in the model's dtype
+        residuals = reader(input_ids)  # (L, B, T, D), in the model's dtype, on input_ids' device
 
     Layer ℓ is the residual stream after block ℓ, ℓ = 0 … n_layers − 1; the embeddings are not a
     layer. The last one is taken before the final norm, unlike `hidden_states[-1]` of Hugging
@@ -74,17 +58,9 @@ class ResidualReader:
         self.others: tuple[None, ...] | None = None
         """What blocks return beside the residual, as Nones; None where they return it alone.
         Known after the first pass."""
-        n_layers = len(self.blocks)
-        self.layers = tuple(range(n_layers)) if layers is None else tuple(layers)
-        if not self.layers or not all(0 <= layer < n_layers for layer in self.layers):
-            raise InputError(
-                f"--layers must be in [0, {n_layers - 1}] (the model has {n_layers} layers), "
-                f"got {' '.join(map(str, self.layers)) or 'none'}"
-            )
-        if list(self.layers) != sorted(set(self.layers)):
-            raise InputError(
-                f"--layers must ascend without repeats, got {' '.join(map(str, self.layers))}"
-            )
+        self.devices: dict[int, torch.device] = {}
+        """Where each read block leaves the residual. Known after the first pass."""
+        self.layers = chosen_layers(layers, len(self.blocks))
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -99,18 +75,28 @@ class ResidualReader:
         """input_ids (B, T) → residuals, L of (B, T, D), and the model's logits (B, T, V): one
         whole forward pass."""
         found: dict[int, Tensor] = {}
-        logits = self._run(input_ids, found, stop=False).logits
+        logits = self._run(input_ids, found, stop=False)
         return [found[layer] for layer in self.layers], logits
 
-    def _run(self, input_ids: Tensor, found: dict[int, Tensor], stop: bool) -> Any:
-        """The model's output, and in `found` the residuals by layer. Raises _AllReadError behind
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """input_ids (B, T) → the model's logits (B, T, V)."""
+        # Parts of a model on several devices have hooks that move what they are given, its first
+        # part among them; a whole one must be given it there.
+        place = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        there = input_ids if place.type == "meta" else input_ids.to(place)
+        return self.model(input_ids=there, use_cache=False).logits.to(input_ids.device)
+
+    def _run(self, input_ids: Tensor, found: dict[int, Tensor], stop: bool) -> Tensor:
+        """The model's logits, and in `found` the residuals by layer. Raises _AllReadError behind
         the last wanted block, if it is to `stop` there."""
 
         def hook_for(layer: int) -> Any:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
                 # A block returns its hidden states, alone or first in a tuple.
                 alone = isinstance(output, Tensor)
-                found[layer] = output if alone else output[0]
+                residual = output if alone else output[0]
+                found[layer] = residual.to(input_ids.device)
+                self.devices[layer] = residual.device
                 self.others = None if alone else (None,) * (len(output) - 1)
                 if stop and layer == self.layers[-1]:
                     raise _AllReadError
@@ -119,10 +105,27 @@ class ResidualReader:
 
         handles = [self.blocks[i].register_forward_hook(hook_for(i)) for i in self.layers]
         try:
-            return self.model(input_ids=input_ids, use_cache=False)
+            return self.logits(input_ids)
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def chosen_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+    """The layers to read of a model of `n_layers`: all of them for None.
+
+    Raises InputError where one is out of range, or they do not ascend.
+    """
+    chosen = tuple(range(n_layers)) if layers is None else tuple(layers)
+    shown = " ".join(map(str, chosen)) or "none"
+    if not chosen or not all(0 <= layer < n_layers for layer in chosen):
+        raise InputError(
+            f"--layers must be in [0, {n_layers - 1}] (the model has {n_layers} layers), "
+            f"got {shown}"
+        )
+    if list(chosen) != sorted(set(chosen)):
+        raise InputError(f"--layers must ascend without repeats, got {shown}")
+    return chosen
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:

@@ -51,8 +51,8 @@ def save(run: Path, tokens: int, state: dict[str, Any], keep: int) -> Path:
     return path
 
 
-def newest(run: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest undamaged checkpoint of a run, and its state; None where there is none.
+def newest(run: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest undamaged checkpoint of a run; None where there is none.
     `report` is told of each that is damaged."""
     for path in _newest_first(run / "checkpoints"):
         try:
@@ -63,11 +63,16 @@ def newest(run: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, An
         if _digest(path) != expected:
             report(f"checkpoint {path} is damaged (its checksum differs); trying the one before")
             continue
-        with safetensors.safe_open(path, framework="pt") as file:
-            rest = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return path, _join(tensors, rest)
+        return path
     return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in an undamaged checkpoint."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        rest = json.loads(file.metadata()["state"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return _join(tensors, rest)
 
 
 def any_written(run: Path) -> bool:

@@ -63,6 +63,14 @@ class TrainConfig:
     batch."""
     seq_len: int | None = None
     """Tokens a row. None: the model's context, 2048 at most."""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the transformer computes in. auto: as it was saved on CUDA, else float32."""
+    model_device_map: str | None = None
+    """Where the transformer is, if not whole on the SAE's device: a device (cuda:1), or a way to
+    spread it of accelerate, which must be installed. auto: over all GPUs, leaving room for the
+    SAE on its own; what does not fit is in the CPU's memory, and then on the disk."""
+    model_quantize: Literal["8bit", "4bit"] | None = None
+    """Load the transformer quantised, by bitsandbytes, which must be installed."""
     column: str = "text"
     """The dataset's column of text."""
     lr: float | None = None
@@ -74,7 +82,13 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the SAE computes in; its weights stay float32. auto: bfloat16 on CUDA, else float32."""
     device: str = "auto"
-    """auto: CUDA where there is one, else the CPU."""
+    """auto: CUDA where there is one, else the CPU. Of the processes that torchrun starts on a
+    node, each takes a GPU."""
+    shard_latents: int = 1
+    """Processes (GPUs) that share the latents of an SAE out among them, where it is too large for
+    one. torchrun's number of processes must be a multiple; groups of so many share the tokens."""
+    timeout: float = 600
+    """Seconds that a process waits for the others before it ends the run."""
     max_grad_norm: float | None = None
     """Clip the gradient of all weights together to this norm. None: no clipping."""
     eval_tokens: int = 65_536
@@ -122,6 +136,9 @@ _FREE_ON_RESUME = (  # what may differ from the run that is resumed
     "resume",
     "preset",
     "device",
+    "model_device_map",
+    "shard_latents",
+    "timeout",
     "micro_tokens",
     "log",
     "checkpoint_tokens",
@@ -190,7 +207,7 @@ def check_config(config: TrainConfig) -> None:
     """Raise InputError for settings that no model or data could make right."""
     positive = (
         "tokens", "batch_tokens", "eval_tokens", "micro_tokens", "seq_len", "log_tokens",
-        "eval_every", "checkpoint_tokens", "keep_checkpoints",
+        "eval_every", "checkpoint_tokens", "keep_checkpoints", "shard_latents",
     )  # fmt: skip
     for owner, prefix, names in (
         (config, "--", positive),
@@ -211,7 +228,7 @@ def check_config(config: TrainConfig) -> None:
             "--sae.n_latents is instead of --sae.expansion, which has the values "
             f"{' '.join(map(str, values_of(config.sae.expansion)))}; give one of them"
         )
-    for name in ("lr", "max_grad_norm"):
+    for name in ("lr", "max_grad_norm", "timeout"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be greater than 0, got {value}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import builtin
+from .distributed import ALONE, Group
 from .documents import Documents, Split
 from .errors import InputError
 
@@ -164,10 +165,17 @@ class Rows:
 class Batches:
     """Batches (B, T) of `batch_rows` rows without end, the next one prepared in a thread while
     the one before is trained on. `rows` must be endless, and is no one else's from then on. With
-    a `state`, they go on from there."""
+    a `state`, they go on from there. Each is sent to the other processes of `group`, if any, who
+    have it from `Received`."""
 
-    def __init__(self, rows: Rows, batch_rows: int, state: dict[str, Any] | None = None) -> None:
-        self.rows, self.batch_rows = rows, batch_rows
+    def __init__(
+        self,
+        rows: Rows,
+        batch_rows: int,
+        state: dict[str, Any] | None = None,
+        group: Group = ALONE.everyone,
+    ) -> None:
+        self.rows, self.batch_rows, self.group = rows, batch_rows, group
         self.seconds = 0.0  # spent reading and tokenising
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         if state is None:
@@ -182,7 +190,7 @@ class Batches:
     def __next__(self) -> Tensor:
         batch = self._pending.result()
         self._pending = self._thread.submit(self._prepare)
-        return batch
+        return self.group.broadcast_(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows' state, and the batch that has been prepared but not handed out."""
@@ -198,6 +206,32 @@ class Batches:
         batch = torch.stack(list(islice(self.rows, self.batch_rows)))
         self.seconds += time.perf_counter() - started
         return batch
+
+
+class Received:
+    """The batches, of a known `shape` (B, T), that the first process of `group` sends.
+
+    Text is thus read and tokenised once, whatever the number of processes, and its order does not
+    depend on it. A batch is sent whole, as 8 B a token are next to nothing.
+    """
+
+    seconds = 0.0
+
+    def __init__(self, shape: tuple[int, int], group: Group) -> None:
+        self.shape, self.group = shape, group
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        return self.group.broadcast_(torch.empty(self.shape, dtype=torch.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the first process has it."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def not_special(input_ids: Tensor, tokenizer: Any) -> Tensor:

@@ -4,6 +4,7 @@ stands on its own."""
 from __future__ import annotations
 
 import errno
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,16 @@ from contextlib import contextmanager
 
 class InputError(ValueError):
     """Bad input from the user: the message names the argument, the rule, the value, the way out."""
+
+
+def check_installed(package: str, argument: str) -> None:
+    """Raise InputError where `package`, which `argument` needs, cannot be imported."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(
+            f"{argument} needs a package that is not installed: pip install {package}"
+        ) from error
 
 
 @contextmanager

@@ -178,8 +178,7 @@ def evaluate(config: EvaluateConfig) -> Result:
     if source.d_in != mlsae.config.d_in:
         raise InputError(
             f"MODEL must have a residual stream of width {mlsae.config.d_in}, as the MLSAE in "
-            f"{config.run}, and {settings.model} has {source.d_in}; "
-            "give the one it was trained on with --model"
+            f"{config.run}, and {settings.model} has {source.d_in}; give its own with --model"
         )
     out.mkdir(parents=True, exist_ok=True)
     input_ids = source.heldout()
@@ -235,6 +234,9 @@ def _settings(config: EvaluateConfig, mlsae: MLSAE) -> TrainConfig:
         batch_tokens=micro_tokens,
         micro_tokens=micro_tokens,
         seq_len=seq_len,
+        model_dtype=trained.get("model_dtype", "auto"),
+        model_device_map=trained.get("model_device_map"),
+        model_quantize=trained.get("model_quantize"),
         column=config.column or trained.get("column", "text"),
         eval_tokens=config.tokens,
         seed=config.seed if config.seed is not None else trained.get("seed", 0),

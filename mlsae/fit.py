@@ -6,6 +6,7 @@ Legend: B rows, T positions.
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,8 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .config import TrainConfig, settings_of
-from .data import Batches
+from .data import Batches, Received
+from .distributed import is_first, say
 from .measure import Evaluation, evaluate
 from .run import Run
 from .signals import Signals
@@ -36,12 +38,12 @@ class Fit:
         config: TrainConfig,
         runs: Sequence[Run],
         source: Source,
-        batches: Batches,
+        batches: Batches | Received,
         heldout: Tensor,
         state: dict[str, Any] | None = None,
         saved: Path | None = None,
     ) -> None:
-        self.config, self.runs, self.source = config, runs, source
+        self.config, self.runs, self.source, self.ranks = config, runs, source, source.ranks
         self.batches, self.heldout = batches, heldout
         self.watch = Stopwatch(source.device)
         self.seconds = 0.0
@@ -72,8 +74,10 @@ class Fit:
             unit_scale=True,
             desc="training",
             dynamic_ncols=True,
+            disable=not is_first(),
         )
-        with Signals() as signals, bar:
+        everyone = self.ranks.everyone
+        with Signals(only_remember=everyone.size > 1) as signals, bar:
             batches = iter(stream)
             while self.tokens < config.tokens:
                 n_tokens = self.step(next(batches))
@@ -84,18 +88,19 @@ class Fit:
                     bar.set_postfix_str(self.write_lines())
                 if eval_every.passed(self.tokens) and not done:
                     self.measure()
-                if save_every.passed(self.tokens) or done or signals.caught:
+                caught = everyone.largest(signals.caught or 0)  # in any of them
+                if save_every.passed(self.tokens) or done or caught:
                     self.save()
                 self.watch.lap("logs and checkpoints")
-                if signals.caught and not done:
+                if caught and not done:
                     bar.close()
                     for run in self.runs:
                         run.save_model()
                     say(
-                        f"stopped by {signals.caught.name} after {self.tokens:,} tokens; saved "
-                        f"{self.saved}; go on with the same command and --resume"
+                        f"stopped by {signal.Signals(caught).name} after {self.tokens:,} tokens; "
+                        f"saved {self.saved}; go on with the same command and --resume"
                     )
-                    sys.exit(128 + signals.caught)
+                    sys.exit(128 + caught)
 
     def step(self, input_ids: Tensor) -> int:
         """One optimizer step of each run on rows (B, T): the number of tokens. The transformer
@@ -134,7 +139,7 @@ class Fit:
         """Measure each run on held-out rows, and log it. It changes nothing else."""
         with self.runs[0].trainer.autocast():
             mlsaes = [run.trainer.mlsae for run in self.runs]
-            evaluations = evaluate(mlsaes, self.source.residuals(self.heldout))
+            evaluations = evaluate(mlsaes, self.source.residuals(self.heldout), self.ranks.data)
         for run, figures in zip(self.runs, evaluations, strict=True):
             run.write_heldout(figures)
         self.watch.lap("held-out figures")
@@ -143,18 +148,24 @@ class Fit:
     @torch.no_grad()
     def encode_seconds(self) -> float:
         """How long encoding took in the training, from how long it takes now on a part of the
-        held-out text: within a step it cannot be told from the rest of the SAE."""
-        x = next(self.source.residuals(self.heldout))
+        held-out text: within a step it cannot be told from the rest of the SAE. In the first
+        process, which always has some of the text; the others take part."""
+        x = next(self.source.residuals(self.heldout), None)
+        if x is None:
+            return 0.0
         watch = Stopwatch(self.source.device)
         for run in self.runs:
             with run.trainer.autocast():
                 for stage in ("first", "second"):  # the first one compiles and allocates
                     run.trainer.mlsae.encode(x)
                     watch.lap(stage)
-        return watch.seconds()["second"] * self.tokens / x.shape[1]
+        return watch.seconds()["second"] * self.tokens / self.ranks.data.size / x.shape[1]
 
     def save(self) -> None:
-        """Write a checkpoint: one file for all runs, so that they are of the same moment."""
+        """Write a checkpoint: one file for all runs, so that they are of the same moment. The
+        first process writes it; it has shards of the latents from those with the same rows."""
+        if self.ranks.data.rank > 0:
+            return
         state = {
             "settings": settings_of(self.config),
             "seconds": self.seconds,
@@ -163,7 +174,8 @@ class Fit:
             "runs": {run.name: run.state_dict() for run in self.runs},
         }
         config = self.config
-        self.saved = checkpoint.save(config.out, self.tokens, state, config.keep_checkpoints)
+        if is_first():
+            self.saved = checkpoint.save(config.out, self.tokens, state, config.keep_checkpoints)
 
 
 class Every:
@@ -176,8 +188,3 @@ class Every:
         """Whether `tokens` lies in another interval than at the last call."""
         before, self._count = self._count, tokens // self._interval
         return self._count > before
-
-
-def say(message: str) -> None:
-    """Print to the terminal, not among the results."""
-    print(message, file=sys.stderr, flush=True)

@@ -11,19 +11,6 @@ from typing import Any
 
 from .errors import InputError
 
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-
-
-def check_loggers(names: Sequence[str]) -> None:
-    """Raise InputError where a logger's package is not installed."""
-    for name in names:
-        try:
-            importlib.import_module(_PACKAGES[name])
-        except ImportError as error:
-            raise InputError(
-                f"--log {name} needs a package that is not installed: pip install {name}"
-            ) from error
-
 
 class MetricsLog:
     """Writes lines of metrics to `metrics.jsonl` in the run's folder, and to each of `names`.

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from . import metrics
+from .distributed import ALONE, Group
 from .model import MLSAE
 
 
@@ -55,10 +56,10 @@ class Evaluation(NamedTuple):
 
 
 class _Sums:
-    """What is summed for one MLSAE."""
+    """What is summed for one MLSAE; of shards, for this process's latents."""
 
     def __init__(self, mlsae: MLSAE) -> None:
-        n_layers, n_latents = len(mlsae.config.layers), mlsae.config.n_latents
+        n_layers, n_latents = len(mlsae.config.layers), len(mlsae.sae.W_dec)
         device = mlsae.sae.W_dec.device
         self.mlsae = mlsae
         self.moments = metrics.Moments(n_layers, mlsae.config.d_in, device)
@@ -72,12 +73,14 @@ class _Sums:
         reconstruction, codes = self.mlsae.sae.reconstruct(standard)
         self.moments.update(x)
         self.sq_error += (x - reconstruction * std - mean).square().sum((1, 2))
-        totals, counts = metrics.latent_layer_totals(*codes, self.mlsae.config.n_latents)
+        totals, counts = metrics.latent_layer_totals(*codes, len(self.totals))
         self.totals += totals
         self.counts += counts
 
-    def evaluation(self) -> Evaluation:
-        """The figures of all that has been added."""
+    def evaluation(self, data: Group) -> Evaluation:
+        """The figures of all that has been added, in any process."""
+        metrics.reduce([self.moments], [self.sq_error, self.totals, self.counts], data)
+        active = self.mlsae.shards.sum_(self.counts.sum(0))
         n_tokens = self.moments.count
         if n_tokens == 0:
             raise ValueError("residuals must hold at least one token, got none")
@@ -85,16 +88,21 @@ class _Sums:
             n_tokens,
             metrics.fvu(self.sq_error, n_tokens, self.moments),
             metrics.fvu_paper(self.sq_error, n_tokens, self.moments),
-            self.counts.sum(0) / n_tokens,
-            self.totals,
-            self.counts,
+            active / n_tokens,
+            self.mlsae.whole(self.totals),
+            self.mlsae.whole(self.counts),
         )
 
 
 @torch.inference_mode()
-def evaluate(mlsaes: Sequence[MLSAE], residuals: Iterable[Tensor]) -> list[Evaluation]:
+def evaluate(
+    mlsaes: Sequence[MLSAE], residuals: Iterable[Tensor], data: Group = ALONE.data
+) -> list[Evaluation]:
     """One pass over batches of residuals (L, N, D), for all of `mlsaes`. It changes nothing, in
     them or elsewhere.
+
+    Each process of the group `data` has residuals of its own, and the figures are of all. Where
+    latents are shared out, `totals` and `counts` of all of them are in the first process only.
 
     Raises ValueError where there are no tokens.
     """
@@ -102,4 +110,4 @@ def evaluate(mlsaes: Sequence[MLSAE], residuals: Iterable[Tensor]) -> list[Evalu
     for x in residuals:
         for one in sums:
             one.add(x.float())
-    return [one.evaluation() for one in sums]
+    return [one.evaluation(data) for one in sums]

@@ -5,10 +5,13 @@ Legend: L layers, N tokens, D width of the residual stream, M latents, K active 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .distributed import Group
 
 
 class Moments:
@@ -68,6 +71,39 @@ class Moments:
         """
         scatter = (self.mean - self.mean.mean(1, keepdim=True)).square().sum(1)
         return self.variance() + (scatter if self.count else 0)
+
+
+def reduce(moments: Sequence[Moments], sums: Sequence[Tensor], group: Group) -> None:
+    """Let `moments` have seen what they have in any process of the group, and add up `sums`, in
+    place: afterwards both are the same in all.
+
+    Two messages, whose size does not grow with the group: Σ n and Σ n · mean, then Σ [squared
+    deviations + n · (own mean − common mean)²]. It is the merge of Chan et al. for many at once.
+    """
+    if group.size == 1:
+        return
+    weights = [m.mean.new_tensor(float(m.count)) for m in moments]
+    parts = [*sums, *weights, *(m.count * m.mean for m in moments)]
+    totals = iter(_added_up(parts, group))
+    for sum_ in sums:
+        sum_.copy_(next(totals))
+    counts = [next(totals) for _ in moments]
+    means = [next(totals) / count.clamp_min(1) for count in counts]
+    spread = [
+        m.sq_dev + m.count * (m.mean - mean).square()
+        for m, mean in zip(moments, means, strict=True)
+    ]
+    for m, count, mean, sq_dev in zip(
+        moments, counts, means, _added_up(spread, group), strict=True
+    ):
+        m.count, m.mean, m.sq_dev = int(count), mean, sq_dev
+
+
+def _added_up(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """Each summed over the group, as one message of float64."""
+    message = torch.cat([part.double().flatten() for part in parts])
+    sums = group.sum_(message).split([part.numel() for part in parts])
+    return [sum_.view(part.shape) for sum_, part in zip(sums, parts, strict=True)]
 
 
 def fvu(sq_error: Tensor, n_tokens: int, moments: Moments) -> Tensor:

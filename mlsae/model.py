@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from sparse_topk import SparseTopKSAE, TopK, topk_sae
 
+from .distributed import ALONE, Group
 from .errors import InputError
 from .files import write_file
+from .sharding import ShardedSAE
 
 SIGMA_EPS = 1e-5
 ACTIVE = 1e-3  # a latent counts as active above this (arXiv 2409.04185, App. A)
@@ -65,13 +67,24 @@ class MLSAE(nn.Module):
         x̂ = (Σ_k h · W_dec rows + b_pre) · σ + μ
 
     Nothing depends on the layer. b_pre is the SAE's `b_dec`; there is no latent bias. With
-    `standardize=False`, μ = 0 and the vectors are taken as they are.
+    `standardize=False`, μ = 0 and the vectors are taken as they are. With `shards`, a group of
+    several processes, each holds a part of the latents (see `sharding`).
     """
 
-    def __init__(self, config: MLSAEConfig, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        config: MLSAEConfig,
+        device: torch.device | str | None = None,
+        shards: Group = ALONE.latents,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.sae = SparseTopKSAE(config.d_in, config.n_latents, config.k, bias=False, device=device)
+        self.config, self.shards = config, shards
+        shape = (config.d_in, config.n_latents, config.k)
+        self.sae: SparseTopKSAE = (
+            SparseTopKSAE(*shape, bias=False, device=device)
+            if shards.size == 1
+            else ShardedSAE(*shape, shards, device=device)
+        )
 
     def standardize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x̃ (…, D) float32, μ and σ (…, 1). A constant vector has σ = 0 and becomes 0."""
@@ -110,7 +123,8 @@ class MLSAE(nn.Module):
         `variance` (L,) and `error_variance` (L,) are given, from the tokens seen before (see
         `metrics.Moments.variance`), and `n_tokens` is the whole step's: so the losses of the
         parts of a step add up to the loss of the whole, however it is split. With no `dead` ids
-        (Q,) or no `error_variance`, aux is 0. Its gradient reaches W_enc and W_dec only.
+        (Q,) or no `error_variance`, aux is 0. Its gradient reaches W_enc and W_dec only. Of shards,
+        `dead` are a shard's own; None where no shard has any.
         """
         standard, mean, std = self.standardize(x)
         reconstruction, codes = self.sae.reconstruct(standard)
@@ -118,27 +132,46 @@ class MLSAE(nn.Module):
         sq_error = (x - reconstruction * std - mean).square().sum((1, 2))  # (L,)
         loss = (sq_error / variance).mean() / n_tokens
         aux = torch.zeros((), device=x.device)
-        if dead is not None and len(dead) and error_variance is not None:
-            predicted, _ = topk_sae(
-                (standard - self.sae.b_dec).detach(),
-                self.sae.W_enc[dead],
-                None,
-                self.sae.W_dec[dead],
-                None,
-                min(k_aux, len(dead)),
-            )
+        some_dead = dead is not None and (len(dead) > 0 or self.shards.size > 1)
+        if dead is not None and some_dead and error_variance is not None:
+            predicted = self._among((standard - self.sae.b_dec).detach(), dead, k_aux)
             missed = (error.detach() - predicted).square().sum((1, 2))
             aux = (missed / error_variance).mean() / n_tokens
         return Losses(
             loss + aux_weight * aux, aux.detach(), sq_error.detach(), error.detach(), codes
         )
 
+    def _among(self, x: Tensor, latents: Tensor, k: int) -> Tensor:
+        """x̂ without b_pre (…, D), from the k largest among `latents` (Q,) only; all, if fewer."""
+        if isinstance(self.sae, ShardedSAE):
+            return self.sae.among(x, latents, k)
+        W_enc, W_dec = self.sae.W_enc[latents], self.sae.W_dec[latents]
+        return topk_sae(x, W_enc, None, W_dec, None, min(k, len(latents)))[0]
+
+    def whole(self, part: Tensor) -> Tensor:
+        """What all shards hold of something with a row a latent, (M, …), in the process of the
+        first; the others get their own part back. All must call it."""
+        return self.sae.whole(part) if isinstance(self.sae, ShardedSAE) else part
+
+    def part(self, whole: Tensor) -> Tensor:
+        """The rows (M/S, …) of something (M, …) that are of this process's latents."""
+        return whole[self.sae.rows].clone() if isinstance(self.sae, ShardedSAE) else whole
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, as those of one that is not sharded: see `whole`."""
+        return {
+            name: self.whole(p) if p.ndim == 2 else p for name, p in self.sae.state_dict().items()
+        }
+
     def save_pretrained(self, folder: Path | str, **extra: Any) -> None:
         """Write `config.json` (this config, and `extra`) and `model.safetensors` into `folder`:
-        `W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,), float32. Each file is replaced at once."""
+        `W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,), float32. Each file is replaced at once. Of
+        shards, all must call it, and the first one writes."""
+        weights = {name: p.detach().float().cpu() for name, p in self.weights().items()}
+        if self.shards.rank > 0:
+            return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: p.detach().float().cpu() for name, p in self.sae.state_dict().items()}
         write_file(folder / "model.safetensors", safetensors.torch.save(weights))
         settings = json.dumps({**asdict(self.config), **extra}, indent=2)
         write_file(folder / "config.json", settings.encode())
@@ -165,15 +198,18 @@ class MLSAE(nn.Module):
         return mlsae.requires_grad_()
 
 
-def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """argmin_c Σ_n |x_n − c| by Weiszfeld's iteration: x (N, D) → (D,).
+def geometric_median(
+    x: Tensor, iterations: int = 100, tolerance: float = 1e-6, group: Group = ALONE.data
+) -> Tensor:
+    """argmin_c Σ_n |x_n − c| by Weiszfeld's iteration: x (N, D) → (D,); of all vectors that the
+    processes of `group` have together, and the same in each.
 
     Stops where the centre moves by less than `tolerance` of its own norm plus 1.
     """
-    centre = x.mean(0)
+    centre = group.sum_(x.sum(0)) / group.total(len(x))
     for _ in range(iterations):
         weight = 1 / (x - centre).norm(dim=1).clamp_min(1e-12)
-        moved = (weight @ x) / weight.sum()
+        moved = group.sum_(weight @ x) / group.sum_(weight.sum())
         close = (moved - centre).norm() <= tolerance * (centre.norm() + 1)
         centre = moved
         if close:

@@ -23,10 +23,16 @@ from .trainer import NonFiniteError, Step, Trainer
 
 class Run:
     """An SAE in training, in its folder `config.out`, which exists. `config` are its own settings,
-    see `config.runs_of`. With a saved `state` it goes on from there."""
+    see `config.runs_of`. With a saved `state` it goes on from there. Of several processes, the
+    one that `writes` leaves the files; all must make the same calls."""
 
     def __init__(
-        self, name: str, config: TrainConfig, trainer: Trainer, state: dict[str, Any] | None = None
+        self,
+        name: str,
+        config: TrainConfig,
+        trainer: Trainer,
+        state: dict[str, Any] | None = None,
+        writes: bool = True,
     ) -> None:
         self.name, self.config, self.trainer = name, config, trainer
         self.id = state["id"] if state else uuid.uuid4().hex
@@ -36,7 +42,11 @@ class Run:
             trainer.load_state_dict(state["trainer"])
             self.window.load_state_dict(state["window"])
             position = state["metrics_position"]
-        self.log = MetricsLog(config.out, config.log, settings_of(config), self.id, position)
+        self.log = (
+            MetricsLog(config.out, config.log, settings_of(config), self.id, position)
+            if writes
+            else None
+        )
 
     def check(self, step: Step) -> None:
         """Raise NonFiniteError, which names the run, where the loss is not finite."""
@@ -62,30 +72,34 @@ class Run:
             "fvu": window.fvu().mean().item(),
             "fvu_layers": window.fvu().tolist(),
             "aux": window.aux.item() / window.steps,
-            "dead": trainer.dead().double().mean().item(),
+            "dead": trainer.dead_share(),
             "lr": self.lr,
             "tokens_per_second": tokens_per_second,
             "seconds": seconds,
         }
         self.window = trainer.sums()
-        self.log.write(line)
+        if self.log:
+            self.log.write(line)
         return line
 
     def write_heldout(self, figures: Evaluation) -> None:
         """Log figures on held-out text."""
-        self.log.write({"tokens": self.trainer.tokens, "heldout": figures.as_dict()})
+        if self.log:
+            self.log.write({"tokens": self.trainer.tokens, "heldout": figures.as_dict()})
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on: tensors, and values as JSON has them."""
         return {
             "id": self.id,
-            "metrics_position": self.log.position(),
+            "metrics_position": self.log.position() if self.log else 0,
             "window": self.window.state_dict(),
             "trainer": self.trainer.state_dict(),
         }
 
     def save_model(self) -> None:
         """Leave a model that `MLSAE.from_pretrained` loads in the run's folder."""
+        if self.trainer.data.rank > 0:
+            return
         self.trainer.mlsae.save_pretrained(
             self.config.out,
             training=settings_of(self.config),
@@ -95,6 +109,9 @@ class Run:
     def finish(self, figures: Evaluation) -> None:
         """Leave a folder that stands alone, with the last `figures` on held-out text."""
         self.save_model()
+        self.dead = self.trainer.dead_share()
+        if self.log is None:
+            return
         latents = {
             "totals": figures.totals.float().contiguous().cpu(),
             "counts": figures.counts.long().contiguous().cpu(),
@@ -105,4 +122,5 @@ class Run:
 
     def close(self) -> None:
         """End the log."""
-        self.log.close()
+        if self.log:
+            self.log.close()

@@ -12,10 +12,12 @@ _WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 class Signals:
     """Within it, a first SIGINT or SIGTERM only sets `caught`; a second one ends the process as
-    usual, for those who cannot wait. Outside the main thread, where Python has no signals, it does
-    nothing."""
+    usual, for those who cannot wait; with `only_remember` it is not, as a launcher of processes
+    may send its own after the user's. Outside the main thread, where Python has no signals, it
+    does nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, only_remember: bool = False) -> None:
+        self.only_remember = only_remember
         self.caught: signal.Signals | None = None
 
     def __enter__(self) -> Self:
@@ -34,7 +36,8 @@ class Signals:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.caught = signal.Signals(number)
-        self._restore()
+        if not self.only_remember:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -18,8 +18,9 @@ from .memory import peak
 _COLUMNS = ("run", "n_latents", "k", "fvu", "fvu_paper", "l0", "dead")
 
 
-def print_summary(fit: Fit, evaluations: Sequence[Evaluation]) -> None:
-    """Print it: a table of the layers of a single run, or a row for each of several."""
+def print_summary(fit: Fit, evaluations: Sequence[Evaluation], encoding: float) -> None:
+    """Print it: a table of the layers of a single run, or a row for each of several. `encoding`
+    is how many seconds of the training went into it."""
     console = Console(highlight=False)
     single = len(fit.runs) == 1
     if single:
@@ -28,12 +29,12 @@ def print_summary(fit: Fit, evaluations: Sequence[Evaluation]) -> None:
         console.print(_table(fit, evaluations))
     stages = fit.watch.seconds()
     total = sum(stages.values())
-    stages["encode"] = min(stages.pop("SAE"), fit.encode_seconds())
+    stages["encode"] = min(stages.pop("SAE"), encoding)
     stages["rest of the SAE"] = total - sum(stages.values())
     shares = sorted(stages.items(), key=lambda stage: -stage[1])
     sizes = [f"{run.trainer.mlsae.config.n_latents:,}" for run in fit.runs]
-    dead = [f"{run.trainer.dead().double().mean():.1%}" for run in fit.runs]
-    out = fit.config.out
+    dead = [f"{run.dead:.1%}" for run in fit.runs]
+    out, processes = fit.config.out, fit.ranks.everyone.size
     console.print(
         f"trained on {fit.tokens:,} tokens in {fit.seconds:.0f} s "
         f"({fit.tokens / fit.seconds:,.0f} tokens/s)"
@@ -41,7 +42,8 @@ def print_summary(fit: Fit, evaluations: Sequence[Evaluation]) -> None:
         "where the time went: "
         + ", ".join(f"{name} {spent / total:.1%}" for name, spent in shares)
         + f"; tokenising, beside it, {fit.batches.seconds:.1f} s",
-        f"peak memory: {peak(fit.source.device) / 1e9:.2f} GB",
+        f"peak memory: {peak(fit.source.device) / 1e9:.2f} GB"
+        + (f" in the first of {processes} processes" if processes > 1 else ""),
         f"run: {out}" if single else f"runs: in {out}, a folder each",
         f"report: {out / 'report.html'}" if single else f"this table: {out / 'runs.csv'}",
         sep="\n",
@@ -79,7 +81,7 @@ def _rows(fit: Fit, evaluations: Sequence[Evaluation]) -> list[tuple[str | float
             found.fvu.mean().item(),
             found.fvu_paper.mean().item(),
             found.l0.mean().item(),
-            run.trainer.dead().double().mean().item(),
+            run.dead,
         )
         for run, found in zip(fit.runs, evaluations, strict=True)
     ]

@@ -5,6 +5,7 @@
         --sae.expansion 64 --sae.k 32 --tokens 1000000000 --batch_tokens 131072 --out runs/70m
     python -m mlsae.train … --out runs/70m --resume          # go on after a stop, to the same bits
     python -m mlsae.train --sae.k 16 32 64 --sae.expansion 8 16 --out runs/grid      # six at once
+    torchrun --nproc_per_node 8 -m mlsae.train …             # the same run on eight GPUs
 
 It leaves a folder that stands alone: config.json, model.safetensors, latents.safetensors,
 metrics.jsonl and report.html. `MLSAE.from_pretrained(FOLDER)` loads it. Several SAEs train side by
@@ -17,13 +18,12 @@ Legend: L layers, B rows, T positions, N tokens, D width of the residual stream,
 from __future__ import annotations
 
 import math
-import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -32,77 +32,77 @@ from torch import Tensor
 
 from sparse_topk import backend_name
 
-from . import checkpoint
+from . import distributed
 from .activations import choose_device
-from .config import PRESETS, TrainConfig, check_config, check_same, runs_of
-from .errors import InputError, exit_on_bad_input
-from .files import check_out
-from .fit import Fit, say
-from .logs import check_loggers
+from .config import PRESETS, TrainConfig, check_config, runs_of
+from .distributed import Group, LostContactError, Ranks, say
+from .errors import InputError, check_installed, exit_on_bad_input
+from .fit import Fit
+from .folders import check_folders, empty, load_checkpoint, newest_checkpoint
 from .memory import check_memory, estimate
-from .model import MLSAE
+from .model import MLSAE, MLSAEConfig
 from .run import Run
-from .source import Source
+from .source import Shape, Source, micro_rows, read_shape
 from .summary import print_summary, write_csv
 from .trainer import NonFiniteError, Trainer, survey
-
-RUN_FILES = (
-    "config.json",
-    "model.safetensors",
-    "latents.safetensors",
-    "metrics.jsonl",
-    "report.html",
-    "evaluation.csv",
-    "evaluation.json",
-    "checkpoints",
-    "tensorboard",
-    "wandb",
-)
-RUN_FOLDERS = ("x*-k*", "n*-k*")  # see `config.runs_of`
 
 
 def train(config: TrainConfig) -> dict[Path, MLSAE]:
     """Train as `config` says; leave each run in its folder: the MLSAEs by folder.
 
-    Raises InputError for bad input, before anything is written; NonFiniteError where a loss is
-    not finite; SystemExit (128 + the signal's number) after SIGINT or SIGTERM, with a checkpoint
-    written and models that load.
+    As one of several processes, started by torchrun, it trains together with them: all read the
+    checkpoint to go on from, and the first one writes and prints.
+
+    Raises InputError for bad input, before anything is written (in the first process; in the
+    others SystemExit, 2); NonFiniteError where a loss is not finite; LostContactError where
+    another process is gone; SystemExit (128 + the signal's number) after SIGINT or SIGTERM in any
+    process, with a checkpoint written and models that load.
     """
-    check_config(config)
-    check_loggers(config.log)
-    device = choose_device(config.device)
+    with distributed.session(config.timeout) as everyone:
+        return _train(config, everyone)
 
-    # What is read: the training so far, the transformer, the layers of it, the text.
-    path, state = _training_so_far(config) if config.resume else (None, None)
-    source = Source(config, device)
-    _check_out(config, source)
-    heldout = source.heldout()
 
-    try:
-        say(f"training on {device} with the {backend_name(device)} kernels")
-    except ValueError as error:  # an unknown SPARSE_TOPK_BACKEND
-        raise InputError(str(error)) from error
+def _train(config: TrainConfig, everyone: Group) -> dict[Path, MLSAE]:
+    is_first = everyone.rank == 0
+    with everyone.together():
+        device = _check(config, everyone)
+        path = newest_checkpoint(config) if is_first and config.resume else None
+    path = everyone.share(path)
+    ranks = distributed.mesh(everyone, device, config.shard_latents, config.timeout)
+
+    # What is read: the training so far, the transformer up to its last wanted layer, the text.
+    with everyone.together():
+        state = load_checkpoint(path, config) if path else None
+        shape = read_shape(config)
+        saes = {name: shape.mlsae_config(run) for name, run in runs_of(config).items()}
+        if is_first:
+            check_folders(config, saes.values())
+        needed = _memory_needed(config, shape, saes.values(), device, ranks)
+        source = Source(config, device, ranks, whole=False, reserved=needed)
+        check_memory(needed, device)
+        heldout = source.heldout() if is_first else None
+        _say_where(source)
+    heldout = everyone.share(heldout)
 
     # What is trained: an SAE for each run. The first batch sets b_pre and the first variances,
     # then is trained on.
-    trainers = _new_trainers(config, source)
+    trainers = {name: _new_trainer(config, sae, source) for name, sae in saes.items()}
     batches = source.batches(state["batches"] if state else None)
-    first: list[Tensor] = []
-    if not state:
-        first = [next(batches)]
-        mlsae = next(iter(trainers.values())).mlsae
-        moments, centre = survey(mlsae, source.residuals(first[0]))
-        for trainer in trainers.values():
-            trainer.initialize(moments, centre)
-        _empty(config.out)
+    first = [] if state else [next(batches)]
+    for input_ids in first:
+        _begin(trainers.values(), source, input_ids)
+        if is_first:
+            empty(config.out)
 
     # Train, and measure on held-out rows.
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
         runs = []
         for name, settings in runs_of(config).items():
-            settings.out.mkdir(parents=True, exist_ok=True)
-            run = Run(name, settings, trainers[name], state["runs"][name] if state else None)
+            if is_first:
+                settings.out.mkdir(parents=True, exist_ok=True)
+            saved = state["runs"][name] if state else None
+            run = Run(name, settings, trainers[name], saved, writes=is_first)
             runs.append(stack.enter_context(closing(run)))
         fit = Fit(config, runs, source, batches, heldout, state, path)
         if state:
@@ -113,80 +113,94 @@ def train(config: TrainConfig) -> dict[Path, MLSAE]:
     # Leave folders that stand alone.
     for run, figures in zip(runs, evaluations, strict=True):
         run.finish(figures)
-    if len(runs) > 1:
-        write_csv(config.out / "runs.csv", fit, evaluations)
-    print_summary(fit, evaluations)
+    encoding = fit.encode_seconds()
+    if is_first:
+        if len(runs) > 1:
+            write_csv(config.out / "runs.csv", fit, evaluations)
+        print_summary(fit, evaluations, encoding)
     return {run.config.out: run.trainer.mlsae for run in runs}
 
 
-def _training_so_far(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None]:
-    """The newest checkpoint in `config.out` and its state; (None, None) where it has come to
-    none. Raises InputError where that would lose something, or the settings differ."""
-    found = checkpoint.newest(config.out, say)
-    if found:
-        check_same(config, found[1]["settings"])
-        return found
-    models = (config.out, *(run.out for run in runs_of(config).values()))
-    if checkpoint.any_written(config.out) or any(
-        (folder / "model.safetensors").exists() for folder in models
-    ):
+def _check(config: TrainConfig, everyone: Group) -> torch.device:
+    """The device to train on. Raises InputError for what needs no model to be known as wrong."""
+    check_config(config)
+    for logger in config.log:
+        check_installed(logger, f"--log {logger}")
+    distributed.check_shards(everyone, config.shard_latents)
+    if config.model_device_map and everyone.size > 1:
         raise InputError(
-            f"--resume needs an undamaged checkpoint, and {config.out} has none; choose another "
-            "--out, or start over with --overwrite"
+            f"--model_device_map must not be given to several processes, got "
+            f"{config.model_device_map}: each has the transformer on its own device"
         )
-    say(f"there is no checkpoint in {config.out} yet; starting at the beginning")
-    return None, None
+    return choose_device(config.device, distributed.local_rank())
 
 
-def _new_trainers(config: TrainConfig, source: Source) -> dict[str, Trainer]:
-    """The trainers of all runs at their start, by the runs' names. Raises InputError where they
-    do not fit in memory together."""
-    device, sae = source.device, config.sae
-    saes = {name: source.mlsae_config(run.sae) for name, run in runs_of(config).items()}
+def _begin(trainers: Iterable[Trainer], source: Source, input_ids: Tensor) -> None:
+    """Set b_pre and the first variances from the first batch (B, T)."""
+    mlsae = next(iter(trainers)).mlsae
+    with source.ranks.everyone.together():
+        moments, centre = survey(mlsae, source.residuals(input_ids), source.ranks.data)
+    for trainer in trainers:
+        trainer.initialize(moments, centre)
+
+
+def _say_where(source: Source) -> None:
+    """Say what trains on what."""
+    try:
+        kernels = backend_name(source.device)
+    except ValueError as error:  # an unknown SPARSE_TOPK_BACKEND
+        raise InputError(str(error)) from error
+    everyone, data, latents = source.ranks
+    parts = f", {everyone.size} processes: {data.size} × tokens, {latents.size} × latents"
+    processes = parts if everyone.size > 1 else ""
+    say(f"training on {source.device} with the {kernels} kernels{processes}")
+
+
+def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if half else torch.float32
-    k_aux = sae.k_aux or 2 ** round(math.log2(max(source.d_in / 2, 1)))
-    micro_tokens = source.micro_rows * source.seq_len
-    check_memory(estimate(list(saes.values()), micro_tokens, k_aux, dtype), device)
-    trainers = {}
-    for name, mlsae_config in saes.items():
-        torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
-        trainers[name] = Trainer(
-            MLSAE(mlsae_config, device),
-            dead_tokens=sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
-            k_aux=k_aux,
-            aux_weight=sae.aux_weight,
-            max_grad_norm=config.max_grad_norm,
-            dtype=dtype,
+    return torch.bfloat16 if half else torch.float32
+
+
+def _k_aux(config: TrainConfig, d_in: int) -> int:
+    return config.sae.k_aux or 2 ** round(math.log2(max(d_in / 2, 1)))
+
+
+def _memory_needed(
+    config: TrainConfig,
+    shape: Shape,
+    saes: Iterable[MLSAEConfig],
+    device: torch.device,
+    ranks: Ranks,
+) -> int:
+    """Bytes that training all of `saes` takes on `device`, beside the transformer. Raises
+    InputError where they have fewer latents than shards."""
+    shards, configs = ranks.latents.size, list(saes)
+    fewest = min(sae.n_latents for sae in configs)
+    if fewest < shards:
+        raise InputError(
+            f"--shard_latents must be at most {fewest} (the number of latents), got {shards}"
         )
-    return trainers
+    return estimate(
+        configs,
+        micro_rows(config, shape.seq_len, ranks) * shape.seq_len,
+        _k_aux(config, shape.d_in),
+        _compute_dtype(config, device),
+        shards,
+    )
 
 
-def _check_out(config: TrainConfig, source: Source) -> None:
-    """Raise InputError where the folder cannot take the runs, or would lose something.
-
-    What they take on the disk: two weights, the counts of latents, the report; and in each
-    checkpoint, one of them being written, the weights and two moments of each."""
-    bytes_needed = 0
-    for run in runs_of(config).values():
-        sae = source.mlsae_config(run.sae)
-        bytes_needed += 4 * sae.n_latents * (2 * sae.d_in + 3 * len(sae.layers)) + 12 * 2**20
-        bytes_needed += (config.keep_checkpoints + 1) * 24 * sae.n_latents * sae.d_in
-    own = (*RUN_FILES, "runs.csv", *RUN_FOLDERS)
-    check_out(config.out, config.overwrite, config.resume, own, bytes_needed)
-    for pattern in RUN_FOLDERS:
-        for folder in config.out.glob(pattern):
-            check_out(folder, config.overwrite, config.resume, RUN_FILES, 0)
-
-
-def _empty(folder: Path) -> None:
-    """Make the folder, and remove the runs in it, if any: `_check_out` has said that it may."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _new_trainer(config: TrainConfig, sae: MLSAEConfig, source: Source) -> Trainer:
+    """The trainer of a run at its start."""
+    torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
+    return Trainer(
+        MLSAE(sae, source.device, source.ranks.latents),
+        dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
+        k_aux=_k_aux(config, sae.d_in),
+        aux_weight=config.sae.aux_weight,
+        max_grad_norm=config.max_grad_norm,
+        dtype=_compute_dtype(config, source.device),
+        data=source.ranks.data,
+    )
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
@@ -203,6 +217,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         description=(__doc__ or "").split("Legend:")[0],
         use_underscores=True,
         prog="python -m mlsae.train",
+        console_outputs=distributed.is_first(),
     )
 
 
@@ -216,6 +231,11 @@ def main() -> None:
             train(config)
         except NonFiniteError as error:
             say(f"error: {error}")
+            sys.exit(1)
+        except LostContactError as error:
+            # The launcher ends this process meanwhile, and names the one that failed first.
+            time.sleep(5)
+            print(f"error: {error}; go on with the same command and --resume", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             say("interrupted")

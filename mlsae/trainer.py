@@ -6,18 +6,21 @@ Legend: L layers, N tokens, D width of the residual stream, M latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from sparse_topk import UnitNormAdam
 
 from . import metrics
+from .distributed import ALONE, Group
 from .errors import InputError
 from .model import ACTIVE, MLSAE, geometric_median
+from .sharding import ShardedSAE
 
 
 class NonFiniteError(FloatingPointError):
@@ -71,6 +74,9 @@ class Trainer:
     `inactive_tokens` (M,) is how many tokens ago each latent was last active; from `dead_tokens`
     on it is dead, and AuxK takes it up. The loss divides by variances of the tokens seen *before*
     the step, so that a step split in parts has the gradient of the whole.
+
+    Of the processes of the group `data`, each has tokens of its own; with an MLSAE of several
+    shards, `inactive_tokens` (M/S,) is of this shard's latents. All else is the same in all.
     """
 
     def __init__(
@@ -82,16 +88,21 @@ class Trainer:
         aux_weight: float,
         max_grad_norm: float | None = None,
         dtype: torch.dtype = torch.float32,
+        data: Group = ALONE.data,
     ) -> None:
-        config = mlsae.config
-        self.mlsae = mlsae
+        config, sae = mlsae.config, mlsae.sae
+        self.mlsae, self.data = mlsae, data
         self.dead_tokens, self.k_aux, self.aux_weight = dead_tokens, k_aux, aux_weight
         self.dtype = dtype
-        self.device = mlsae.sae.W_dec.device
-        self.optimizer = UnitNormAdam(mlsae.sae.parameter_groups(), max_grad_norm=max_grad_norm)
+        self.device = sae.W_dec.device
+        self.optimizer = UnitNormAdam(
+            sae.parameter_groups(),
+            max_grad_norm=max_grad_norm,
+            total_norm=sae.total_norm if isinstance(sae, ShardedSAE) else get_total_norm,
+        )
         self.tokens = 0
         self.steps = 0
-        self.inactive_tokens = torch.zeros(config.n_latents, dtype=torch.int64, device=self.device)
+        self.inactive_tokens = torch.zeros(len(sae.W_dec), dtype=torch.int64, device=self.device)
         self.moments = metrics.Moments(len(config.layers), config.d_in, self.device)
         self.error_variance: Tensor | None = None  # (L,) of x̃ − x̃̂ in the last step
 
@@ -100,8 +111,13 @@ class Trainer:
         return Sums(len(self.mlsae.config.layers), self.mlsae.config.d_in, self.device)
 
     def dead(self) -> Tensor:
-        """Which latents are dead, (M,) bool."""
+        """Which of this process's latents are dead, (M,) bool."""
         return self.inactive_tokens >= self.dead_tokens
+
+    def dead_share(self) -> float:
+        """The share of all latents that are dead. All processes must call it."""
+        n_dead = self.mlsae.shards.total(int(self.dead().sum()))
+        return n_dead / self.mlsae.config.n_latents
 
     def initialize(self, moments: metrics.Moments, centre: Tensor) -> None:
         """Begin with what `survey` found: the first variances, and b_pre at the centre (D,)."""
@@ -110,31 +126,44 @@ class Trainer:
             self.mlsae.sae.b_dec.copy_(centre)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on: tensors, and values as JSON has them."""
-        optimizer = self.optimizer.state_dict()["state"]
+        """All that the next step depends on: tensors, and values as JSON has them. It does not
+        depend on the number of processes. Of shards, all must call it, and the first one has it."""
+        optimizer = {
+            str(i): {name: self._rows(value, self.mlsae.whole) for name, value in moments.items()}
+            for i, moments in self.optimizer.state_dict()["state"].items()
+        }
         return {
             "tokens": self.tokens,
             "steps": self.steps,
-            "inactive_tokens": self.inactive_tokens,
+            "inactive_tokens": self.mlsae.whole(self.inactive_tokens),
             "moments": self.moments.state_dict(),
             "error_variance": self.error_variance,
-            "weights": dict(self.mlsae.sae.state_dict()),
-            "optimizer": {str(i): state for i, state in optimizer.items()},
+            "weights": self.mlsae.weights(),
+            "optimizer": optimizer,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.tokens, self.steps = state["tokens"], state["steps"]
-        self.inactive_tokens.copy_(state["inactive_tokens"])
+        part = self.mlsae.part
+        self.inactive_tokens.copy_(part(state["inactive_tokens"]))
         self.moments.load_state_dict(state["moments"])
         error_variance = state["error_variance"]
         if error_variance is not None:
             error_variance = error_variance.to(self.device)
         self.error_variance = error_variance
-        self.mlsae.sae.load_state_dict(state["weights"])
+        weights = {name: self._rows(weight, part) for name, weight in state["weights"].items()}
+        self.mlsae.sae.load_state_dict(weights)
         groups = self.optimizer.state_dict()["param_groups"]
-        saved = {int(i): moments for i, moments in state["optimizer"].items()}
+        saved = {
+            int(i): {name: self._rows(value, part) for name, value in moments.items()}
+            for i, moments in state["optimizer"].items()
+        }
         self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
+
+    def _rows(self, value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+        """`value`, converted where it is a matrix: of those, each row belongs to a latent."""
+        return convert(value) if isinstance(value, Tensor) and value.ndim == 2 else value
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
         """The context in which the SAE computes in `dtype`."""
@@ -147,7 +176,7 @@ class Step:
     """An optimizer step, whose tokens come in parts:
 
         step = Step(trainer, n_tokens)
-        for x in parts:  # residuals (L, N, D), n_tokens in all
+        for x in parts:  # residuals (L, N, D), n_tokens in all parts of all processes
             step.add(x)
         step.check()
         sums = step.end(lr)
@@ -159,7 +188,8 @@ class Step:
         self.trainer, self.n_tokens = trainer, n_tokens
         self.sums, self.errors = trainer.sums(), trainer.sums().moments
         self._variance = trainer.moments.variance().float()
-        self._dead = trainer.dead().nonzero().flatten()
+        dead = trainer.dead().nonzero().flatten()
+        self._dead = dead if trainer.mlsae.shards.total(len(dead)) else None
         self._active = torch.zeros_like(trainer.inactive_tokens, dtype=torch.bool)
 
     def add(self, x: Tensor) -> None:
@@ -184,7 +214,9 @@ class Step:
         self._active[losses.codes.indices[losses.codes.values > ACTIVE]] = True
 
     def check(self) -> None:
-        """Raise NonFiniteError where the loss is not finite; the gradients are then dropped."""
+        """Add up what the processes have found. Raise NonFiniteError, in all of them, where the
+        loss is not finite; the gradients are then dropped."""
+        self._reduce()
         if not math.isfinite(self.sums.loss.item()):
             self.trainer.optimizer.zero_grad()
             raise NonFiniteError(self._blame())
@@ -205,6 +237,24 @@ class Step:
         self.sums.steps = 1
         return self.sums
 
+    def _reduce(self) -> None:
+        """Sums, gradients and activity of all processes together, in each of them.
+
+        Once a step, and not beside the backward pass: the gradients of both weights come out of
+        its last function together, so there is nothing left to hide the messages behind.
+        """
+        trainer, sums = self.trainer, self.sums
+        if trainer.data.size == 1:
+            return
+        parameters = [p for g in trainer.optimizer.param_groups for p in g["params"]]
+        for p in parameters:
+            if p.grad is None:  # of a process that has no tokens of this step
+                p.grad = torch.zeros_like(p)
+        trainer.data.sum_all_([p.grad for p in parameters if p.grad is not None])
+        both = [sums.moments, self.errors]
+        metrics.reduce(both, [sums.loss, sums.aux, sums.sq_error], trainer.data)
+        self._active = trainer.data.max_(self._active.to(torch.uint8)).bool()
+
     def _blame(self) -> str:
         """Which layer made the loss not finite, and what to do."""
         trainer, sums = self.trainer, self.sums
@@ -222,22 +272,26 @@ class Step:
         return f"the loss is {sums.loss.item()} {at}. Lower --lr"
 
 
-def survey(mlsae: MLSAE, parts: Iterable[Tensor]) -> tuple[metrics.Moments, Tensor]:
+def survey(
+    mlsae: MLSAE, parts: Iterable[Tensor], data: Group = ALONE.data
+) -> tuple[metrics.Moments, Tensor]:
     """What training begins with: the moments of residuals (L, N, D) that come in parts, and the
-    geometric median (D,) of the vectors as `mlsae` standardises them.
+    geometric median (D,) of the vectors as `mlsae` standardises them; of all parts of all
+    processes of the group `data`, and the same in each.
 
     Raises InputError where the residuals of a layer do not vary or are not finite.
     """
     config, device = mlsae.config, mlsae.sae.W_dec.device
     moments = metrics.Moments(len(config.layers), config.d_in, device)
-    standard = []
+    standard = [torch.zeros(0, config.d_in, device=device)]
     for x in parts:
         moments.update(x)
         standard.append(mlsae.standardize(x)[0].flatten(0, 1))
+    metrics.reduce([moments], [], data)
     for layer, variance in zip(config.layers, moments.variance().tolist(), strict=True):
         if not 0 < variance < math.inf:
             raise InputError(
                 f"MODEL's residuals must be finite and vary, and those of layer {layer} have "
                 f"the variance {variance}; leave the layer out with --layers"
             )
-    return moments, geometric_median(torch.cat(standard))
+    return moments, geometric_median(torch.cat(standard), group=data)

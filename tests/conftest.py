@@ -10,6 +10,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(scope="session")
+def team():
+    """Four processes in a gloo group, for all tests that want them."""
+    from team import Team
+
+    with Team(4) as processes:
+        yield processes
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

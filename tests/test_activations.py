@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from mlsae.activations import ResidualReader, choose_device, find_blocks, load_transformer
+from mlsae.activations import ResidualReader, choose_device, find_blocks
 from mlsae.errors import InputError
 
 SMALL = {
@@ -86,11 +86,6 @@ def test_a_model_without_one_list_of_blocks_is_refused():
     )
     with pytest.raises(InputError, match="has 2"):
         find_blocks(transformers.T5ForConditionalGeneration(t5))
-
-
-def test_an_unknown_model_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"MODEL must be 'builtin', .* cannot be loaded"):
-        load_transformer(str(tmp_path), torch.device("cpu"))
 
 
 def test_an_unknown_device_is_named():

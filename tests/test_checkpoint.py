@@ -27,7 +27,8 @@ def equal(a, b):
 
 def test_a_state_comes_back_as_it_was(tmp_path):
     path = checkpoint.save(tmp_path, 12, STATE, keep=2)
-    found_path, found = checkpoint.newest(tmp_path, pytest.fail)
+    found_path = checkpoint.newest(tmp_path, pytest.fail)
+    found = checkpoint.load(found_path)
     assert found_path == path
     assert equal(found, STATE)
     checked = subprocess.run(
@@ -45,7 +46,7 @@ def test_the_last_ones_are_kept(tmp_path):
         for tokens in (20_000, 1_000_000)
         for ending in (".safetensors", ".sha256")
     }
-    assert checkpoint.newest(tmp_path, pytest.fail)[1]["tokens"] == 1_000_000
+    assert checkpoint.load(checkpoint.newest(tmp_path, pytest.fail))["tokens"] == 1_000_000
 
 
 @pytest.mark.parametrize("damage", ["one bit", "cut short", "no checksum", "empty checksum"])
@@ -63,7 +64,7 @@ def test_a_damaged_one_is_reported_and_the_one_before_it_used(tmp_path, damage):
     else:
         path.with_suffix(".sha256").write_text("")
     said = []
-    _, found = checkpoint.newest(tmp_path, said.append)
+    found = checkpoint.load(checkpoint.newest(tmp_path, said.append))
     assert found["tokens"] == 10
     (line,) = said
     assert str(path) in line

@@ -21,7 +21,7 @@ from mlsae.evaluate import evaluate as measure
 from mlsae.evaluate import parse
 from mlsae.faithfulness import measure_faithfulness
 from mlsae.figures import RowSums, figures, with_intervals
-from mlsae.train import RUN_FILES
+from mlsae.folders import RUN_FILES
 
 R, T, D = 5, 12, 24
 

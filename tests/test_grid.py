@@ -135,7 +135,7 @@ def test_a_signal_leaves_a_checkpoint_and_a_model_of_each(tmp_path, monkeypatch,
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in capsys.readouterr().err
-    _, state = checkpoint.newest(tmp_path / "run", print)
+    state = checkpoint.load(checkpoint.newest(tmp_path / "run", print))
     for name, config in runs_of(settings(tmp_path / "run")).items():
         weights = MLSAE.from_pretrained(config.out).sae.W_enc
         assert weights.equal(state["runs"][name]["trainer"]["weights"]["W_enc"])

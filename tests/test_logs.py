@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from mlsae.errors import InputError
-from mlsae.logs import MetricsLog, check_loggers
+from mlsae.errors import InputError, check_installed
+from mlsae.logs import MetricsLog
 
 LINE = {"tokens": 100, "fvu": 0.5, "fvu_layers": [0.4, 0.6]}
 HELDOUT = {"tokens": 200, "heldout": {"fvu": 0.3, "l0_layers": [8.0]}}
@@ -46,7 +46,6 @@ class FakeWandb(types.ModuleType):
 def test_wandb_gets_every_number_at_its_tokens(tmp_path, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    check_loggers(["wandb"])
     log = MetricsLog(tmp_path, ["wandb"], {"tokens": 1000}, "run-id")
     log.write(LINE)
     log.write(HELDOUT)
@@ -62,4 +61,4 @@ def test_wandb_gets_every_number_at_its_tokens(tmp_path, monkeypatch):
 def test_a_logger_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as import sees a package that is not there
     with pytest.raises(InputError, match=r"--log wandb needs .* pip install wandb"):
-        check_loggers(["wandb"])
+        check_installed("wandb", "--log wandb")

@@ -26,6 +26,15 @@ def test_several_saes_need_weights_each_and_room_for_one_at_a_time():
     assert both - alone == 16 * 2 * 512 * 8192
 
 
+def test_shards_have_a_part_of_the_weights_each():
+    whole = memory.estimate([CONFIG], 1, 1, torch.float32)
+    assert memory.estimate([CONFIG], 1, 1, torch.float32, shards=4) == pytest.approx(
+        whole / 4, rel=0.01
+    )
+    # But for a moment at the start one of the two weights is whole.
+    assert memory.estimate([CONFIG], 1, 1, torch.float32, shards=64) > 4 * 512 * 32768
+
+
 def test_the_flags_it_names_shrink_it():
     needed = memory.estimate([CONFIG], 16384, 256, torch.float32)
     assert memory.estimate([CONFIG], 4096, 256, torch.float32) < needed

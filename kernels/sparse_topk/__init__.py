@@ -7,11 +7,12 @@ x_hat = sae(x)  # differentiable; the (tokens, latents) matrix is never stored
 """
 
 from .backend import backend_name
-from .functional import TopK, decode, encode, topk_sae
+from .functional import Shards, TopK, decode, encode, topk_sae
 from .module import SparseTopKSAE
 from .optim import UnitNormAdam
 
 __all__ = [
+    "Shards",
     "SparseTopKSAE",
     "TopK",
     "UnitNormAdam",

@@ -7,7 +7,7 @@ Legend: N tokens, D inputs, M latents, K active latents a token; "…" any leadi
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ class TopK(NamedTuple):
     """(…, K) activations, ≥ 0."""
     indices: Tensor
     """(…, K) int64 ids of the latents, ascending within a token."""
+
+
+class Shards(Protocol):
+    """Processes that each hold some of the latents, and all see the same tokens."""
+
+    def keep(self, values: Tensor) -> Tensor:
+        """This shard's candidates (N, K) ≥ 0, with 0 for those that are not selected."""
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """Σ over the shards, the same in each."""
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> TopK:
@@ -59,12 +69,21 @@ def decode(top: TopK, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
 
 
 def topk_sae(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, W_dec: Tensor, b_dec: Tensor | None, k: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    k: int,
+    shards: Shards | None = None,
 ) -> tuple[Tensor, TopK]:
     """x̂ = decode(encode(x − b_dec)), and the codes: `encode` and `decode` in one Function, whose
     backward sorts the selections once for both weights.
 
     x (…, D), W_enc and W_dec (M, D), b_enc (M,), b_dec (D,) → x̂ (…, D) and codes (…, K).
+
+    With `shards`, the weights are one shard's, and k is how many candidates it offers: x̂ and the
+    gradients of x and b_dec are those of all shards together, and the codes are its own.
 
     Raises ValueError as `encode` does.
     """
@@ -76,7 +95,9 @@ def topk_sae(
         )
     check_k(k, len(W_enc))
     flat = x.reshape(-1, x.shape[-1])
-    out, values, indices = _TopKSAE.apply(flat, W_enc, b_enc, W_dec, b_dec, k, _dtype(W_enc))
+    out, values, indices = _TopKSAE.apply(
+        flat, W_enc, b_enc, W_dec, b_dec, k, _dtype(W_enc), shards
+    )
     shape = x.shape[:-1]
     return out.view(x.shape), TopK(values.view(*shape, k), indices.view(*shape, k))
 
@@ -173,16 +194,20 @@ class _TopKSAE(torch.autograd.Function):
         b_dec: Tensor | None,
         k: int,
         dtype: torch.dtype,
+        shards: Shards | None,
     ):
         centred = (x if b_dec is None else x - b_dec).to(dtype)
         cast_enc, cast_dec = W_enc.to(dtype), W_dec.to(dtype)
         cast_b = None if b_enc is None else b_enc.to(dtype)
         scores, indices = ops.topk_encode(centred, cast_enc, cast_b, k)
-        values = scores.relu()
+        values = scores.relu() if shards is None else shards.keep(scores.relu())
         out = ops.gather_sum(values, indices, cast_dec)
+        if shards is not None:
+            out = shards.sum(out)
         if b_dec is not None:
             out += b_dec
         ctx.save_for_backward(centred, cast_enc, cast_dec, values, indices)
+        ctx.shards = shards
         ctx.dtypes = [None if t is None else t.dtype for t in (x, W_enc, b_enc, W_dec, b_dec)]
         ctx.mark_non_differentiable(indices)
         return out, values, indices
@@ -202,16 +227,18 @@ class _TopKSAE(torch.autograd.Function):
                 d_enc = ops.scatter_outer(d_scores, order, centred).to(enc_dtype)
             if need_dec:
                 d_dec = ops.scatter_outer(values, order, d_out).to(dec_dtype)
+        total = (lambda partial: partial) if ctx.shards is None else ctx.shards.sum
         if need_x:
-            dx = ops.gather_sum(d_scores, indices, W_enc).to(x_dtype)
+            dx = total(ops.gather_sum(d_scores, indices, W_enc)).to(x_dtype)
         if need_b_enc or need_b_dec:
             by_latent = ops.sum_by_latent(d_scores, indices, order)
             if need_b_enc:
                 d_b_enc = by_latent.to(b_enc_dtype)
             if need_b_dec:
                 # Σ_n dx[n] = by_latent @ W_enc: one matrix-vector product, no dx needed.
-                d_b_dec = (d_out.sum(0) - by_latent.to(W_enc.dtype) @ W_enc).to(b_dec_dtype)
-        return dx, d_enc, d_b_enc, d_dec, d_b_dec, None, None
+                sum_dx = total(by_latent.to(W_enc.dtype) @ W_enc)
+                d_b_dec = (d_out.sum(0) - sum_dx).to(b_dec_dtype)
+        return dx, d_enc, d_b_enc, d_dec, d_b_dec, None, None, None
 
 
 def _relu_backward(d_values: Tensor, values: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ class UnitNormAdam(torch.optim.Optimizer):
 
     With `max_grad_norm`, the gradients of all groups together are first scaled to at most this
     norm, as `torch.nn.utils.clip_grad_norm_` would, but without waiting for the device. It is the
-    optimizer's, not its state's: give it again on resuming.
+    optimizer's, not its state's: give it again on resuming. `total_norm` is how that norm is had
+    from the gradients, in the order of the groups: where each process holds but a part of them, a
+    function that asks the others.
 
     Raises ValueError where lr, a beta, eps or max_grad_norm is out of range, or a `unit_norm`
     parameter is not a matrix; RuntimeError on sparse gradients.
@@ -36,6 +38,7 @@ class UnitNormAdam(torch.optim.Optimizer):
         eps: float = 6.25e-10,
         unit_norm: bool = False,
         max_grad_norm: float | None = None,
+        total_norm: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm,
     ) -> None:
         if lr < 0:
             raise ValueError(f"lr must be at least 0, got {lr}")
@@ -45,7 +48,7 @@ class UnitNormAdam(torch.optim.Optimizer):
             raise ValueError(f"eps must be at least 0, got {eps}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.total_norm = max_grad_norm, total_norm
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "unit_norm": unit_norm})
         for group in self.param_groups:
             for p in group["params"]:
@@ -87,8 +90,8 @@ class UnitNormAdam(torch.optim.Optimizer):
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         if self.max_grad_norm is None or not grads:
             return None
-        norm = torch.nn.utils.get_total_norm(grads)
-        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        return (self.max_grad_norm / (self.total_norm(grads) + 1e-6)).clamp(max=1.0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"max_grad_norm": self.max_grad_norm}
+        own = {"max_grad_norm": self.max_grad_norm, "total_norm": self.total_norm}
+        return super().__getstate__() | own
