@@ -91,8 +91,7 @@ def _figures(heldout: dict[str, Any], layers: tuple[int, ...]) -> str:
         (layer, *(f"{heldout[f'{name}_layers'][i]:.4f}" for name in columns))
         for i, layer in enumerate(layers)
     ]
-    means = [sum(heldout[f"{name}_layers"]) / len(layers) for name in columns]
-    rows.append(("mean", *(f"{mean:.4f}" for mean in means)))
+    rows.append(("mean", *(f"{heldout[name]:.4f}" for name in columns)))
     return _table(("layer", *(names[name] for name in columns)), rows)
 
 

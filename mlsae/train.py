@@ -7,9 +7,9 @@
     python -m mlsae.train --sae.k 16 32 64 --sae.expansion 8 16 --out runs/grid      # six at once
 
 It leaves a folder that stands alone: config.json, model.safetensors, latents.safetensors,
-metrics.jsonl and report.html. `MLSAE.from_pretrained(FOLDER)` loads it. Several SAEs train side by
-side on the same residuals, so that the transformer runs once for all of them; each ends as it
-would alone, in a folder of its own in OUT.
+metrics.jsonl, report.html and README.md, a model card. `MLSAE.from_pretrained(FOLDER)` loads it.
+Several SAEs train side by side on the same residuals, so that the transformer runs once for all of
+them; each ends as it would alone, in a folder of its own in OUT.
 
 Legend: L layers, B rows, T positions, N tokens, D width of the residual stream, M latents.
 """
@@ -38,6 +38,7 @@ from .config import PRESETS, TrainConfig, check_config, check_same, runs_of
 from .errors import InputError, exit_on_bad_input
 from .files import check_out
 from .fit import Fit, say
+from .hub import check_push, push_run
 from .logs import check_loggers
 from .memory import check_memory, estimate
 from .model import MLSAE
@@ -46,12 +47,16 @@ from .source import Source
 from .summary import print_summary, write_csv
 from .trainer import NonFiniteError, Trainer, survey
 
-RUN_FILES = (
+PUSHED_FILES = (  # of a run's, what others can use
     "config.json",
     "model.safetensors",
     "latents.safetensors",
     "metrics.jsonl",
     "report.html",
+    "README.md",
+)
+RUN_FILES = (
+    *PUSHED_FILES,
     "evaluation.csv",
     "evaluation.json",
     "checkpoints",
@@ -70,6 +75,8 @@ def train(config: TrainConfig) -> dict[Path, MLSAE]:
     """
     check_config(config)
     check_loggers(config.log)
+    if config.push_to_hub is not None:
+        check_push(config.push_to_hub)
     device = choose_device(config.device)
 
     # What is read: the training so far, the transformer, the layers of it, the text.
@@ -116,6 +123,10 @@ def train(config: TrainConfig) -> dict[Path, MLSAE]:
     if len(runs) > 1:
         write_csv(config.out / "runs.csv", fit, evaluations)
     print_summary(fit, evaluations)
+    if config.push_to_hub is not None:
+        for run in runs:
+            repo_id = "-".join([config.push_to_hub, *([run.name] if len(runs) > 1 else [])])
+            say(f"pushed: {push_run(run.config.out, repo_id, PUSHED_FILES)}")
     return {run.config.out: run.trainer.mlsae for run in runs}
 
 
