@@ -5,6 +5,7 @@ Legend: R = n_latents / d_in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def model_card(settings: dict[str, Any]) -> ModelCard:
     layers = settings.get("layers", ())
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# A multi-layer SAE of {model or 'a transformer'}",
+        f"# A multi-layer SAE of {_named(model)}",
         f"One TopK sparse autoencoder for the residual stream of {_layers(layers)} "
         f"([Lawson et al., ICLR 2025]({PAPER})): {settings['n_latents']:,} latents, "
         f"{settings['k']} of them active for each token and layer.",
@@ -61,8 +62,16 @@ def _on_the_hub(name: str) -> bool:
     return bool(name) and name != builtin.NAME and not Path(name).exists() and name.count("/") <= 1
 
 
-def _layers(layers: tuple[int, ...]) -> str:
-    return f"layers {', '.join(map(str, layers))}" if layers else "every layer"
+def _named(model: str) -> str:
+    return "the built-in model" if model == builtin.NAME else model or "a transformer"
+
+
+def _layers(layers: Sequence[int]) -> str:
+    if not layers:
+        return "every layer"
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
 
 
 def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
@@ -79,11 +88,14 @@ def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
     for name in ("model", "out", "overwrite", "resume", "push_to_hub"):  # told, or of one machine
         training.pop(name, None)
     training |= {f"sae.{name}": value for name, value in training.pop("sae", {}).items()}
-    rows += [(f"`--{name}`", value) for name, value in training.items() if value is not None]
+    for name, value in training.items():
+        if value is not None:
+            told = " ".join(map(str, value)) if isinstance(value, list) else value
+            rows.append((f"`--{name}`", told))
     return rows + [(f"{name} (version)", v) for name, v in settings.get("versions", {}).items()]
 
 
-def _figures(heldout: dict[str, Any], layers: tuple[int, ...]) -> str:
+def _figures(heldout: dict[str, Any], layers: Sequence[int]) -> str:
     """A row a layer, and their mean."""
     names = {"fvu": "FVU", "fvu_paper": "FVU as in the paper", "l0": "L0"}
     columns = [name for name in names if f"{name}_layers" in heldout]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from sparse_topk import SparseTopKSAE, TopK, topk_sae
@@ -23,6 +24,7 @@ from .files import write_file
 from .formats import Checkpoint
 
 SIGMA_EPS = 1e-5
+_OFFLINE = "it is not here and HF_HUB_OFFLINE=1 is set; unset that, or first run `hf download"
 _FILES = ["config.json", "model.safetensors", "README.md", formats.SETTINGS, formats.CARRIED]
 ACTIVE = 1e-3  # a latent counts as active above this (arXiv 2409.04185, App. A)
 
@@ -217,13 +219,17 @@ class MLSAE(nn.Module, ModelHubMixin):
 
         Raises InputError where a file is missing, damaged, or of another shape than the config.
         """
+        name = str(pretrained_model_name_or_path)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, device=device, **hub)
+            if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith(("/", "."))):
+                raise FileNotFoundError("there is no such folder")
+            return super().from_pretrained(name, device=device, **hub)
         except (OSError, ValueError) as error:
+            offline = isinstance(error, LocalEntryNotFoundError) and constants.is_offline_mode()
             raise InputError(
                 "RUN must be the folder of a trained MLSAE (config.json and model.safetensors) or "
-                f"its name on the Hugging Face hub, and {pretrained_model_name_or_path} cannot be "
-                f"loaded: {error}"
+                f"its name on the Hugging Face hub, and {name} cannot be loaded: "
+                + (f"{_OFFLINE} {name}`" if offline else str(error))
             ) from error
 
     @classmethod

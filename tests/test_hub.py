@@ -88,9 +88,15 @@ def test_a_name_that_is_nowhere_is_said_so(tmp_path, server):
         "try:\n    MLSAE.from_pretrained('me/nothing')\n"
         "except InputError as error:\n    print(error)"
     )
-    for offline in (False, True):
+    for offline, told in (
+        (False, "Repository Not Found"),
+        (True, "unset that, or first run `hf download me/nothing`"),
+    ):
         result = python(code, server, tmp_path, offline=offline)
         assert "its name on the Hugging Face hub, and me/nothing cannot be loaded" in result.stdout
+        assert told in result.stdout
+    with pytest.raises(InputError, match="there is no such folder"):
+        MLSAE.from_pretrained(tmp_path / "nothing")
 
 
 @pytest.fixture
