@@ -2,10 +2,11 @@
 
 from mlsae import MLSAE
 
-mlsae = MLSAE.from_pretrained("runs/demo")
+mlsae = MLSAE.from_pretrained("runs/demo")  # a folder, or a name on the Hugging Face hub
 values, indices = mlsae.encode(residuals)  # (…, d_model) → (…, k)
 """
 
-from .model import MLSAE, MLSAEConfig
+from .dense import DenseSAE
+from .model import MLSAE, MLSAEConfig, load_sae
 
-__all__ = ["MLSAE", "MLSAEConfig"]
+__all__ = ["MLSAE", "DenseSAE", "MLSAEConfig", "load_sae"]

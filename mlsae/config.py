@@ -107,6 +107,9 @@ class TrainConfig:
     """Seed of the initial weights and of the order of rows."""
     out: Path = Path("runs/mlsae")
     """Folder for the run; it must be new or empty."""
+    push_to_hub: str | None = None
+    """At the end, push the run to this repository of the Hugging Face hub, user/name; of several
+    runs, each to user/name-RUN. You must be logged in (`hf auth login`), which is checked first."""
     overwrite: bool = False
     """Replace the run that is in the folder."""
     resume: bool = False
@@ -132,6 +135,7 @@ PRESETS = {
 
 _FREE_ON_RESUME = (  # what may differ from the run that is resumed
     "out",
+    "push_to_hub",
     "overwrite",
     "resume",
     "preset",

@@ -50,14 +50,14 @@ class EvaluateConfig:
     """What to measure, and on what."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a trained MLSAE."""
+    """Folder of a trained MLSAE, or its name on the Hugging Face hub."""
     dataset: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATASET]")] = None
     """Text: "builtin", a dataset on the hub (streamed), or a local file or folder; its held-out
     rows are used. None: the run's own."""
     tokens: int = 65_536
     """Held-out tokens to measure on, special ones among them; fewer where the text has fewer."""
     layers: tuple[int, ...] | None = None
-    """Layers to measure at, others than it was trained on too. None: those it was trained on."""
+    """Layers to measure at, others too. None: those it was trained on, or all if not known."""
     model: str | None = None
     """The transformer. None: the one it was trained on."""
     column: str | None = None
@@ -75,7 +75,7 @@ class EvaluateConfig:
     device: str = "auto"
     """auto: CUDA where there is one, else the CPU."""
     out: Path | None = None
-    """Folder for evaluation.csv and evaluation.json. None: the run's."""
+    """Folder for evaluation.csv and evaluation.json. None: the run's, which has to be here then."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,8 @@ def evaluate(config: EvaluateConfig) -> Result:
             raise InputError(f"--{name} must be at least 1, got {value}")
     device, out = choose_device(config.device), config.out or config.run
     mlsae = MLSAE.from_pretrained(config.run, device).requires_grad_(False)
+    if not out.exists() and config.out is None:
+        raise InputError(f"--out must be given where RUN is on the hub, as {config.run}, got none")
     settings = _settings(config, mlsae)
     source = Source(settings, device)
     if source.d_in != mlsae.config.d_in:
@@ -216,7 +218,7 @@ def evaluate(config: EvaluateConfig) -> Result:
 
 def _settings(config: EvaluateConfig, mlsae: MLSAE) -> TrainConfig:
     """The settings of a training run that read the text and the layers to measure at."""
-    trained = json.loads((config.run / "config.json").read_text()).get("training", {})
+    trained = mlsae.about.get("training", {})
     dataset = config.dataset or trained.get("dataset")
     model = config.model or mlsae.config.model
     for name, value in (("DATASET", dataset), ("--model", model)):
@@ -230,7 +232,7 @@ def _settings(config: EvaluateConfig, mlsae: MLSAE) -> TrainConfig:
         model,
         dataset,
         SAEConfig(n_latents=mlsae.config.n_latents, k=mlsae.config.k),
-        layers=config.layers or mlsae.config.layers,
+        layers=config.layers or mlsae.config.layers or None,
         batch_tokens=micro_tokens,
         micro_tokens=micro_tokens,
         seq_len=seq_len,

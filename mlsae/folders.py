@@ -14,12 +14,16 @@ from .errors import InputError
 from .files import check_out
 from .model import MLSAEConfig
 
-RUN_FILES = (
+PUSHED_FILES = (  # of a run's, what others can use
     "config.json",
     "model.safetensors",
     "latents.safetensors",
     "metrics.jsonl",
     "report.html",
+    "README.md",
+)
+RUN_FILES = (
+    *PUSHED_FILES,
     "evaluation.csv",
     "evaluation.json",
     "checkpoints",

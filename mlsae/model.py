@@ -5,23 +5,29 @@ Legend: L layers, N tokens, D inputs, M latents, K active latents a token; "…"
 
 from __future__ import annotations
 
-import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import safetensors.torch
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin, constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from sparse_topk import SparseTopKSAE, TopK, topk_sae
 
+from . import formats
+from .card import model_card
 from .distributed import ALONE, Group
 from .errors import InputError
 from .files import write_file
+from .formats import Checkpoint
 from .sharding import ShardedSAE
 
 SIGMA_EPS = 1e-5
+_OFFLINE = "it is not here and HF_HUB_OFFLINE=1 is set; unset that, or first run `hf download"
+_FILES = ["config.json", "model.safetensors", "README.md", formats.SETTINGS, formats.CARRIED]
 ACTIVE = 1e-3  # a latent counts as active above this (arXiv 2409.04185, App. A)
 
 
@@ -36,11 +42,14 @@ class MLSAEConfig:
     k: int
     """Active latents a token and layer (K)."""
     layers: tuple[int, ...]
-    """The transformer's layers it was trained on, in the order of its inputs."""
+    """The transformer's layers it was trained on, in the order of its inputs; empty where a loaded
+    file does not say."""
     standardize: bool = True
     """Whether each vector is standardised before encoding."""
     model: str = ""
-    """The transformer's name on the hub, or its folder."""
+    """The transformer's name on the hub, or its folder; empty where a loaded file does not say."""
+    bias: bool = False
+    """Whether latents have a bias, `b_enc`. The paper's have none."""
 
 
 class Losses(NamedTuple):
@@ -58,7 +67,7 @@ class Losses(NamedTuple):
     """(L, N, K) active latents."""
 
 
-class MLSAE(nn.Module):
+class MLSAE(nn.Module, ModelHubMixin):
     """One TopK SAE for the residual vectors of all layers (Lawson et al., arXiv 2409.04185).
 
         μ, σ = mean and unbiased standard deviation of x over its D elements
@@ -66,10 +75,15 @@ class MLSAE(nn.Module):
         h = ReLU(TopK(W_enc (x̃ − b_pre)))
         x̂ = (Σ_k h · W_dec rows + b_pre) · σ + μ
 
-    Nothing depends on the layer. b_pre is the SAE's `b_dec`; there is no latent bias. With
-    `standardize=False`, μ = 0 and the vectors are taken as they are. With `shards`, a group of
-    several processes, each holds a part of the latents (see `sharding`).
+    Nothing depends on the layer. b_pre is the SAE's `b_dec`; there is no latent bias, unless
+    `bias` is on for a converted one. With `standardize=False`, the vectors are taken as they are.
+    With `shards`, a group of several processes, each holds a part of the latents (see `sharding`).
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are those of huggingface_hub's mixin.
     """
+
+    about: dict[str, Any]
+    """What else `config.json` says: settings of the training, versions, held-out figures."""
 
     def __init__(
         self,
@@ -79,9 +93,10 @@ class MLSAE(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.shards = config, shards
+        self.about = {}
         shape = (config.d_in, config.n_latents, config.k)
         self.sae: SparseTopKSAE = (
-            SparseTopKSAE(*shape, bias=False, device=device)
+            SparseTopKSAE(*shape, bias=config.bias, device=device)
             if shards.size == 1
             else ShardedSAE(*shape, shards, device=device)
         )
@@ -143,10 +158,12 @@ class MLSAE(nn.Module):
 
     def _among(self, x: Tensor, latents: Tensor, k: int) -> Tensor:
         """x̂ without b_pre (…, D), from the k largest among `latents` (Q,) only; all, if fewer."""
-        if isinstance(self.sae, ShardedSAE):
-            return self.sae.among(x, latents, k)
-        W_enc, W_dec = self.sae.W_enc[latents], self.sae.W_dec[latents]
-        return topk_sae(x, W_enc, None, W_dec, None, min(k, len(latents)))[0]
+        sae = self.sae
+        if isinstance(sae, ShardedSAE):
+            return sae.among(x, latents, k)
+        b_enc = None if sae.b_enc is None else sae.b_enc[latents]
+        W_enc, W_dec = sae.W_enc[latents], sae.W_dec[latents]
+        return topk_sae(x, W_enc, b_enc, W_dec, None, min(k, len(latents)))[0]
 
     def whole(self, part: Tensor) -> Tensor:
         """What all shards hold of something with a row a latent, (M, …), in the process of the
@@ -163,39 +180,123 @@ class MLSAE(nn.Module):
             name: self.whole(p) if p.ndim == 2 else p for name, p in self.sae.state_dict().items()
         }
 
-    def save_pretrained(self, folder: Path | str, **extra: Any) -> None:
-        """Write `config.json` (this config, and `extra`) and `model.safetensors` into `folder`:
-        `W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,), float32. Each file is replaced at once. Of
-        shards, all must call it, and the first one writes."""
-        weights = {name: p.detach().float().cpu() for name, p in self.weights().items()}
+    def save_pretrained(  # type: ignore[override] # `extra` goes into config.json
+        self,
+        save_directory: Path | str,
+        *,
+        config: None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: None = None,
+        **extra: Any,
+    ) -> str | None:
+        """Write `config.json` (this config, and `about`, which `extra` is added to),
+        `model.safetensors` (`W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,), in their dtype) and,
+        where there is none, the model card `README.md`. Each file is replaced at once. Of shards,
+        all must call it, and the first one writes.
+
+        With `push_to_hub`, also push it to `repo_id`, and return the commit's address. `config`
+        and `model_card_kwargs` are of the mixin's: an MLSAE knows both itself.
+        """
+        self.about.update(extra)
+        checkpoint = self.checkpoint()
         if self.shards.rank > 0:
-            return
-        folder = Path(folder)
+            return None
+        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "model.safetensors", safetensors.torch.save(weights))
-        settings = json.dumps({**asdict(self.config), **extra}, indent=2)
-        write_file(folder / "config.json", settings.encode())
+        for name, content in formats.own.files(checkpoint).items():
+            write_file(folder / name, content)
+        if not (folder / "README.md").exists():
+            write_file(folder / "README.md", str(self.generate_model_card()).encode())
+        return self.push_to_hub(repo_id or folder.name) if push_to_hub else None
+
+    def generate_model_card(self, *_args: Any, **_kwargs: Any) -> ModelCard:
+        """The model card: what it is, its settings, and its held-out figures where known."""
+        return model_card({**asdict(self.config), **self.about})
+
+    def checkpoint(self) -> Checkpoint:
+        """What the files of any format are made of; of shards, in the process of the first."""
+        config = self.config
+        weights = {name: p.detach().cpu() for name, p in self.weights().items()}
+        return Checkpoint(
+            weights, config.k, config.standardize, config.layers, config.model, self.about
+        )
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, device: torch.device | str = "cpu") -> Self:
-        """Load what `save_pretrained` wrote.
+    def from_checkpoint(cls, found: Checkpoint, device: torch.device | str = "cpu") -> Self:
+        """An MLSAE of what the files of any format hold; in float32, whatever they are in."""
+        config = MLSAEConfig(
+            found.d_in,
+            found.n_latents,
+            found.k,
+            found.layers,
+            found.standardize,
+            found.model,
+            "b_enc" in found.weights,
+        )
+        mlsae = cls(config, device="meta")
+        weights = {name: w.to(device, torch.float32) for name, w in found.weights.items()}
+        mlsae.sae.load_state_dict(weights, assign=True)
+        mlsae.about = dict(found.about)
+        return mlsae.requires_grad_()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Path | str,
+        device: torch.device | str = "cpu",
+        **hub: Any,
+    ) -> Self:
+        """Load an MLSAE, or a checkpoint of the paper's own code, from a folder or by its name on
+        the Hugging Face hub (`hub`: revision, token, cache_dir, force_download,
+        local_files_only). With HF_HUB_OFFLINE=1, a name must have been downloaded before.
 
         Raises InputError where a file is missing, damaged, or of another shape than the config.
         """
-        folder = Path(folder)
+        name = str(pretrained_model_name_or_path)
         try:
-            settings = json.loads((folder / "config.json").read_text())
-            fields = {name: settings[name] for name in MLSAEConfig.__dataclass_fields__}
-            config = MLSAEConfig(**{**fields, "layers": tuple(fields["layers"])})
-            mlsae = cls(config, device="meta")
-            weights = safetensors.torch.load_file(folder / "model.safetensors", device=str(device))
-            mlsae.sae.load_state_dict(weights, assign=True)
-        except (OSError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+            if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith(("/", "."))):
+                raise FileNotFoundError("there is no such folder")
+            return super().from_pretrained(name, device=device, **hub)
+        except (OSError, ValueError) as error:
+            offline = isinstance(error, LocalEntryNotFoundError) and constants.is_offline_mode()
             raise InputError(
-                f"RUN must be the folder of a trained MLSAE (config.json and model.safetensors), "
-                f"and {folder} cannot be loaded: {error}"
+                "RUN must be the folder of a trained MLSAE (config.json and model.safetensors) or "
+                f"its name on the Hugging Face hub, and {name} cannot be loaded: "
+                + (f"{_OFFLINE} {name}`" if offline else str(error))
             ) from error
-        return mlsae.requires_grad_()
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, device: torch.device | str = "cpu", **hub: Any
+    ) -> Self:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            hub.pop("config", None)  # the mixin has read it; `formats` reads it anew
+            folder = Path(snapshot_download(model_id, allow_patterns=_FILES, **hub))
+        found = formats.read(folder)
+        theirs = found.about.get("released", {})
+        if theirs and (theirs.get("tuned_lens") or "-lens" in Path(model_id).name):
+            warnings.warn(
+                f"{model_id} was trained on residuals that a tuned lens had transformed: give it "
+                "those; of residuals as they are, its codes mean nothing",
+                stacklevel=4,
+            )
+        return cls.from_checkpoint(found, device)
+
+
+def load_sae(path: Path | str, device: torch.device | str = "cpu") -> SparseTopKSAE:
+    """The SAE in a folder or file of any of `formats.FORMATS`, ready to use and to train on.
+
+    Raises InputError where it cannot be read, or standardises its inputs: an MLSAE does that.
+    """
+    found = formats.read(path)
+    if found.standardize:
+        raise InputError(
+            f"PATH must hold an SAE that takes its inputs as they are, and that in {path} "
+            "standardises them; load it with MLSAE.from_checkpoint(formats.read(PATH))"
+        )
+    return MLSAE.from_checkpoint(found, device).sae
 
 
 def geometric_median(

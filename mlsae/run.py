@@ -96,19 +96,25 @@ class Run:
             "trainer": self.trainer.state_dict(),
         }
 
-    def save_model(self) -> None:
-        """Leave a model that `MLSAE.from_pretrained` loads in the run's folder."""
+    def save_model(self, **known: Any) -> None:
+        """Leave a model that `MLSAE.from_pretrained` loads, and its card, in the run's folder;
+        what else is `known` of it goes into config.json."""
         if self.trainer.data.rank > 0:
             return
-        self.trainer.mlsae.save_pretrained(
+        mlsae = self.trainer.mlsae
+        mlsae.save_pretrained(
             self.config.out,
             training=settings_of(self.config),
             versions={"torch": torch.__version__, "transformers": transformers.__version__},
+            **known,
         )
+        if self.log is not None:
+            card = str(mlsae.generate_model_card())  # also over that of a stop before the end
+            write_file(self.config.out / "README.md", card.encode())
 
     def finish(self, figures: Evaluation) -> None:
         """Leave a folder that stands alone, with the last `figures` on held-out text."""
-        self.save_model()
+        self.save_model(heldout=figures.as_dict())
         self.dead = self.trainer.dead_share()
         if self.log is None:
             return

@@ -8,9 +8,9 @@
     torchrun --nproc_per_node 8 -m mlsae.train …             # the same run on eight GPUs
 
 It leaves a folder that stands alone: config.json, model.safetensors, latents.safetensors,
-metrics.jsonl and report.html. `MLSAE.from_pretrained(FOLDER)` loads it. Several SAEs train side by
-side on the same residuals, so that the transformer runs once for all of them; each ends as it
-would alone, in a folder of its own in OUT.
+metrics.jsonl, report.html and README.md, a model card. `MLSAE.from_pretrained(FOLDER)` loads it.
+Several SAEs train side by side on the same residuals, so that the transformer runs once for all of
+them; each ends as it would alone, in a folder of its own in OUT.
 
 Legend: L layers, B rows, T positions, N tokens, D width of the residual stream, M latents.
 """
@@ -38,7 +38,8 @@ from .config import PRESETS, TrainConfig, check_config, runs_of
 from .distributed import Group, LostContactError, Ranks, say
 from .errors import InputError, check_installed, exit_on_bad_input
 from .fit import Fit
-from .folders import check_folders, empty, load_checkpoint, newest_checkpoint
+from .folders import PUSHED_FILES, check_folders, empty, load_checkpoint, newest_checkpoint
+from .hub import check_push, push_run
 from .memory import check_memory, estimate
 from .model import MLSAE, MLSAEConfig
 from .run import Run
@@ -118,6 +119,7 @@ def _train(config: TrainConfig, everyone: Group) -> dict[Path, MLSAE]:
         if len(runs) > 1:
             write_csv(config.out / "runs.csv", fit, evaluations)
         print_summary(fit, evaluations, encoding)
+        _push(config, runs)
     return {run.config.out: run.trainer.mlsae for run in runs}
 
 
@@ -126,6 +128,8 @@ def _check(config: TrainConfig, everyone: Group) -> torch.device:
     check_config(config)
     for logger in config.log:
         check_installed(logger, f"--log {logger}")
+    if config.push_to_hub is not None and everyone.rank == 0:
+        check_push(config.push_to_hub)
     distributed.check_shards(everyone, config.shard_latents)
     if config.model_device_map and everyone.size > 1:
         raise InputError(
@@ -133,6 +137,15 @@ def _check(config: TrainConfig, everyone: Group) -> torch.device:
             f"{config.model_device_map}: each has the transformer on its own device"
         )
     return choose_device(config.device, distributed.local_rank())
+
+
+def _push(config: TrainConfig, runs: Sequence[Run]) -> None:
+    """Push the runs to the hub, where that is asked for."""
+    if config.push_to_hub is None:
+        return
+    for run in runs:
+        repo_id = "-".join([config.push_to_hub, *([run.name] if len(runs) > 1 else [])])
+        say(f"pushed: {push_run(run.config.out, repo_id, PUSHED_FILES)}")
 
 
 def _begin(trainers: Iterable[Trainer], source: Source, input_ids: Tensor) -> None:

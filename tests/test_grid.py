@@ -83,7 +83,7 @@ def test_the_folder_holds_each_run_one_kind_of_checkpoint_and_the_table(grid):
     assert {path.name for path in out.iterdir()} == folders | {"checkpoints", "runs.csv"}
     for name in folders:
         assert {path.name for path in (out / name).iterdir()} == {
-            *FILES, "config.json", "metrics.jsonl", "report.html",
+            *FILES, "config.json", "README.md", "metrics.jsonl", "report.html",
         }  # fmt: skip
     header, *rows = (out / "runs.csv").read_text().splitlines()
     for row in rows:

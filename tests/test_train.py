@@ -41,7 +41,7 @@ def test_a_run_stands_alone(run):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "model.safetensors", "latents.safetensors", "metrics.jsonl", "report.html",
-        "checkpoints",
+        "README.md", "checkpoints",
     }  # fmt: skip
     mlsae = MLSAE.from_pretrained(folder)
     assert (mlsae.config.d_in, mlsae.config.n_latents, mlsae.config.k) == (192, 384, 8)

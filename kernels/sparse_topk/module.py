@@ -5,16 +5,42 @@ Legend: D inputs, M latents, K active latents a token; "…" any leading shape.
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
+from typing import Any, Self
 
+import safetensors.torch
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from . import functional
 from .functional import TopK
 
+_CARD = """---
+{{ card_data }}
+---
 
-class SparseTopKSAE(nn.Module):
+# A TopK sparse autoencoder
+
+{{ d_in }} inputs, {{ n_latents }} latents, {{ k }} of them active a token.
+
+```python
+from sparse_topk import SparseTopKSAE
+
+sae = SparseTopKSAE.from_pretrained("this repository")
+values, indices = sae.encode(x)
+```
+"""
+
+
+class SparseTopKSAE(
+    nn.Module,
+    ModelHubMixin,
+    library_name="mlsae",
+    tags=["sparse-autoencoder"],
+    model_card_template=_CARD,
+):
     """A TopK sparse autoencoder that never stores the dense activations.
 
         encode(x)  = ReLU(TopK((x − b_dec) W_encᵀ + b_enc))    (…, D) → values, indices (…, K)
@@ -26,6 +52,9 @@ class SparseTopKSAE(nn.Module):
     `UnitNormAdam` keeps W_dec's rows at norm 1 (Gao et al., arXiv 2406.04093, §2).
 
     Computes in the parameters' dtype, or in autocast's. Raises ValueError where k is not in [1, M].
+
+    `save_pretrained(folder)`, `from_pretrained(folder or name, device=…)` and `push_to_hub(name)`
+    are those of huggingface_hub's mixin: `config.json` and `model.safetensors`.
     """
 
     def __init__(
@@ -71,6 +100,46 @@ class SparseTopKSAE(nn.Module):
         values, indices = self.encode(x)
         zeros = values.new_zeros(*values.shape[:-1], self.n_latents)
         return zeros.scatter(-1, indices, values)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The model card that `save_pretrained` writes where there is none."""
+        sizes = {"d_in": self.d_in, "n_latents": self.n_latents, "k": self.k}
+        return super().generate_model_card(*args, **sizes, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
+        safetensors.torch.save_file(weights, save_directory / "model.safetensors")
+        config = {"d_in": self.d_in, "n_latents": self.n_latents, "k": self.k}
+        config["bias"] = self.b_enc is not None
+        (save_directory / "config.json").write_text(json.dumps(config, indent=2))
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        config: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        d_in: int = 0,
+        n_latents: int = 0,
+        k: int = 0,
+        bias: bool = True,
+        **hub: Any,
+    ) -> Self:
+        if config is None:
+            raise ValueError(f"{model_id} must hold a config.json, and does not")
+        if config.get("standardize"):
+            raise ValueError(
+                f"{model_id} must be a SparseTopKSAE, and standardises its inputs; "
+                "load it with mlsae.MLSAE.from_pretrained"
+            )
+        path: Path | str = Path(model_id) / "model.safetensors"
+        if not Path(model_id).is_dir():
+            path = hf_hub_download(model_id, "model.safetensors", **hub)
+        sae = cls(d_in, n_latents, k, bias=bias, device="meta")
+        sae.load_state_dict(safetensors.torch.load_file(path, device=str(device)), assign=True)
+        return sae.requires_grad_().to(dtype)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameters for `UnitNormAdam`: W_dec on the unit sphere, the rest off it."""

@@ -1,0 +1,112 @@
+"""The model card of an MLSAE: README.md, as the Hugging Face hub shows it.
+
+Legend: R = n_latents / d_in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from . import builtin
+
+PAPER = "https://arxiv.org/abs/2409.04185"
+_CITATION = """```bibtex
+@inproceedings{lawson2025residual,
+  title     = {Residual Stream Analysis with Multi-Layer {SAEs}},
+  author    = {Lawson, Tim and Farnik, Lucy and Houghton, Conor and Aitchison, Laurence},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2409.04185}
+}
+```"""
+
+
+def model_card(settings: dict[str, Any]) -> ModelCard:
+    """The card of the MLSAE whose `config.json` holds `settings`.
+
+    The licence is left to who publishes it: it depends on the model and the text.
+    """
+    training = settings.get("training", {})
+    model, dataset = settings.get("model", ""), training.get("dataset", "")
+    data = ModelCardData(
+        base_model=model if _on_the_hub(model) else None,
+        datasets=[dataset] if _on_the_hub(dataset) else None,
+        library_name="mlsae",
+        tags=["arxiv:2409.04185", "interpretability", "mlsae", "sparse-autoencoder"],
+    )
+    layers = settings.get("layers", ())
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# A multi-layer SAE of {_named(model)}",
+        f"One TopK sparse autoencoder for the residual stream of {_layers(layers)} "
+        f"([Lawson et al., ICLR 2025]({PAPER})): {settings['n_latents']:,} latents, "
+        f"{settings['k']} of them active for each token and layer.",
+        "```python\nfrom mlsae import MLSAE\n\n"
+        'mlsae = MLSAE.from_pretrained("this repository")\n'
+        "values, indices = mlsae.encode(residuals)  # (…, d_in) → (…, k)\n"
+        "x_hat = mlsae(residuals)\n```",
+        "## Settings",
+        _table(("setting", "value"), _settings(settings)),
+    ]
+    if heldout := settings.get("heldout"):
+        parts += [f"## Held-out figures, {heldout['n_tokens']:,} tokens", _figures(heldout, layers)]
+    return ModelCard("\n\n".join([*parts, "## Citation", _CITATION]) + "\n")
+
+
+def _on_the_hub(name: str) -> bool:
+    """Whether `name` can be of the hub: neither built in nor a file here."""
+    return bool(name) and name != builtin.NAME and not Path(name).exists() and name.count("/") <= 1
+
+
+def _named(model: str) -> str:
+    return "the built-in model" if model == builtin.NAME else model or "a transformer"
+
+
+def _layers(layers: Sequence[int]) -> str:
+    if not layers:
+        return "every layer"
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+
+
+def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
+    """Rows: what it is, then every setting of its training, then the versions."""
+    d_in, n_latents = settings["d_in"], settings["n_latents"]
+    rows: list[tuple[object, ...]] = [
+        ("d_in", d_in),
+        ("n_latents", f"{n_latents} ({n_latents / d_in:g} × d_in)"),
+        ("k", settings["k"]),
+        ("standardize", settings["standardize"]),
+        ("model", settings.get("model") or "not known"),
+    ]
+    training = dict(settings.get("training", {}))
+    for name in ("model", "out", "overwrite", "resume", "push_to_hub"):  # told, or of one machine
+        training.pop(name, None)
+    training |= {f"sae.{name}": value for name, value in training.pop("sae", {}).items()}
+    for name, value in training.items():
+        if value is not None:
+            told = " ".join(map(str, value)) if isinstance(value, list) else value
+            rows.append((f"`--{name}`", told))
+    return rows + [(f"{name} (version)", v) for name, v in settings.get("versions", {}).items()]
+
+
+def _figures(heldout: dict[str, Any], layers: Sequence[int]) -> str:
+    """A row a layer, and their mean."""
+    names = {"fvu": "FVU", "fvu_paper": "FVU as in the paper", "l0": "L0"}
+    columns = [name for name in names if f"{name}_layers" in heldout]
+    rows: list[tuple[object, ...]] = [
+        (layer, *(f"{heldout[f'{name}_layers'][i]:.4f}" for name in columns))
+        for i, layer in enumerate(layers)
+    ]
+    rows.append(("mean", *(f"{heldout[name]:.4f}" for name in columns)))
+    return _table(("layer", *(names[name] for name in columns)), rows)
+
+
+def _table(heading: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    lines = [heading, ("---",) * len(heading), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,0 +1,156 @@
+"""An SAE as tools for dense activations expect it: the interface of SAELens and of SAEBench.
+
+Legend: D inputs, M latents; "…" any leading shape.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_topk import SparseTopKSAE
+
+from .model import MLSAE
+
+
+class DenseConfig(SimpleNamespace):
+    """What such tools read as `sae.cfg`; those of SAELens 6 read a part of it as its `metadata`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {name: value for name, value in vars(self).items() if name != "metadata"}
+
+
+class DenseSAE(nn.Module):
+    """A view of an MLSAE or a SparseTopKSAE with dense activations; it shares their parameters.
+
+        f = view.encode(x)       (…, D) → (…, M), M / K times the size of the sparse codes
+        x_hat = view.decode(f)   (…, M) → (…, D)
+        x_hat = view(x)
+
+    `W_enc` (D, M), `W_dec` (M, D), `b_enc` (M,), `b_dec` (D,), `cfg`, `dtype` and `device` are as
+    SAEBench names them. A vector that an MLSAE standardised can only be decoded with its own mean
+    and deviation, so `decode` takes those of the last `encode`, as SAELens does.
+
+    `layer` and `model` tell the tools where the residuals come from; None: the SAE's own, where it
+    has one. Raises ValueError where an MLSAE has several layers and none is given.
+    """
+
+    def __init__(
+        self, sae: MLSAE | SparseTopKSAE, *, layer: int | None = None, model: str | None = None
+    ) -> None:
+        super().__init__()
+        self.mlsae = sae if isinstance(sae, MLSAE) else None
+        self.sae = sae.sae if isinstance(sae, MLSAE) else sae
+        self._moments: tuple[Tensor, Tensor] | None = None
+        layers = self.mlsae.config.layers if self.mlsae else ()
+        if layer is None and len(layers) > 1:
+            raise ValueError(
+                f"layer must be given, one of {', '.join(map(str, layers))}, since the tools "
+                "measure one at a time"
+            )
+        if layer is None and layers:
+            layer = layers[0]
+        if model is None:
+            model = self.mlsae.config.model if self.mlsae else ""
+        self.cfg = self._config(layer, model)
+
+    def _config(self, layer: int | None, model: str) -> DenseConfig:
+        about: dict[str, Any] = {
+            "model_name": model,
+            "hook_name": None if layer is None else f"blocks.{layer}.hook_resid_post",
+            "hook_layer": layer,
+            "hook_head_index": None,
+            "context_size": None,
+            "prepend_bos": True,
+            "model_from_pretrained_kwargs": {},
+            "dataset_path": "",
+            "dataset_trust_remote_code": False,
+            "seqpos_slice": (None,),
+        }
+        standardize = self.mlsae is not None and self.mlsae.config.standardize
+        return DenseConfig(
+            **about,
+            metadata=SimpleNamespace(**about),
+            d_in=self.sae.d_in,
+            d_sae=self.sae.n_latents,
+            architecture="topk",
+            activation_fn_str="topk",
+            activation_fn_kwargs={"k": self.sae.k},
+            apply_b_dec_to_input=True,
+            finetuning_scaling_factor=False,
+            normalize_activations="layer_norm" if standardize else "none",
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            training_tokens=None,
+            sae_lens_training_version=None,
+            neuronpedia_id=None,
+        )
+
+    @property
+    def W_enc(self) -> Tensor:  # noqa: N802 # as the tools name it
+        """(D, M)."""
+        return self.sae.W_enc.T
+
+    @property
+    def W_dec(self) -> nn.Parameter:  # noqa: N802 # as the tools name it
+        """(M, D)."""
+        return self.sae.W_dec
+
+    @property
+    def b_enc(self) -> Tensor:
+        """(M,); zeros where latents have no bias."""
+        bias = self.sae.b_enc
+        return torch.zeros_like(self.sae.W_enc[:, 0]) if bias is None else bias
+
+    @property
+    def b_dec(self) -> nn.Parameter:
+        """(D,)."""
+        return self.sae.b_dec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.sae.W_dec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return self.sae.W_dec.device
+
+    def encode(self, x: Tensor) -> Tensor:
+        """f (…, M) of x (…, D): zero where a latent is not active."""
+        if self.mlsae is not None:
+            x, *moments = self.mlsae.standardize(x)
+            self._moments = (moments[0], moments[1])
+        return self.sae.dense(x.to(self.dtype))
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """x̂ (…, D) of f (…, M). Raises ValueError where an MLSAE has not encoded vectors of that
+        leading shape last."""
+        x_hat = feature_acts @ self.sae.W_dec + self.sae.b_dec
+        if self.mlsae is None:
+            return x_hat
+        leading = None if self._moments is None else self._moments[0].shape[:-1]
+        if self._moments is None or leading != feature_acts.shape[:-1]:
+            raise ValueError(
+                "f must be of the vectors that were encoded last, since each is decoded with its "
+                f"own mean and deviation, got the leading shape {tuple(feature_acts.shape[:-1])} "
+                f"after {None if leading is None else tuple(leading)}"
+            )
+        mean, std = self._moments
+        return (x_hat * std + mean).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x̂ (…, D)."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def check_decoder_norms(self) -> bool:
+        """Whether W_dec's rows have norm 1, to 1e-5 or, in half precision, 1e-2: what SAEBench asks
+        for before it measures."""
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        return bool(((self.W_dec.float().norm(dim=1) - 1).abs() <= (1e-2 if half else 1e-5)).all())

@@ -1,0 +1,74 @@
+"""EleutherAI's sparsify (`eai-sparsify`): the folder of one hookpoint.
+
+cfg.json           {d_in, k, num_latents (0: d_in · expansion_factor), expansion_factor, activation,
+                   normalize_decoder, multi_topk, skip_connection, transcode}
+sae.safetensors    encoder.weight (M, D), encoder.bias (M,), W_dec (M, D), b_dec (D,)
+
+It clips before it selects, topk(relu((x − b_dec) W_encᵀ + b)), and we after: the same values, and
+other indices only where the value is 0. The folder is named as the hookpoint is: "layers.5" is
+the residual after block 5. Checked against eai-sparsify 1.3.3.
+
+Legend: D inputs, M latents.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import safetensors.torch
+
+from .checkpoint import Checkpoint, read_json, read_tensors, refuse, take
+
+_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_PLAIN = {"activation": "topk", "skip_connection": False, "transcode": False, "signed": False}
+_RESIDUAL = re.compile(r"layers\.(\d+)")
+
+
+def found_in(folder: Path) -> bool:
+    """Whether `folder` holds this format."""
+    return (folder / "sae.safetensors").is_file()
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read it. Raises InputError where it is damaged, or no TopK autoencoder."""
+    cfg = read_json(folder / "cfg.json")
+    for name, value in _PLAIN.items():
+        if cfg.get(name, value) != value:
+            raise refuse(
+                folder / "cfg.json", name, repr(value), cfg[name],
+                "only their TopK autoencoders have a counterpart here",
+            )  # fmt: skip
+    path = folder / "sae.safetensors"
+    hookpoint = _RESIDUAL.fullmatch(folder.resolve().name)
+    return Checkpoint(
+        take(read_tensors(path), _NAMES, path),
+        cfg.get("k", 0),
+        standardize=False,
+        layers=(int(hookpoint[1]),) if hookpoint else (),
+        about={"sparsify": cfg},
+    )
+
+
+def files(found: Checkpoint) -> dict[str, bytes]:
+    """The files of it, by name. Raises InputError where the SAE standardises its inputs."""
+    found.needs_plain_inputs("sparsify")
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": found.n_latents // found.d_in,
+        "normalize_decoder": True,
+        "num_latents": found.n_latents,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        **found.about.get("sparsify", {}),
+        "k": found.k,
+        "d_in": found.d_in,
+    }
+    weights = {**found.weights, "b_enc": found.b_enc()}
+    tensors = {theirs: weights[ours].contiguous() for theirs, ours in _NAMES.items()}
+    return {
+        "sae.safetensors": safetensors.torch.save(tensors),
+        "cfg.json": json.dumps(cfg, indent=2).encode(),
+    }

@@ -1,0 +1,153 @@
+"""SAEs in other libraries' formats, laid out here by hand as those libraries do: for the tests.
+
+Legend: D inputs, M latents, K active latents a token.
+"""
+
+import json
+
+import safetensors.torch
+import torch
+
+D, M, K = 6, 24, 3
+
+
+def sae(seed=0, D=D, M=M, dtype=torch.float32):
+    """Its weights, in this project's names; W_dec's rows are about, but not quite, of norm 1."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.nn.functional.normalize(torch.randn(M, D, generator=generator), dim=1)
+    return {
+        "W_enc": torch.randn(M, D, generator=generator).to(dtype),
+        "W_dec": (rows * (1 + 1e-3 * torch.randn(M, 1, generator=generator))).to(dtype),
+        "b_enc": torch.randn(M, generator=generator).to(dtype),
+        "b_dec": torch.randn(D, generator=generator).to(dtype),
+    }
+
+
+def build(name, folder, weights):
+    """The files of format `name`, of its own cfg and with its own counters."""
+    w = {key: value.clone() for key, value in weights.items()}
+    folder.mkdir(parents=True)
+    counter = torch.arange(M)
+    if name == "sparsify":
+        cfg = {
+            "expansion_factor": 32,
+            "normalize_decoder": True,
+            "num_latents": M,
+            "k": K,
+            "multi_topk": False,
+            "skip_connection": False,
+            "transcode": False,
+            "activation": "topk",
+            "d_in": D,
+        }
+        tensors = {
+            "encoder.weight": w["W_enc"],
+            "encoder.bias": w["b_enc"],
+            "W_dec": w["W_dec"],
+            "b_dec": w["b_dec"],
+        }
+        files = {"cfg.json": cfg, "sae.safetensors": tensors}
+    elif name == "saelens":
+        cfg = {
+            "architecture": "topk",
+            "d_in": D,
+            "d_sae": M,
+            "k": K,
+            "dtype": str(w["W_enc"].dtype).removeprefix("torch."),
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "normalize_activations": "layer_norm",
+            "reshape_activations": "none",
+            "rescale_acts_by_decoder_norm": False,
+            "metadata": {
+                "sae_lens_version": "6.5.0",
+                "model_name": "gpt2",
+                "tag": 7,
+                "hook_name": "blocks.4.hook_resid_post",
+            },
+        }
+        tensors = {**w, "W_enc": w["W_enc"].T.contiguous()}
+        files = {"cfg.json": cfg, "sae_weights.safetensors": tensors}
+    elif name == "dictionary_learning":
+        cfg = {
+            "trainer": {
+                "dict_class": "AutoEncoderTopK",
+                "trainer_class": "TopKTrainer",
+                "activation_dim": D,
+                "dict_size": M,
+                "k": K,
+                "lr": 1e-4,
+                "layer": 3,
+                "lm_name": "EleutherAI/pythia-70m-deduped",
+                "submodule_name": "resid_post_layer_3",
+            },
+            "buffer": {"d_submodule": D},
+        }
+        tensors = {
+            "encoder.weight": w["W_enc"],
+            "encoder.bias": w["b_enc"],
+            "decoder.weight": w["W_dec"].T.contiguous(),
+            "b_dec": w["b_dec"],
+            "k": torch.tensor(K, dtype=torch.int32),
+            "threshold": torch.tensor(0.25),
+        }
+        files = {"config.json": cfg, "ae.pt": tensors}
+    elif name == "openai":
+        tensors = {
+            "pre_bias": w["b_dec"],
+            "encoder.weight": w["W_enc"],
+            "latent_bias": w["b_enc"],
+            "decoder.weight": w["W_dec"].T.contiguous(),
+            "stats_last_nonzero": counter,
+            "latents_activation_frequency": counter / M,
+            "latents_mean_square": counter / 2,
+            "activation": "TopK",
+            "activation_state_dict": {"k": K, "postact_fn": "ReLU"},
+        }
+        files = {"autoencoder.pt": tensors}
+    else:  # the paper's own code
+        cfg = {
+            "auxk": 256,
+            "dead_steps_threshold": 19,
+            "dead_threshold": 0.001,
+            "k": K,
+            "n_inputs": D,
+            "n_latents": M,
+            "standardize": True,
+        }
+        tensors = {
+            "encoder.weight": w["W_enc"],
+            "decoder.weight": w["W_dec"].T.contiguous(),
+            "pre_encoder_bias": w["b_dec"],
+            "last_nonzero": counter,
+        }
+        files = {"config.json": cfg, "model.safetensors": tensors}
+    for file, content in files.items():
+        save(folder / file, content)
+    return folder
+
+
+def save(path, content):
+    if path.suffix == ".json":
+        path.write_text(json.dumps(content))
+    elif path.suffix == ".pt":
+        torch.save(content, path)
+    else:
+        safetensors.torch.save_file(content, path)
+
+
+def load(path):
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    if path.suffix == ".pt":
+        return torch.load(path, weights_only=True)
+    return safetensors.torch.load_file(path)
+
+
+def same(one, two):
+    """Whether two files' contents are, tensors bit for bit and dtype for dtype."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, torch.Tensor):
+        return one.dtype == two.dtype and torch.equal(one, two)
+    return one == two
