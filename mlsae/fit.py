@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Fit:
             desc="training",
             dynamic_ncols=True,
         )
-        with Signals() as signals, bar:
+        with Signals() as signals, bar, self._last_good_named():
             batches = iter(stream)
             while self.tokens < config.tokens:
                 n_tokens = self.step(next(batches))
@@ -108,16 +109,21 @@ class Fit:
             for step in steps:
                 step.add(x)
             self.watch.lap("SAE")
-        try:
-            for run, step in zip(self.runs, steps, strict=True):
-                run.check(step)
-        except NonFiniteError as error:
-            good = f"the last good checkpoint is {self.saved}" if self.saved else "none saved yet"
-            raise NonFiniteError(f"{error}; {good}") from error
+        for run, step in zip(self.runs, steps, strict=True):
+            run.check(step)
         for run, step in zip(self.runs, steps, strict=True):
             run.end(step)
         self.watch.lap("optimizer")
         return n_tokens
+
+    @contextmanager
+    def _last_good_named(self) -> Iterator[None]:
+        """Name the last good checkpoint in a NonFiniteError."""
+        try:
+            yield
+        except NonFiniteError as error:
+            good = f"the last good checkpoint is {self.saved}" if self.saved else "none saved yet"
+            raise NonFiniteError(f"{error}; {good}") from error
 
     def write_lines(self) -> str:
         """Log a line of metrics of each run, of the steps since the last one; what the progress

@@ -19,9 +19,11 @@ from . import metrics
 from .errors import InputError
 from .model import ACTIVE, MLSAE, geometric_median
 
+_MEDIAN_VECTORS = 2**16  # of a larger first batch, the rest would take memory and move it little
+
 
 class NonFiniteError(FloatingPointError):
-    """The loss of a step is not finite."""
+    """A loss, or a weight, is not finite."""
 
 
 class Sums:
@@ -108,6 +110,16 @@ class Trainer:
         self.moments.merge(moments)
         with torch.no_grad():
             self.mlsae.sae.b_dec.copy_(centre)
+
+    def check_weights(self) -> None:
+        """Raise NonFiniteError where a weight is not finite: a finite loss may have a gradient
+        that is not, and such weights must not become a checkpoint."""
+        for name, weight in self.mlsae.sae.named_parameters():
+            if not weight.isfinite().all():
+                raise NonFiniteError(
+                    f"{name} is not finite after step {self.steps - 1}, {self.tokens:,} tokens. "
+                    "Lower --lr, or clip with --max_grad_norm"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on: tensors, and values as JSON has them."""
@@ -214,7 +226,7 @@ class Step:
             if not mean.isfinite().all():
                 return (
                     f"the residuals of layer {layer} are not finite {at}. Leave that layer out "
-                    "with --layers, or load the model in a dtype of larger range"
+                    "with --layers, or give a dtype of larger range with --model_dtype"
                 )
         for layer, sq_error in zip(layers, sums.sq_error, strict=True):
             if not sq_error.isfinite():
@@ -224,16 +236,19 @@ class Step:
 
 def survey(mlsae: MLSAE, parts: Iterable[Tensor]) -> tuple[metrics.Moments, Tensor]:
     """What training begins with: the moments of residuals (L, N, D) that come in parts, and the
-    geometric median (D,) of the vectors as `mlsae` standardises them.
+    geometric median (D,) of the vectors as `mlsae` standardises them, of the first tokens with
+    2¹⁶ vectors.
 
     Raises InputError where the residuals of a layer do not vary or are not finite.
     """
     config, device = mlsae.config, mlsae.sae.W_dec.device
     moments = metrics.Moments(len(config.layers), config.d_in, device)
-    standard = []
+    standard, room = [], max(1, _MEDIAN_VECTORS // len(config.layers))  # tokens
     for x in parts:
         moments.update(x)
-        standard.append(mlsae.standardize(x)[0].flatten(0, 1))
+        if room > 0:
+            standard.append(mlsae.standardize(x[:, :room])[0].flatten(0, 1))
+        room -= x.shape[1]
     for layer, variance in zip(config.layers, moments.variance().tolist(), strict=True):
         if not 0 < variance < math.inf:
             raise InputError(
