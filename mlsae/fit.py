@@ -9,7 +9,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ class Fit:
             disable=not is_first(),
         )
         everyone = self.ranks.everyone
-        with Signals(only_remember=everyone.size > 1) as signals, bar:
+        remember = Signals(only_remember=everyone.size > 1)
+        with remember as signals, bar, self._last_good_named():
             batches = iter(stream)
             while self.tokens < config.tokens:
                 n_tokens = self.step(next(batches))
@@ -113,16 +115,21 @@ class Fit:
             for step in steps:
                 step.add(x)
             self.watch.lap("SAE")
-        try:
-            for run, step in zip(self.runs, steps, strict=True):
-                run.check(step)
-        except NonFiniteError as error:
-            good = f"the last good checkpoint is {self.saved}" if self.saved else "none saved yet"
-            raise NonFiniteError(f"{error}; {good}") from error
+        for run, step in zip(self.runs, steps, strict=True):
+            run.check(step)
         for run, step in zip(self.runs, steps, strict=True):
             run.end(step)
         self.watch.lap("optimizer")
         return n_tokens
+
+    @contextmanager
+    def _last_good_named(self) -> Iterator[None]:
+        """Name the last good checkpoint in a NonFiniteError."""
+        try:
+            yield
+        except NonFiniteError as error:
+            good = f"the last good checkpoint is {self.saved}" if self.saved else "none saved yet"
+            raise NonFiniteError(f"{error}; {good}") from error
 
     def write_lines(self) -> str:
         """Log a line of metrics of each run, of the steps since the last one; what the progress

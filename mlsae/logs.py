@@ -15,8 +15,9 @@ from .errors import InputError
 class MetricsLog:
     """Writes lines of metrics to `metrics.jsonl` in the run's folder, and to each of `names`.
 
-    `position` is where the file ends now; given one, a log goes on from there, and what an
-    interrupted run wrote after it is cut off. `run_id` is the Weights & Biases run to go on with.
+    `position` is where the file ends now; given one, a log goes on from there, after `tokens`
+    tokens, and what an interrupted run wrote after it is cut off. `run_id` is the Weights & Biases
+    run to go on with.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class MetricsLog:
         settings: dict[str, Any],
         run_id: str,
         position: int = 0,
+        tokens: int = 0,
     ) -> None:
         path = folder / "metrics.jsonl"
         self._file = path.open("a+b")
@@ -40,7 +42,9 @@ class MetricsLog:
         if "tensorboard" in names:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            self._tensorboard = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=tokens + 1 if position else None
+            )
         if "wandb" in names:
             self._wandb = importlib.import_module("wandb").init(
                 project=os.environ.get("WANDB_PROJECT", "mlsae"),

@@ -102,7 +102,9 @@ class MLSAE(nn.Module, ModelHubMixin):
         )
 
     def standardize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x̃ (…, D) float32, μ and σ (…, 1). A constant vector has σ = 0 and becomes 0."""
+        """x̃ (…, D) float32, μ and σ (…, 1). A constant vector has σ = 0 and becomes 0:
+        x̂ is then the constant, exactly. A vector that is not finite becomes NaN, and so stops
+        training (see `trainer.Step.check`)."""
         x = x.float()
         if not self.config.standardize:
             return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])

@@ -7,6 +7,8 @@ ends as it would alone, to the same bits on a CPU.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import safetensors.torch
@@ -43,17 +45,17 @@ class Run:
             self.window.load_state_dict(state["window"])
             position = state["metrics_position"]
         self.log = (
-            MetricsLog(config.out, config.log, settings_of(config), self.id, position)
+            MetricsLog(
+                config.out, config.log, settings_of(config), self.id, position, trainer.tokens
+            )
             if writes
             else None
         )
 
     def check(self, step: Step) -> None:
         """Raise NonFiniteError, which names the run, where the loss is not finite."""
-        try:
+        with self._named():
             step.check()
-        except NonFiniteError as error:
-            raise NonFiniteError(f"in {self.config.out}, {error}") from error
 
     def end(self, step: Step) -> None:
         """Update the weights, at the rate that is due."""
@@ -88,7 +90,11 @@ class Run:
             self.log.write({"tokens": self.trainer.tokens, "heldout": figures.as_dict()})
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on: tensors, and values as JSON has them."""
+        """All that the rest of the run depends on: tensors, and values as JSON has them.
+
+        Raises NonFiniteError, which names the run, where a weight is not finite."""
+        with self._named():
+            self.trainer.check_weights()
         return {
             "id": self.id,
             "metrics_position": self.log.position() if self.log else 0,
@@ -125,6 +131,13 @@ class Run:
         path = self.config.out / "latents.safetensors"
         write_file(path, safetensors.torch.save(latents))
         write_report(self.config.out)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteError as error:
+            raise NonFiniteError(f"in {self.config.out}, {error}") from error
 
     def close(self) -> None:
         """End the log."""

@@ -22,9 +22,11 @@ from .errors import InputError
 from .model import ACTIVE, MLSAE, geometric_median
 from .sharding import ShardedSAE
 
+_MEDIAN_VECTORS = 2**16  # of a larger first batch, the rest would take memory and move it little
+
 
 class NonFiniteError(FloatingPointError):
-    """The loss of a step is not finite."""
+    """A loss, or a weight, is not finite."""
 
 
 class Sums:
@@ -124,6 +126,16 @@ class Trainer:
         self.moments.merge(moments)
         with torch.no_grad():
             self.mlsae.sae.b_dec.copy_(centre)
+
+    def check_weights(self) -> None:
+        """Raise NonFiniteError where a weight is not finite: a finite loss may have a gradient
+        that is not, and such weights must not become a checkpoint."""
+        for name, weight in self.mlsae.sae.named_parameters():
+            if not weight.isfinite().all():
+                raise NonFiniteError(
+                    f"{name} is not finite after step {self.steps - 1}, {self.tokens:,} tokens. "
+                    "Lower --lr, or clip with --max_grad_norm"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on: tensors, and values as JSON has them. It does not
@@ -264,7 +276,7 @@ class Step:
             if not mean.isfinite().all():
                 return (
                     f"the residuals of layer {layer} are not finite {at}. Leave that layer out "
-                    "with --layers, or load the model in a dtype of larger range"
+                    "with --layers, or give a dtype of larger range with --model_dtype"
                 )
         for layer, sq_error in zip(layers, sums.sq_error, strict=True):
             if not sq_error.isfinite():
@@ -276,17 +288,24 @@ def survey(
     mlsae: MLSAE, parts: Iterable[Tensor], data: Group = ALONE.data
 ) -> tuple[metrics.Moments, Tensor]:
     """What training begins with: the moments of residuals (L, N, D) that come in parts, and the
-    geometric median (D,) of the vectors as `mlsae` standardises them; of all parts of all
-    processes of the group `data`, and the same in each.
+    geometric median (D,) of the vectors as `mlsae` standardises them, of the first tokens with
+    2¹⁶ vectors. Of the processes of the group `data`, each has the parts of its tokens, those of
+    the lower ranks being the first; they get the same, as one process would of all of them.
 
     Raises InputError where the residuals of a layer do not vary or are not finite.
     """
     config, device = mlsae.config, mlsae.sae.W_dec.device
     moments = metrics.Moments(len(config.layers), config.d_in, device)
-    standard = [torch.zeros(0, config.d_in, device=device)]
+    standard = [torch.zeros(len(config.layers), 0, config.d_in, device=device)]
+    room = max(1, _MEDIAN_VECTORS // len(config.layers))  # tokens
     for x in parts:
+        left = max(0, room - moments.count)
         moments.update(x)
-        standard.append(mlsae.standardize(x)[0].flatten(0, 1))
+        if left > 0:
+            standard.append(mlsae.standardize(x[:, :left])[0])
+    counts = data.gather(torch.tensor(moments.count, device=device)).tolist()
+    own = max(0, room - sum(counts[: data.rank]))  # of the first tokens of all
+    first = torch.cat(standard, dim=1)[:, :own].flatten(0, 1)
     metrics.reduce([moments], [], data)
     for layer, variance in zip(config.layers, moments.variance().tolist(), strict=True):
         if not 0 < variance < math.inf:
@@ -294,4 +313,4 @@ def survey(
                 f"MODEL's residuals must be finite and vary, and those of layer {layer} have "
                 f"the variance {variance}; leave the layer out with --layers"
             )
-    return moments, geometric_median(torch.cat(standard), group=data)
+    return moments, geometric_median(first, group=data)

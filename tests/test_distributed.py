@@ -5,11 +5,13 @@ Legend: L layers, N tokens, D inputs, M latents, K active latents a token.
 
 import copy
 import time
+from unittest import mock
 
 import pytest
 import torch
 
 from mlsae import MLSAE, MLSAEConfig
+from mlsae import trainer as trainer_module
 from mlsae.data import Batches, Received
 from mlsae.distributed import ALONE, LostContactError, mesh, shares
 from mlsae.errors import InputError
@@ -26,7 +28,8 @@ def make(ranks):
     trainer = Trainer(
         mlsae, dead_tokens=100, k_aux=6, aux_weight=1 / 32, max_grad_norm=1.0, data=ranks.data
     )
-    trainer.initialize(*survey(mlsae, mine(residuals(99), ranks), ranks.data))
+    with mock.patch.object(trainer_module, "_MEDIAN_VECTORS", L * 40):  # of L · 61
+        trainer.initialize(*survey(mlsae, mine(residuals(99), ranks), ranks.data))
     return trainer
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 
 import pytest
@@ -94,6 +95,18 @@ def test_the_folder_holds_each_run_one_kind_of_checkpoint_and_the_table(grid):
     assert len(rows) == 4
 
 
+def test_measuring_does_not_touch_training(grid, tmp_path):
+    """Nor where it logs and saves."""
+    out, *_ = grid
+    other = settings(
+        tmp_path / "run", dataclasses.replace(GRID, expansion=2, k=8), eval_every=None,
+        eval_tokens=1024, log_tokens=500, checkpoint_tokens=None, keep_checkpoints=1,
+    )  # fmt: skip
+    train(other)
+    weights = (out / "x2-k8" / "model.safetensors", other.out / "model.safetensors")
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 class PowerCutError(Exception):
     pass
 
@@ -141,16 +154,26 @@ def test_a_signal_leaves_a_checkpoint_and_a_model_of_each(tmp_path, monkeypatch,
         assert weights.equal(state["runs"][name]["trainer"]["weights"]["W_enc"])
 
 
-def test_a_loss_that_is_not_finite_stops_all_and_names_whose_it_is(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(1e38, "W_enc|W_dec|the reconstruction of layer"), (math.inf, "W_enc is not finite after")],
+)
+def test_what_is_not_finite_stops_all_and_names_whose_it_is(tmp_path, monkeypatch, bad, message):
+    """A rate that ruins the weights of one: they never become a checkpoint."""
     rate = run.learning_rate
 
     def too_high(config, n_latents, tokens):
         high = config.sae.expansion == 3 and config.sae.k == 4 and tokens > 1000
-        return 1e38 if high else rate(config, n_latents, tokens)
+        return bad if high else rate(config, n_latents, tokens)
 
     monkeypatch.setattr(run, "learning_rate", too_high)
-    with pytest.raises(NonFiniteError, match=r"in .*x3-k4, .* the last good checkpoint is .*chec"):
+    with pytest.raises(NonFiniteError, match=f"in .*x3-k4, ({message})") as stopped:
         train(settings(tmp_path / "run"))
+    path, state = checkpoint.newest(tmp_path / "run", print)
+    assert str(stopped.value).endswith(f"; the last good checkpoint is {path}")
+    for name in runs_of(settings(tmp_path / "run")):
+        for weight in state["runs"][name]["trainer"]["weights"].values():
+            assert weight.isfinite().all()
 
 
 @pytest.mark.parametrize(

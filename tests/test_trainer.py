@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from mlsae import MLSAE, MLSAEConfig
+from mlsae import trainer as trainer_module
 from mlsae.errors import InputError
+from mlsae.model import geometric_median
 from mlsae.trainer import NonFiniteError, Step, Trainer, survey
 
 L, N, D, M, K = 2, 64, 8, 48, 4
@@ -55,6 +57,35 @@ def test_a_step_in_parts_is_the_step(parts):
     assert torch.equal(whole.inactive_tokens, split.inactive_tokens)
     for a, b in zip(weights(whole), weights(split), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_constant_vectors_are_reproduced_and_change_nothing_else():
+    """As documented at `MLSAE.standardize`: a step with some has the gradient of one without."""
+    some, none = make(), make()
+    constant = torch.full((L, 8, D), 3.0)
+    gradients = []
+    for trainer, parts in ((some, [residuals(0), constant]), (none, [residuals(0)])):
+        step = Step(trainer, N)
+        for x in parts:
+            step.add(x)
+        step.check()
+        gradients.append([p.grad.clone() for p in trainer.mlsae.parameters()])
+        assert step.sums.sq_error.isfinite().all()
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(some.mlsae(constant), constant)
+
+
+def test_the_first_median_needs_bounded_memory(monkeypatch):
+    """It is of the first tokens, however the batch is split; the moments are of all."""
+    monkeypatch.setattr(trainer_module, "_MEDIAN_VECTORS", 2 * 20)
+    mlsae, x = MLSAE(MLSAEConfig(D, M, K, (0, 1))), residuals(0)
+    moments, whole = survey(mlsae, [x])
+    _, split = survey(mlsae, x.split(7, dim=1))
+    torch.testing.assert_close(whole, split)
+    standard = mlsae.standardize(x[:, :20])[0].flatten(0, 1)
+    assert torch.equal(whole, geometric_median(standard))
+    assert moments.count == N
 
 
 def test_the_decoder_stays_on_the_unit_sphere():
