@@ -51,7 +51,7 @@ def compare_trainers(steps):
     print(f"{'processes':>9} {'shards':>6} {'weights':>9} {'Adam':>9} {'ages':>5} {'figures':>9}")
     worst = 0.0
     for processes, shards in LAYOUTS:
-        with Team(processes) as team:
+        with Team(processes, patience=900) as team:
             others, other, _ = team.run(in_float64, shards, steps)[0]
         one, two = test_distributed.flat(state), test_distributed.flat(other)
         off = {name: (one[name].double() - two[name].double()).abs().max().item() for name in one}

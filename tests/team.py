@@ -15,7 +15,8 @@ import torch.multiprocessing
 class Team:
     """`size` processes in a gloo group. What is run must be importable by name."""
 
-    def __init__(self, size, timeout=30):
+    def __init__(self, size, timeout=30, patience=120):
+        self.patience = patience  # seconds to wait for a result
         context = torch.multiprocessing.get_context("forkserver")  # one import of torch for all
         context.set_forkserver_preload(["mlsae.measure", "mlsae.trainer", "torch._dynamo"])
         with socket.socket() as probe:
@@ -48,7 +49,7 @@ class Team:
             pipe.send((function, arguments))
         outcomes = []
         for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(60), f"rank {rank} hangs"
+            assert pipe.poll(self.patience), f"rank {rank} hangs"
             outcomes.append(pipe.recv())
         failed = [f"rank {rank}:\n{said}" for rank, (said, _) in enumerate(outcomes) if said]
         assert not failed, "\n".join(failed)
