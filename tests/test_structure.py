@@ -114,6 +114,10 @@ def test_the_wheel_holds_our_two_packages_only(tmp_path):
     for needed in (
         "mlsae/builtin/model/model.safetensors",
         "mlsae/py.typed",
+        "mlsae/report/page.html",
+        "mlsae/report/page.css",
+        "mlsae/report/browser.js",
+        "mlsae/report/paper.json",
         "sparse_topk/triton_ops/sparse.py",
     ):
         assert needed in names

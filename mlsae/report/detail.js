@@ -1,0 +1,108 @@
+// One latent: its numbers, its profile over the layers, its examples.
+"use strict";
+
+function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }) {
+  const kinds = { top: "strongest", q4: "strongest quarter", q3: "third quarter", q2: "second quarter", q1: "weakest quarter" };
+  const shards = new Map(); // index → promise of its examples
+  let current = null;
+
+  function examplesOf(row) {
+    const index = Math.floor(row / data.shard);
+    if (!document.getElementById(`packed-examples-${index}`)) return Promise.resolve(null);
+    if (!shards.has(index)) shards.set(index, unpack(`examples-${index}`).then(JSON.parse));
+    return shards.get(index).then((shard) => {
+      const place = row % data.shard;
+      const rows = [];
+      for (let i = place ? shard.ends[place - 1] : 0; i < shard.ends[place]; i++)
+        rows.push(Object.fromEntries(["layer", "kind", "activation", "position", "document", "tokens", "activations"].map((name) => [name, shard[name][i]])));
+      return rows;
+    });
+  }
+
+  function stats(row) {
+    const found = [
+      ["active at", `${data.tokens_active[row].toLocaleString("en")} tokens (${percent(data.frequency[row])})`],
+      ["mean layer", fixed(2)(data.mean_layer[row])],
+      ["standard deviation", `${fixed(2)(data.std_layer[row])} layers`],
+      ["… within a token", data.var_within_token[row] === null ? "–" : `${fixed(2)(Math.sqrt(data.var_within_token[row]))} layers`],
+      ["entropy ÷ ln L", fixed(3)(data.entropy[row])],
+      ["layers above threshold", String(data.n_layers[row])],
+      ["largest activation", fixed(2)(data.max_activation[row])],
+      ["encoder · decoder, cosine", fixed(2)(data.encoder_cosine[row])],
+    ];
+    const list = element("dl", { class: "stats" });
+    const add = (name, ...value) => list.append(element("div", {}, element("dt", {}, name), element("dd", {}, ...value)));
+    for (const [name, value] of found) add(name, value);
+    add("nearest latent", link(data.nearest[row]), ` (cosine ${fixed(2)(data.nearest_cosine[row])})`);
+    if (data.tokens_in[row]?.length) add("nearest input tokens", ...chips(data.tokens_in[row]));
+    if (data.tokens_out[row]?.length) add("nearest output tokens", ...chips(data.tokens_out[row]));
+    return list;
+  }
+
+  function profile(row) {
+    const [mean, summed] = [shares(row), shares(row, "profile_totals")];
+    const box = element("div", { class: "profile", role: "img", "aria-label": data.layers.map((layer, i) => `layer ${layer}: ${percent(mean[i])}`).join(", ") });
+    data.layers.forEach((layer, i) => {
+      const column = element("div", { class: "column", title: `layer ${layer}: ${percent(mean[i])}; of summed activation ${percent(summed[i])}` }, element("i"), element("b"));
+      column.children[0].style.height = `${100 * mean[i]}%`;
+      column.children[1].style.bottom = `${100 * summed[i]}%`;
+      // Numbers only where they fit.
+      box.append(element("div", {}, data.layers.length <= 13 ? element("div", { class: "share" }, percent(mean[i]).replace(" ", "\u202f")) : "", column, element("div", {}, String(layer))));
+    });
+    return element("figure", {}, box, element("figcaption", {}, "Share of each layer: bars, mean of its tokens; lines, summed activation."));
+  }
+
+  function example({ layer, kind, activation, position, document, tokens, activations }) {
+    const largest = Math.max(...activations);
+    const text = element("div", { class: "text" });
+    tokens.forEach((token, i) => {
+      const h = activations[i];
+      const on = h > 0;
+      const span = element("span", { class: i === position ? "on peak" : on ? "on" : "", title: on ? `${h.toFixed(2)}` : null });
+      if (on) {
+        span.style.background = `rgba(var(--mark), ${(0.12 + 0.6 * (h / largest)).toFixed(2)})`;
+        span.style.borderBottomWidth = `${1 + Math.round((3 * h) / largest)}px`;
+      }
+      // Line ends and tabs as signs, so that a window stays a line or two.
+      for (const part of token.split(/(\r?\n|\t)/)) {
+        if (/^(\r?\n|\t)$/.test(part)) span.append(element("span", { class: "sign" }, visible(part)));
+        else if (part) span.append(part);
+      }
+      text.append(span);
+    });
+    const about = `layer ${data.layers[layer]} · ${kinds[kind] ?? kind} · activation ${activation.toFixed(2)} · document ${document}`;
+    return element("div", { class: "example" }, element("p", {}, about), text);
+  }
+
+  function gallery(row, rows) {
+    const box = element("div", { class: "examples" });
+    if (!rows?.length) {
+      const why = rows ? "No example of this latent was kept." : "The examples of this latent are not in the page, to keep it small; they are in analysis_examples.parquet.";
+      box.append(element("p", { class: "missing" }, why));
+      return box;
+    }
+    const layers = [...new Set(rows.map(({ layer }) => layer))].sort((a, b) => a - b);
+    const select = element("select", { "aria-label": "Layer of the examples" }, element("option", { value: "" }, `all ${rows.length} examples`));
+    for (const layer of layers) select.append(element("option", { value: layer }, `layer ${data.layers[layer]}`));
+    const shown = element("div");
+    const fill = () => shown.replaceChildren(...rows.filter(({ layer }) => select.value === "" || layer === Number(select.value)).map(example));
+    select.addEventListener("change", fill);
+    fill();
+    box.append(
+      element("div", { class: "filter" }, element("h4", {}, "Examples"), select),
+      element("p", {}, element("small", {}, "The framed token is the one the example was chosen for. The stronger the colour of a token and the thicker its line, the more active the latent is there; point at one to read by how much.")),
+      shown,
+    );
+    return box;
+  }
+
+  return async function show(row) {
+    current = row;
+    const button = (label, by, name) => element("button", { type: "button", title: name, "aria-label": name, onclick: () => move(by) }, label);
+    const head = element("header", {}, element("h3", {}, `Latent ${data.latent[row]}`), button("‹", -1, "previous latent in the list"), button("›", 1, "next latent in the list"));
+    const body = [head, stats(row), profile(row)];
+    panel.replaceChildren(...body);
+    const rows = await examplesOf(row);
+    if (current === row) panel.replaceChildren(...body, gallery(row, rows));
+  };
+}

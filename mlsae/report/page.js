@@ -1,0 +1,83 @@
+// Every page: unpack what it holds, draw the figures that are seen, follow light and dark mode.
+"use strict";
+
+async function unpack(id) {
+  const bytes = Uint8Array.from(atob(document.getElementById(`packed-${id}`).textContent), (c) => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).text();
+}
+
+function element(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== null) node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+// Spaces, line ends and tabs as signs that are seen; everything else as it is.
+function visible(token) {
+  if (token === "") return "∅";
+  return token.replace(/ /g, "·").replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥");
+}
+
+const figures = (async () => {
+  const [code, data] = await Promise.all([unpack("plotly"), unpack("figures")]);
+  document.head.append(element("script", {}, code));
+  return JSON.parse(data);
+})();
+
+function themed(layout) {
+  const style = getComputedStyle(document.documentElement);
+  const [ink, line, panel] = ["--ink", "--line", "--panel"].map((name) => style.getPropertyValue(name).trim());
+  const themed = { ...layout, font: { color: ink, size: 12 }, hoverlabel: { bgcolor: panel, bordercolor: line, font: { color: ink } } };
+  for (const name of ["xaxis", "yaxis", "yaxis2"])
+    if (layout[name]) themed[name] = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, ...layout[name] };
+  return themed;
+}
+
+const drawn = new Map(); // node → its figure
+
+function withWhiskers(trace) {
+  const color = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
+  for (const name of ["error_x", "error_y"]) if (trace[name]) trace = { ...trace, [name]: { ...trace[name], color } };
+  return trace;
+}
+
+async function draw(node, figure) {
+  await figures;
+  drawn.set(node, figure);
+  await Plotly.react(node, figure.data.map(withWhiskers), themed(figure.layout), { responsive: true, displaylogo: false, displayModeBar: false });
+  node.dataset.drawn = "true";
+}
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  for (const [node, figure] of drawn) draw(node, figure);
+});
+
+// A figure is drawn when it comes near the screen, so that a page of many opens at once.
+const seen = new IntersectionObserver(
+  (entries) => {
+    for (const { target, isIntersecting } of entries)
+      if (isIntersecting) {
+        seen.unobserve(target);
+        figures.then((all) => draw(target, all[target.dataset.figure])).then(() => target.dispatchEvent(new Event("drawn")));
+      }
+  },
+  { rootMargin: "400px" },
+);
+for (const node of document.querySelectorAll("[data-figure]")) seen.observe(node);
+
+// Buttons of which one is pressed show one of several parts.
+for (const group of document.querySelectorAll(".choice"))
+  group.addEventListener("click", ({ target }) => {
+    if (!target.dataset.choice) return;
+    for (const button of group.children) button.setAttribute("aria-pressed", button === target);
+    for (const part of document.querySelectorAll(`[data-in="${group.dataset.of}"]`))
+      part.hidden = part.dataset.choice !== target.dataset.choice;
+  });
+
+if (!("DecompressionStream" in window))
+  document.body.prepend(element("p", { class: "missing" }, "This browser is too old to unpack the page: Chrome 80, Firefox 113 or Safari 16.4 can."));
