@@ -53,7 +53,7 @@ let openPlace = () => {}; // by place in the order of mean layer
   function matches() {
     const query = state.query.toLowerCase().replaceAll("·", " ").replaceAll("⏎", "\n").replaceAll("⇥", "\t");
     if (!query) return everyRow.slice();
-    const id = Number(query.trim().replace("#", ""));
+    const id = Number(query.match(/^\s*#?(\d+)\s*$/)?.[1] ?? NaN);
     return everyRow.filter((row) => data.latent[row] === id || words[row].includes(query));
   }
 
@@ -133,7 +133,7 @@ let openPlace = () => {}; // by place in the order of mean layer
   };
   for (const [name, key] of [["heatmap", "mean_layer"], ["heatmap-totals", "mean_layer_totals"]]) {
     const node = document.querySelector(`[data-figure="${name}"]`);
-    node.addEventListener("drawn", () => node.on("plotly_click", ({ points: [point] }) => openPlace(Math.round(point.x) - 1, key)));
+    onceDrawn(node, () => node.on("plotly_click", ({ points: [point] }) => openPlace(Math.round(point.x) - 1, key)));
   }
 
   const fromHash = () => Number(location.hash.match(/^#latent-(\d+)$/)?.[1] ?? NaN);

@@ -51,6 +51,12 @@ async function draw(node, figure) {
   drawn.set(node, figure);
   await Plotly.react(node, figure.data.map(withWhiskers), themed(figure.layout), { responsive: true, displaylogo: false, displayModeBar: false });
   node.dataset.drawn = "true";
+  node.dispatchEvent(new Event("drawn"));
+}
+
+function onceDrawn(node, then) {
+  if (node.dataset.drawn) then();
+  else node.addEventListener("drawn", then, { once: true });
 }
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
@@ -63,7 +69,7 @@ const seen = new IntersectionObserver(
     for (const { target, isIntersecting } of entries)
       if (isIntersecting) {
         seen.unobserve(target);
-        figures.then((all) => draw(target, all[target.dataset.figure])).then(() => target.dispatchEvent(new Event("drawn")));
+        figures.then((all) => draw(target, all[target.dataset.figure]));
       }
   },
   { rootMargin: "400px" },
