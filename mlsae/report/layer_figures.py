@@ -14,6 +14,8 @@ from plotly.colors import sample_colorscale
 
 from .style import BLUE, GREEN, GREY, LOG_TICKS, ORANGE, RED, bars_between, figure
 
+_NAMED = 8  # layers at most that are all in the key of a figure
+
 
 def _by_layer(
     series: dict[str, dict[str, Any]], layers: Sequence[int], title: str, form: str
@@ -51,13 +53,12 @@ def fvu(found: dict[str, dict[str, Any]], layers: Sequence[int]) -> go.Figure:
 
 def fvu_of_training(heldout: dict[str, Any], layers: Sequence[int]) -> go.Figure:
     """The same from the held-out line of metrics.jsonl, which has no intervals."""
-    none = [[None, None]] * len(layers)
-    return fvu(
-        {name: {"layers": heldout[f"{name}_layers"], "intervals": none} for name in _FVU}, layers
-    )
-
-
-_FVU = ("fvu", "fvu_paper")
+    unknown = [[None, None]] * len(layers)
+    found = {
+        name: {"layers": heldout[f"{name}_layers"], "intervals": unknown}
+        for name in ("fvu", "fvu_paper")
+    }
+    return fvu(found, layers)
 
 
 def delta_ce(found: dict[str, dict[str, Any]], layers: Sequence[int]) -> go.Figure:
@@ -124,6 +125,8 @@ def training(
             y=[line["fvu_layers"][i] for line in curve],
             name=f"layer {layer}",
             line={"width": 1.3, "color": shade},
+            # Of many layers the key names the first and the last; pointing at a line names it.
+            showlegend=len(layers) <= _NAMED or i in (0, len(layers) - 1),
         )
         for i, (layer, shade) in enumerate(zip(layers, shades, strict=True))
     ]

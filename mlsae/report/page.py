@@ -108,7 +108,7 @@ def _facts(run: Run) -> dict[str, str]:
     config = run.config
     facts = {
         "model": str(config.get("model") or "not named"),
-        "layers": ", ".join(map(str, run.layers)),
+        "layers": _written(run.layers),
         "latents": f"{config['n_latents']:,} ({run.expansion:g} × d_model)",
         "k": f"{config['k']:,} active a token and layer",
     }
@@ -117,6 +117,14 @@ def _facts(run: Run) -> dict[str, str]:
     if run.metrics:
         facts["trained on"] = f"{run.metrics[-1]['tokens']:,} tokens × {len(run.layers)} layers"
     return facts
+
+
+def _written(layers: list[int]) -> str:
+    """0 to 5, or 1, 3, 4."""
+    first, last = layers[0], layers[-1]
+    if len(layers) > 2 and layers == list(range(first, last + 1)):
+        return f"{first} to {last}"
+    return ", ".join(map(str, layers))
 
 
 def _headline(run: Run) -> list[tuple[str, str, str]]:
