@@ -39,6 +39,7 @@ def make_run(
     expansion=None,
     k=32,
     seed=0,
+    alive=True,
     prompt="def f(x): <b>",
 ):
     """Write the run; `examples` of each latent, layer and kind. Returns what it was made of."""
@@ -55,6 +56,7 @@ def make_run(
     centre, width = random.uniform(0, n_layers - 1, n_latents), random.uniform(0.2, 2, n_latents)
     weight = np.exp(-(((np.arange(n_layers) - centre[:, None]) / width[:, None]) ** 2))
     dead = np.arange(n_latents) % 16 == 5
+    dead |= not alive
     weight[dead] = 0
     totals = weight * random.uniform(1, 100, (n_latents, 1))
     if trained:

@@ -168,6 +168,29 @@ def test_an_sae_from_elsewhere_that_was_analyzed_has_a_page(tmp_path):
     assert "python -m mlsae" not in page
 
 
+def test_one_layer_has_no_spread_and_still_a_page(tmp_path):
+    make_run(tmp_path, 64, 1, examples=1)
+    about = json.loads((tmp_path / "analysis.json").read_text())
+    for estimator in about["ratios"].values():
+        for name in ("A", "B"):
+            estimator[name] = dict.fromkeys(("value", "low", "high"), float("nan"))
+    (tmp_path / "analysis.json").write_text(json.dumps(about))
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Here – is left" in page
+    assert not re.search(r"\bnan\b", page.split("<script")[0])
+    assert packed(page, "latents")["layers"] == [0]
+
+
+def test_nothing_active_is_a_page_too(tmp_path):
+    make_run(tmp_path, 64, 3, examples=1, alive=False)
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "0 latents were active; 64 never were." in page
+    make_run(tmp_path / "trained", 64, 3, analyzed=False, alive=False)
+    write_report(tmp_path / "trained")
+
+
 def test_a_damaged_file_is_one_clear_line(tmp_path):
     make_run(tmp_path)
     for name in ("analysis_latents.parquet", "analysis.safetensors", "config.json"):

@@ -62,9 +62,8 @@ def browser(analysis: Analysis, budget: int) -> Browser:
     rows = active[np.argsort(-tokens_active[active], kind="stable")]  # of the table
     order = _Order(analysis, table["latent"].to_numpy()[rows])
     listed = len(rows)
-    while len(packed := pack_json(_columns(analysis, rows[:listed], order))) > min(
-        _TABLE_BYTES, budget
-    ):
+    most = min(_TABLE_BYTES, budget)
+    while len(packed := pack_json(_columns(analysis, rows[:listed], order))) > most and listed:
         listed //= 2
     shards, depth = _shards(order, -(-listed // SHARD), budget - len(packed))
     reached = min(listed, SHARD * len(shards))
@@ -125,10 +124,12 @@ class _Order:
         """The tokens at which each of the first latents is most active: at most `_PEAKS`."""
         chosen = self.order[: self.starts[n_latents]]
         chosen = chosen[self.depth[chosen] < 4 * _PEAKS]
+        if not len(chosen):
+            return [[] for _ in range(n_latents)]
         rows = self.table.select(["tokens", "position"]).take(pyarrow.array(chosen))
         tokens = rows["tokens"].combine_chunks()
         at = tokens.offsets.to_numpy()[:-1] + rows["position"].to_numpy()
-        strings = tokens.values.take(pyarrow.array(at)).to_pylist() if len(at) else []
+        strings = tokens.values.take(pyarrow.array(at)).to_pylist()
         found: list[dict[str, None]] = [{} for _ in range(n_latents)]
         for place, token in zip(self.place[chosen].tolist(), strings, strict=True):
             if len(found[place]) < _PEAKS:

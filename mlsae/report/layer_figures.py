@@ -100,7 +100,12 @@ def adjacent(found: dict[str, Any], layers: Sequence[int]) -> go.Figure:
             "ticktext": names,
             "showgrid": False,
         },
-        {"title": {"text": "cosine"}, "range": [0, 1.02], "overlaying": "y2"},
+        {
+            "title": {"text": "cosine"},
+            "range": [min([0, *found["cosine"]]), 1.02],
+            "tickvals": [-1, -0.5, 0, 0.25, 0.5, 0.75, 1],
+            "overlaying": "y2",
+        },
         yaxis2={
             "title": {"text": "mean norm (residual's units)"},
             "side": "right",

@@ -91,7 +91,7 @@ def read_run(folder: Path) -> Run:
             [line for line in lines if "loss" in line],
             [line for line in lines if "heldout" in line],
             totals.double() if totals is not None else None,
-            json.loads(evaluation) if evaluation else None,
+            _json(evaluation) if evaluation else None,
             _analysis(folder) if (folder / "analysis.json").exists() else None,
         )
         _ = run.layers, run.expansion, config["k"]
@@ -111,13 +111,19 @@ def _analysis(folder: Path) -> Analysis:
     examples = folder / "analysis_examples.parquet"
     pyarrow.parquet.read_schema(examples)  # raises where it is damaged
     return Analysis(
-        json.loads((folder / "analysis.json").read_text()),
+        _json((folder / "analysis.json").read_text()),
         arrays["profile"].double(),
         arrays["totals"].double(),
         pyarrow.parquet.read_table(folder / "analysis_latents.parquet"),
         examples,
-        json.loads((folder / "analysis_prompt.json").read_text()),
+        _json((folder / "analysis_prompt.json").read_text()),
     )
+
+
+def _json(text: str) -> dict[str, Any]:
+    """An object of JSON; NaN and infinity, which it has not but some write, are None."""
+    found: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+    return found
 
 
 def _text(path: Path) -> str:
