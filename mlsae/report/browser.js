@@ -30,7 +30,7 @@ let openPlace = () => {}; // by place in the order of mean layer
   ];
 
   function bars(row) {
-    const box = element("span", { class: "bars", role: "img", "aria-label": "share of each layer" });
+    const box = element("span", { class: L > 20 ? "bars many" : "bars", role: "img", "aria-label": "share of each layer" });
     for (const share of shares(row)) {
       const bar = element("i");
       bar.style.height = `${100 * share}%`;

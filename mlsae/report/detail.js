@@ -41,13 +41,13 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
 
   function profile(row) {
     const [mean, summed] = [shares(row), shares(row, "profile_totals")];
-    const box = element("div", { class: "profile", role: "img", "aria-label": data.layers.map((layer, i) => `layer ${layer}: ${percent(mean[i])}`).join(", ") });
+    const every = Math.ceil(data.layers.length / 20); // numbers only where they fit
+    const box = element("div", { class: every > 1 ? "profile many" : "profile", role: "img", "aria-label": data.layers.map((layer, i) => `layer ${layer}: ${percent(mean[i])}`).join(", ") });
     data.layers.forEach((layer, i) => {
       const column = element("div", { class: "column", title: `layer ${layer}: ${percent(mean[i])}; of summed activation ${percent(summed[i])}` }, element("i"), element("b"));
       column.children[0].style.height = `${100 * mean[i]}%`;
       column.children[1].style.bottom = `${100 * summed[i]}%`;
-      // Numbers only where they fit.
-      box.append(element("div", {}, data.layers.length <= 13 ? element("div", { class: "share" }, percent(mean[i]).replace(" ", "\u202f")) : "", column, element("div", {}, String(layer))));
+      box.append(element("div", {}, data.layers.length <= 13 ? element("div", { class: "share" }, percent(mean[i]).replace(" ", "\u202f")) : "", column, element("div", {}, i % every ? "\u00a0" : String(layer))));
     });
     return element("figure", {}, box, element("figcaption", {}, "Share of each layer: bars, mean of its tokens; lines, summed activation."));
   }
