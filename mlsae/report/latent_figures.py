@@ -154,6 +154,10 @@ def cosines(found: dict[str, Any]) -> go.Figure:
     """The histogram of cosines between decoder rows, beside that of random directions."""
     edges = found["edges"]
     x = [(a + b) / 2 for a, b in pairwise(edges)]
+    # What is expected of random directions may be as little as 1e-100: below what is counted at
+    # the least, it would only stretch the axis. A share of 0 has no place on it at all.
+    pairs = sum(found["decoder"]) or 1
+    least = min((count / pairs for count in found["decoder"] if count), default=0) / 10
     traces = []
     for name, label, colour, dash in (
         ("decoder", "decoder rows", BLUE, "solid"),
@@ -163,8 +167,7 @@ def cosines(found: dict[str, Any]) -> go.Figure:
         traces.append(
             go.Scatter(
                 x=x,
-                # A share of 0 has no place on a logarithmic axis.
-                y=[count / total or None for count in found[name]],
+                y=[count / total if count / total > least else None for count in found[name]],
                 mode="lines",
                 line={"color": colour, "width": 2, "dash": dash, "shape": "hvh"},
                 name=label,
