@@ -31,6 +31,7 @@ FLOORS = {
         {"fit"},
         {"evaluate", "summary"},
         {"train"},
+        {"compare"},  # the one program made of others
     ],
 }
 
