@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
@@ -216,7 +216,12 @@ def _new_trainer(config: TrainConfig, sae: MLSAEConfig, source: Source) -> Train
     )
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig:
+def parse(
+    arguments: Sequence[str],
+    presets: Mapping[str, TrainConfig] = PRESETS,
+    description: str = (__doc__ or "").split("Legend:")[0],
+    prog: str = "python -m mlsae.train",
+) -> TrainConfig:
     """The settings of a command line. `--preset` sets what those not given default to."""
     preset = "default"
     for i, argument in enumerate(arguments):
@@ -226,10 +231,10 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     return tyro.cli(
         TrainConfig,
         args=arguments,
-        default=PRESETS.get(preset, PRESETS["default"]),  # tyro refuses an unknown one
-        description=(__doc__ or "").split("Legend:")[0],
+        default=presets.get(preset, presets["default"]),  # tyro refuses an unknown one
+        description=description,
         use_underscores=True,
-        prog="python -m mlsae.train",
+        prog=prog,
         console_outputs=distributed.is_first(),
     )
 

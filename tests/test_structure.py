@@ -42,6 +42,7 @@ FLOORS = {
         {"fit"},
         {"convert", "evaluate", "summary"},
         {"train"},
+        {"compare"},  # the one program made of others
     ],
 }
 
