@@ -23,13 +23,14 @@ FLOORS = {
     "mlsae": [
         {"errors"},
         {"builtin"},
-        {"config", "documents", "files", "metrics", "signals", "stopwatch"},
-        {"activations", "checkpoint", "data", "logs", "model"},
+        {"config", "documents", "files", "geometry", "metrics", "signals", "stopwatch"},
+        {"activations", "checkpoint", "data", "logs", "model", "statistics"},
         {"figures", "measure", "memory", "source", "substitution", "trainer", "__init__"},
-        {"faithfulness", "report"},
+        {"accumulate", "examples", "faithfulness", "heldout", "prompt", "report"},
+        {"tables"},
         {"run"},
         {"fit"},
-        {"evaluate", "summary"},
+        {"analyze", "evaluate", "summary"},
         {"train"},
     ],
 }
