@@ -228,7 +228,12 @@ def _directions(
         **direction_columns(near, tokens, strings),
     }
     return columns, {
-        "mmcs": {"value": near.cosine.mean().item(), "random": control_mmcs},
+        "mmcs": {
+            "value": near.cosine.mean().item(),
+            "low": None,  # of the weights, not of a text
+            "high": None,
+            "random": control_mmcs,
+        },
         "cosine_histogram": {
             "edges": near.edges.tolist(),
             "decoder": near.share.tolist(),

@@ -32,6 +32,7 @@ FLOORS = {
         {"fit"},
         {"analyze", "evaluate", "summary"},
         {"train"},
+        {"sharing"},
     ],
 }
 
