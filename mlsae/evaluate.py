@@ -20,8 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import transformers
@@ -30,52 +29,21 @@ from rich.console import Console
 from rich.table import Table
 
 from .activations import choose_device
-from .config import SAEConfig, TrainConfig
 from .data import not_special
-from .errors import InputError, exit_on_bad_input
+from .errors import exit_on_bad_input
 from .faithfulness import Measured, measure_faithfulness
 from .figures import Interval, with_intervals
 from .files import write_file
+from .heldout import HeldoutConfig, open_run
 from .memory import peak
-from .model import MLSAE
-from .source import Source
 from .substitution import check_substitution
 
-_DEFAULT_MICRO_TOKENS = 2048
 _CHECKED_POSITIONS = 32  # of one row: enough to see whether a model can be substituted in
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """What to measure, and on what."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a trained MLSAE, or its name on the Hugging Face hub."""
-    dataset: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATASET]")] = None
-    """Text: "builtin", a dataset on the hub (streamed), or a local file or folder; its held-out
-    rows are used. None: the run's own."""
-    tokens: int = 65_536
-    """Held-out tokens to measure on, special ones among them; fewer where the text has fewer."""
-    layers: tuple[int, ...] | None = None
-    """Layers to measure at, others too. None: those it was trained on, or all if not known."""
-    model: str | None = None
-    """The transformer. None: the one it was trained on."""
-    column: str | None = None
-    """The dataset's column of text. None: as in the run, or "text"."""
-    seq_len: int | None = None
-    """Tokens a row. None: as in the run."""
-    micro_tokens: int | None = None
-    """Tokens held in memory at a time, with two copies of their logits; changes nothing else.
-    None: 2,048, or a row where that is longer."""
-    resamples: int = 1000
-    """Bootstrap resamples of the rows, for the intervals."""
-    seed: int | None = None
-    """Seed of the order of rows, and of the resamples. None: the run's, which gives the held-out
-    rows of its training."""
-    device: str = "auto"
-    """auto: CUDA where there is one, else the CPU."""
-    out: Path | None = None
-    """Folder for evaluation.csv and evaluation.json. None: the run's, which has to be here then."""
+class EvaluateConfig(HeldoutConfig):
+    """What to measure, and on what: it leaves evaluation.csv and evaluation.json."""
 
 
 @dataclass(frozen=True)
@@ -167,21 +135,9 @@ def evaluate(config: EvaluateConfig) -> Result:
     Raises InputError for bad input, before anything is measured.
     """
     started = time.perf_counter()
-    for name in ("tokens", "resamples", "seq_len", "micro_tokens"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, got {value}")
     device, out = choose_device(config.device), config.out or config.run
-    mlsae = MLSAE.from_pretrained(config.run, device).requires_grad_(False)
-    if not out.exists() and config.out is None:
-        raise InputError(f"--out must be given where RUN is on the hub, as {config.run}, got none")
-    settings = _settings(config, mlsae)
-    source = Source(settings, device)
-    if source.d_in != mlsae.config.d_in:
-        raise InputError(
-            f"MODEL must have a residual stream of width {mlsae.config.d_in}, as the MLSAE in "
-            f"{config.run}, and {settings.model} has {source.d_in}; give its own with --model"
-        )
+    mlsae, source = open_run(config, device)
+    settings = source.config
     out.mkdir(parents=True, exist_ok=True)
     input_ids = source.heldout()
     wanted = not_special(input_ids, source.tokenizer)
@@ -214,35 +170,6 @@ def evaluate(config: EvaluateConfig) -> Result:
     write_file(out / "evaluation.csv", result.as_csv().encode())
     write_file(out / "evaluation.json", json.dumps(result.as_dict(), indent=2).encode())
     return result
-
-
-def _settings(config: EvaluateConfig, mlsae: MLSAE) -> TrainConfig:
-    """The settings of a training run that read the text and the layers to measure at."""
-    trained = mlsae.about.get("training", {})
-    dataset = config.dataset or trained.get("dataset")
-    model = config.model or mlsae.config.model
-    for name, value in (("DATASET", dataset), ("--model", model)):
-        if not value:
-            raise InputError(
-                f"{name} must be given, since config.json in {config.run} names none, got none"
-            )
-    seq_len = config.seq_len or trained.get("seq_len")
-    micro_tokens = config.micro_tokens or max(_DEFAULT_MICRO_TOKENS, seq_len or 0)
-    return TrainConfig(
-        model,
-        dataset,
-        SAEConfig(n_latents=mlsae.config.n_latents, k=mlsae.config.k),
-        layers=config.layers or mlsae.config.layers or None,
-        batch_tokens=micro_tokens,
-        micro_tokens=micro_tokens,
-        seq_len=seq_len,
-        model_dtype=trained.get("model_dtype", "auto"),
-        model_device_map=trained.get("model_device_map"),
-        model_quantize=trained.get("model_quantize"),
-        column=config.column or trained.get("column", "text"),
-        eval_tokens=config.tokens,
-        seed=config.seed if config.seed is not None else trained.get("seed", 0),
-    )
 
 
 def _figures(measured: Measured, resamples: int, seed: int) -> dict[str, Interval]:

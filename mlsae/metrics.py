@@ -136,22 +136,23 @@ def latent_layer_totals(values: Tensor, indices: Tensor, n_latents: int) -> tupl
 
 
 def mean_layer(totals: Tensor) -> Tensor:
-    """E[L | J = j] under the totals-weighted distribution Σ_t h_j(t, ℓ) / Σ_{t,ℓ} h_j(t, ℓ).
+    """E[L] = Σ_ℓ ℓ p(ℓ) of the distribution p ∝ totals (…, L), a latent's summed activation or its
+    profile (`statistics`): (…,), in units of layers; NaN for a latent that never fires."""
+    layers = torch.arange(totals.shape[-1], dtype=totals.dtype, device=totals.device)
+    return totals @ layers / totals.sum(-1)
 
-    totals (M, L) → (M,), in units of layers; NaN for a latent that never fires.
-    """
-    layers = torch.arange(totals.shape[1], dtype=totals.dtype, device=totals.device)
-    return totals @ layers / totals.sum(1)
+
+def var_layer(totals: Tensor) -> Tensor:
+    """Var(L) = Σ_ℓ ℓ² p(ℓ) − E[L]² of the same distribution: (…,)."""
+    layers = torch.arange(totals.shape[-1], dtype=totals.dtype, device=totals.device)
+    return totals @ layers.square() / totals.sum(-1) - mean_layer(totals).square()
 
 
 def normalized_entropy(totals: Tensor) -> Tensor:
-    """H(L | J = j) / ln L under the same distribution: 0 for one layer, 1 for all alike.
-
-    totals (M, L) → (M,); NaN for a latent that never fires.
-    """
-    p = totals / totals.sum(1, keepdim=True)
-    n_layers = max(totals.shape[1], 2)
-    return torch.special.entr(p).sum(1) / torch.tensor(float(n_layers)).log()
+    """H(L) / ln L of the same distribution: 0 for one layer, 1 for all alike; (…,)."""
+    p = totals / totals.sum(-1, keepdim=True)
+    n_layers = max(totals.shape[-1], 2)
+    return torch.special.entr(p).sum(-1) / torch.tensor(float(n_layers)).log()
 
 
 def pca_explained(scatter: Tensor, k: int) -> Tensor:

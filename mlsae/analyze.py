@@ -1,0 +1,366 @@
+"""See at which layers the latents of an MLSAE are active: over many tokens, and for one.
+
+    python -m mlsae.analyze runs/demo                          # the text it was trained beside
+    python -m mlsae.analyze runs/70m my-text.jsonl --tokens 10000000
+    python -m mlsae.analyze runs/demo --prompt "def main(argv):"      # one text, token by token
+
+It prints a summary, and leaves in the run's folder analysis.json (ratios, entropy, MMCS, …),
+analysis.safetensors (numbers of each latent and layer), analysis_latents.parquet (a row a latent),
+analysis_examples.parquet (where each latent is active, with the text around) and
+analysis_prompt.json (one text, token by token). With --prompt it measures nothing anew, and leaves
+analysis_prompt.json and prompt.html.
+
+Legend: L layers, R rows, T positions, N tokens, D width of the residual stream, M latents.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from . import statistics
+from .accumulate import Accumulator, Adjacent
+from .activations import choose_device
+from .data import not_special
+from .errors import InputError, exit_on_bad_input
+from .examples import Examples
+from .files import write_file
+from .geometry import embeddings_of, nearest_tokens, neighbours, random_cosines, token_strings
+from .heldout import HeldoutConfig, open_run
+from .memory import peak
+from .model import MLSAE
+from .prompt import prompt_page, prompt_table, read_prompt, tokenize
+from .source import Source
+from .tables import Text, direction_columns, latent_columns, write_examples, write_table
+
+_CENTRE_TOKENS = 4096  # that the mean residual is taken from: it errs by 1/64 of the deviation
+_NEAREST_TOKENS = 5
+_PROMPT_TOKENS = 24  # of the first row: shown where no prompt is given
+
+
+@dataclass(frozen=True)
+class AnalyzeConfig(HeldoutConfig):
+    """What to analyse, and on what."""
+
+    prompt: str | None = None
+    """Show this text alone, token by token; nothing else is measured."""
+    count_threshold: int | None = None
+    """Tokens at which a latent must be active to count a layer as one of its own. None: a
+    thousandth of all, as in the paper (10,000 of 10 million)."""
+    examples: int = 4
+    """Examples to keep of each latent at each layer: so many of the highest activation, and as
+    many spread over all its activations. 0: none."""
+    groups: int = 32
+    """Groups of neighbouring rows that the bootstrap draws from; memory grows with it."""
+
+
+@torch.inference_mode()
+def read_text(
+    mlsae: MLSAE,
+    source: Source,
+    input_ids: Tensor,
+    wanted: Tensor,
+    text: Text,
+    accumulator: Accumulator,
+    examples: Examples | None,
+) -> Adjacent:
+    """The one pass over rows input_ids (R, T), not special where `wanted`: all that is counted is
+    in `accumulator` and `examples`. Nothing changes, in the MLSAE or elsewhere."""
+    device = source.device
+    first = input_ids[: max(1, _CENTRE_TOKENS // source.seq_len)]
+    centre = torch.cat(list(source.residuals(first)), 1).mean(1)
+    adjacent = Adjacent(centre)
+    places = torch.arange(input_ids.numel()).view_as(input_ids)
+    bar = tqdm(total=input_ids.numel(), unit=" tokens", unit_scale=True, desc="analysing")
+    with bar:
+        for start in range(0, len(input_ids), source.micro_rows):
+            at = slice(start, start + source.micro_rows)
+            keep = wanted[at].to(device)
+            x = source.reader(input_ids[at].to(device))[:, keep].float()
+            codes = mlsae.encode(x)
+            place = places[at][wanted[at]]
+            accumulator.update(codes, (place // input_ids.shape[1]).to(device))
+            adjacent.update(x)
+            if examples:
+                examples.update(codes, text.piece[place].to(device), place.to(device))
+            bar.update(input_ids[at].numel())
+    return adjacent
+
+
+def analyze(config: AnalyzeConfig) -> dict[str, Any]:
+    """Analyse as `config` says, leave the files, and return what analysis.json holds.
+
+    Raises InputError for bad input, before anything is measured.
+    """
+    started = time.perf_counter()
+    device, out = choose_device(config.device), config.out or config.run
+    mlsae, source = _open(config, device)
+    input_ids = source.heldout()
+    wanted = not_special(input_ids, source.tokenizer)
+    if not wanted.any():
+        raise InputError("DATASET must hold tokens that are not special, got none")
+    out.mkdir(parents=True, exist_ok=True)
+    strings = token_strings(source.tokenizer)
+    text = Text(input_ids, wanted, strings)
+    n_latents, n_layers = mlsae.config.n_latents, len(source.reader.layers)
+    accumulator = Accumulator(n_latents, n_layers, len(input_ids), config.groups, device)
+    seed, n = source.config.seed, config.examples
+    examples = Examples(n_latents, n_layers, n, seed, device) if n else None
+    adjacent = read_text(mlsae, source, input_ids, wanted, text, accumulator, examples)
+    pass_seconds = time.perf_counter() - started
+
+    counts = accumulator.counts.view(n_latents, n_layers).cpu()
+    whole, grouped, rows = accumulator.finish()
+    threshold = config.count_threshold or max(1, round(wanted.sum().item() / 1000))
+    columns: dict[str, Any] = {
+        "latent": torch.arange(n_latents),
+        **latent_columns(whole, counts, threshold, int(wanted.sum())),
+        "max_activation": accumulator.max.cpu(),
+    }
+    directions, about_directions = _directions(mlsae, source, strings)
+    write_table(out / "analysis_latents.parquet", {**columns, **directions})
+    n_examples = write_examples(out / "analysis_examples.parquet", examples, text)
+    active = whole.profile[0].sum(-1)
+    arrays = {
+        "counts": counts,
+        "totals": whole.totals[0],
+        "profile": whole.profile[0] / active[:, None],
+        "tokens_active": active.round().long(),
+    }
+    write_file(out / "analysis.safetensors", safetensors.torch.save(arrays))
+    ids = input_ids[0, :_PROMPT_TOKENS]
+    _write_json(out / "analysis_prompt.json", read_prompt(mlsae, source, ids, strings))
+
+    figures = statistics.with_intervals(whole, grouped, config.resamples, seed)
+    released = statistics.released_with_intervals(rows, n_latents, config.resamples, seed)
+    about = {
+        "run": str(config.run),
+        "model": source.config.model,
+        "dataset": source.config.dataset,
+        "tokens": int(wanted.sum()),
+        "rows": len(input_ids),
+        "seq_len": source.seq_len,
+        "layers": list(source.reader.layers),
+        "trained_on_layers": list(mlsae.config.layers),
+        "n_latents": n_latents,
+        "k": mlsae.config.k,
+        "count_threshold": threshold,
+        "active_latents": int((active > 0).sum()),
+        "ratios": {
+            estimator: {
+                name: found[name] if name in "AB" else found[name]["value"]
+                for name in statistics.RATIOS
+            }
+            for estimator, found in (("equations", figures), ("released", released))
+        },
+        "entropy": {"profile": figures["entropy"], "totals": figures["entropy_totals"]},
+        **about_directions,
+        "adjacent": adjacent.as_dict(),
+        "examples": n_examples,
+        "interval": f"95 %, {config.resamples} bootstrap resamples, of {accumulator.groups} groups "
+        "of rows (equations, entropy) or of the rows (released)",
+        "seed": seed,
+        "pass_seconds": pass_seconds,
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": peak(device),
+        "device": str(device),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    _write_json(out / "analysis.json", about)
+    return about
+
+
+def show_prompt(config: AnalyzeConfig, prompt: str) -> tuple[Table, str]:
+    """Leave analysis_prompt.json and prompt.html of one text; a table to print, and a line that
+    says what "many tokens" are.
+
+    Raises InputError for bad input, before anything is written.
+    """
+    out = config.out or config.run
+    mlsae, source = _open(config, choose_device(config.device))
+    ids = tokenize(source, prompt)
+    picture = read_prompt(mlsae, source, ids, token_strings(source.tokenizer))
+    profile, many = _many(out, config.run, (mlsae.config.n_latents, len(picture["layers"])))
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "analysis_prompt.json", picture)
+    write_file(out / "prompt.html", prompt_page(picture, profile).encode())
+    return prompt_table(picture, profile), many
+
+
+def _open(config: AnalyzeConfig, device: torch.device) -> tuple[MLSAE, Source]:
+    for name, least in (("examples", 0), ("groups", 1), ("count_threshold", 1)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} must be at least {least}, got {value}")
+    return open_run(config, device)
+
+
+def _directions(
+    mlsae: MLSAE, source: Source, strings: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the decoder's rows point at: columns of the table of latents, and what analysis.json
+    says of them all."""
+    W_dec, W_enc = mlsae.sae.W_dec, mlsae.sae.W_enc
+    near = neighbours(W_dec)
+    control, control_mmcs = random_cosines(near.edges, *W_dec.shape[::-1])
+    embeddings = embeddings_of(source.reader.model, source.d_in, len(strings))
+    tokens = {
+        side: None if weight is None else nearest_tokens(W_dec, weight, _NEAREST_TOKENS)
+        for side, weight in embeddings.items()
+    }
+    columns = {
+        "encoder_cosine": F.cosine_similarity(W_enc, W_dec, dim=1).cpu(),
+        **direction_columns(near, tokens, strings),
+    }
+    return columns, {
+        "mmcs": {
+            "value": near.cosine.mean().item(),
+            "low": None,  # of the weights, not of a text
+            "high": None,
+            "random": control_mmcs,
+        },
+        "cosine_histogram": {
+            "edges": near.edges.tolist(),
+            "decoder": near.share.tolist(),
+            "random": control.tolist(),
+        },
+        "embeddings": {
+            side: None if found is None else found.cosine[:, 0].mean().item()
+            for side, found in tokens.items()
+        },
+    }
+
+
+def _many(out: Path, run: Path, shape: tuple[int, int]) -> tuple[Tensor | None, str]:
+    """Where latents are active over many tokens, (M, L): from the analysis that is there, else
+    from the held-out text of training; None where there is neither, of this shape. And a line
+    that says which."""
+    for path, name in (
+        (out / "analysis.safetensors", "profile"),
+        (run / "analysis.safetensors", "profile"),
+        (run / "latents.safetensors", "totals"),
+    ):
+        if path.exists():
+            found = safetensors.torch.load_file(path)[name].double()
+            if found.shape == shape:
+                return found / found.sum(1, keepdim=True), f"over many: {name} of {path}"
+    return None, "over many: nothing of these layers; run mlsae.analyze without --prompt first"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_file(path, json.dumps(content, indent=2, allow_nan=False).encode())
+
+
+def tables(about: dict[str, Any]) -> tuple[Table, Table]:
+    """To print: the spread over layers by both estimators, and what is found at each layer."""
+    spread = Table(title=f"Spread over layers: {about['tokens']:,} held-out tokens")
+    for heading in ("", "paper's equations", "its released code"):
+        spread.add_column(heading, justify="right" if heading else "left")
+    ratios = about["ratios"]
+    for name, label in (
+        ("var_layer", "Var(L)"),
+        ("var_given_latent", "E[Var(L | J)]"),
+        ("var_given_latent_token", "E[Var(L | J, T)]"),
+        ("A", "ratio A"),
+        ("B", "ratio B"),
+    ):
+        both = (_with_ends(ratios[estimator][name]) for estimator in ("equations", "released"))
+        spread.add_row(label, *both)
+    spread.add_section()
+    for name, label in (
+        ("profile", "entropy / ln L"),
+        ("totals", "of summed activation"),
+    ):
+        spread.add_row(label, _with_ends(about["entropy"][name]), "")
+    layers = Table(title="Residuals, about their mean")
+    for heading in ("layer", "norm", "cosine with the next"):
+        layers.add_column(heading, justify="right")
+    norms = about["adjacent"]["norm"]
+    cosines = [f"{cosine:.3f}" for cosine in about["adjacent"]["cosine"]]
+    for layer, norm, cosine in zip(about["layers"], norms, [*cosines, ""], strict=True):
+        layers.add_row(str(layer), f"{norm:.2f}", cosine)
+    return spread, layers
+
+
+def _with_ends(figure: float | dict[str, float | None] | None) -> str:
+    """A figure, and its interval where it has one."""
+    if not isinstance(figure, dict):
+        return "–" if figure is None else f"{figure:.4f}"
+    low, high = figure["low"], figure["high"]
+    ends = "" if low is None or high is None else f" [dim]{low:.4f} … {high:.4f}[/dim]"
+    return _with_ends(figure["value"]) + ends
+
+
+def _print_analysis(console: Console, config: AnalyzeConfig, about: dict[str, Any]) -> None:
+    out = config.out or config.run
+    mmcs, embeddings = about["mmcs"], about["embeddings"]
+    in_all = about["rows"] * about["seq_len"]
+    if in_all < config.tokens // about["seq_len"] * about["seq_len"]:
+        console.print(f"the held-out text has no more than {in_all:,} tokens")
+    console.print(*tables(about), sep="\n")
+    console.print(
+        "L the layer, J a latent, T a token; A = E[Var(L | J)] / Var(L): the spread left within a "
+        "latent; B = E[Var(L | J, T)] / E[Var(L | J)]: what of that is left for one token; beside "
+        "them 95% bootstrap intervals",
+        f"{about['active_latents']:,} of {about['n_latents']:,} latents active; largest cosine to "
+        f"another latent {mmcs['value']:.3f} on average (MMCS), of random directions "
+        f"{mmcs['random']:.3f}",
+        "largest cosine to a token's embedding, on average: "
+        + ", ".join(
+            f"{name} {value:.3f}" if value is not None else f"{name}: of another width"
+            for name, value in (("input", embeddings["in"]), ("output", embeddings["out"]))
+        ),
+        f"analysed in {about['seconds']:.0f} s, of it {about['pass_seconds']:.0f} s over the text "
+        f"({about['tokens'] / about['pass_seconds']:,.0f} tokens/s)",
+        f"peak memory: {about['peak_bytes'] / 1e9:.2f} GB",
+        f"{about['examples']:,} examples: {out / 'analysis_examples.parquet'}",
+        f"latents: {out / 'analysis_latents.parquet'}",
+        f"figures: {out / 'analysis.json'}, {out / 'analysis.safetensors'}",
+        sep="\n",
+        soft_wrap=True,
+    )
+
+
+def parse(arguments: Sequence[str]) -> AnalyzeConfig:
+    """The settings of a command line."""
+    return tyro.cli(
+        AnalyzeConfig,
+        args=arguments,
+        description=(__doc__ or "").split("Legend:")[0],
+        use_underscores=True,
+        prog="python -m mlsae.analyze",
+    )
+
+
+def main() -> None:
+    """The program."""
+    config = parse(sys.argv[1:])
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    console = Console(highlight=False)
+    with exit_on_bad_input():
+        if config.prompt is None:
+            _print_analysis(console, config, analyze(config))
+        else:
+            table, many = show_prompt(config, config.prompt)
+            console.print(table, many, sep="\n", soft_wrap=True)
+            console.print(f"picture: {(config.out or config.run) / 'prompt.html'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
