@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .config import PRESETS, TrainConfig, check_config, runs_of
+from .config import PRESETS, SAEConfig, TrainConfig, check_config, runs_of
 from .distributed import launched, say
 from .errors import InputError, exit_on_bad_input
 from .evaluate import EvaluateConfig, Result, evaluate
@@ -40,7 +40,13 @@ from .trainer import NonFiniteError
 SHARED = "all"
 _FIGURES = ("fvu", "fvu_paper", "delta_ce", "kl", "top1")
 # A few minutes on two cores; else the defaults of training.
-_DEFAULT = replace(PRESETS["default"], tokens=200_000, eval_tokens=16_384, out=Path("runs/compare"))
+_DEFAULT = replace(
+    PRESETS["default"],
+    sae=SAEConfig(expansion=8),
+    tokens=200_000,
+    eval_tokens=16_384,
+    out=Path("runs/compare"),
+)
 
 
 def compare(config: TrainConfig) -> dict[str, Result]:

@@ -61,7 +61,7 @@ def test_the_saes_differ_in_their_layers_only(comparison):
         assert {name for name in one if one[name] != other[name]} <= {
             "layers",
             "training",
-            "tokens",
+            "heldout",
         }
         a, b = one["training"], other["training"]
         assert {name for name in a if a[name] != b[name]} == {"layers", "out"}

@@ -205,7 +205,8 @@ def test_bad_input_is_named(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             measure(parse(list(map(str, arguments))))
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "README.md"}
 
 
 def test_its_files_are_a_runs_own():
