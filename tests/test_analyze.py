@@ -14,10 +14,10 @@ from test_train import SMALL, program
 from mlsae.analyze import analyze, parse
 from mlsae.errors import InputError
 from mlsae.examples import AFTER, BEFORE, Examples
+from mlsae.folders import RUN_FILES
 from mlsae.geometry import nearest_tokens, neighbours, random_cosines
 from mlsae.model import MLSAE, MLSAEConfig
 from mlsae.tables import Text, write_examples
-from mlsae.train import RUN_FILES
 from sparse_topk import TopK
 
 L, R, T, M, K, N_EXAMPLES = 2, 6, 20, 12, 3, 4
