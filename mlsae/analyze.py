@@ -36,6 +36,7 @@ from tqdm import tqdm
 from . import statistics
 from .accumulate import Accumulator, Adjacent
 from .activations import choose_device
+from .analysis_summary import print_analysis
 from .data import not_special
 from .errors import InputError, exit_on_bad_input
 from .examples import Examples
@@ -266,76 +267,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_file(path, json.dumps(content, indent=2, allow_nan=False).encode())
 
 
-def tables(about: dict[str, Any]) -> tuple[Table, Table]:
-    """To print: the spread over layers by both estimators, and what is found at each layer."""
-    spread = Table(title=f"Spread over layers: {about['tokens']:,} held-out tokens")
-    for heading in ("", "paper's equations", "its released code"):
-        spread.add_column(heading, justify="right" if heading else "left")
-    ratios = about["ratios"]
-    for name, label in (
-        ("var_layer", "Var(L)"),
-        ("var_given_latent", "E[Var(L | J)]"),
-        ("var_given_latent_token", "E[Var(L | J, T)]"),
-        ("A", "ratio A"),
-        ("B", "ratio B"),
-    ):
-        both = (_with_ends(ratios[estimator][name]) for estimator in ("equations", "released"))
-        spread.add_row(label, *both)
-    spread.add_section()
-    for name, label in (
-        ("profile", "entropy / ln L"),
-        ("totals", "of summed activation"),
-    ):
-        spread.add_row(label, _with_ends(about["entropy"][name]), "")
-    layers = Table(title="Residuals, about their mean")
-    for heading in ("layer", "norm", "cosine with the next"):
-        layers.add_column(heading, justify="right")
-    norms = about["adjacent"]["norm"]
-    cosines = [f"{cosine:.3f}" for cosine in about["adjacent"]["cosine"]]
-    for layer, norm, cosine in zip(about["layers"], norms, [*cosines, ""], strict=True):
-        layers.add_row(str(layer), f"{norm:.2f}", cosine)
-    return spread, layers
-
-
-def _with_ends(figure: float | dict[str, float | None] | None) -> str:
-    """A figure, and its interval where it has one."""
-    if not isinstance(figure, dict):
-        return "–" if figure is None else f"{figure:.4f}"
-    low, high = figure["low"], figure["high"]
-    ends = "" if low is None or high is None else f" [dim]{low:.4f} … {high:.4f}[/dim]"
-    return _with_ends(figure["value"]) + ends
-
-
-def _print_analysis(console: Console, config: AnalyzeConfig, about: dict[str, Any]) -> None:
-    out = config.out or config.run
-    mmcs, embeddings = about["mmcs"], about["embeddings"]
-    in_all = about["rows"] * about["seq_len"]
-    if in_all < config.tokens // about["seq_len"] * about["seq_len"]:
-        console.print(f"the held-out text has no more than {in_all:,} tokens")
-    console.print(*tables(about), sep="\n")
-    console.print(
-        "L the layer, J a latent, T a token; A = E[Var(L | J)] / Var(L): the spread left within a "
-        "latent; B = E[Var(L | J, T)] / E[Var(L | J)]: what of that is left for one token; beside "
-        "them 95% bootstrap intervals",
-        f"{about['active_latents']:,} of {about['n_latents']:,} latents active; largest cosine to "
-        f"another latent {mmcs['value']:.3f} on average (MMCS), of random directions "
-        f"{mmcs['random']:.3f}",
-        "largest cosine to a token's embedding, on average: "
-        + ", ".join(
-            f"{name} {value:.3f}" if value is not None else f"{name}: of another width"
-            for name, value in (("input", embeddings["in"]), ("output", embeddings["out"]))
-        ),
-        f"analysed in {about['seconds']:.0f} s, of it {about['pass_seconds']:.0f} s over the text "
-        f"({about['tokens'] / about['pass_seconds']:,.0f} tokens/s)",
-        f"peak memory: {about['peak_bytes'] / 1e9:.2f} GB",
-        f"{about['examples']:,} examples: {out / 'analysis_examples.parquet'}",
-        f"latents: {out / 'analysis_latents.parquet'}",
-        f"figures: {out / 'analysis.json'}, {out / 'analysis.safetensors'}",
-        sep="\n",
-        soft_wrap=True,
-    )
-
-
 def parse(arguments: Sequence[str]) -> AnalyzeConfig:
     """The settings of a command line."""
     return tyro.cli(
@@ -355,7 +286,7 @@ def main() -> None:
     console = Console(highlight=False)
     with exit_on_bad_input():
         if config.prompt is None:
-            _print_analysis(console, config, analyze(config))
+            print_analysis(analyze(config), config.out or config.run, config.tokens)
         else:
             table, many = show_prompt(config, config.prompt)
             console.print(table, many, sep="\n", soft_wrap=True)

@@ -79,7 +79,7 @@ def test_rare_latents_show_the_released_estimators_error():
         Var(L | j) = 2 · (251 + 69) / 2000 = .32;   Var(L | t, j) = ¼ at 276 tokens: .0345 in mean
         Var(L) = .32 + 1.5² = 2.57, since the centres are 1.5 from their mean
 
-    Latents are confined to about half a layer; the released estimator has A = .997 all the same.
+    Latents are confined to about half a layer, and the released estimator has A = .997.
     """
     cases = [
         [

@@ -24,6 +24,7 @@ FLOORS = {
         {"errors"},
         {"builtin", "distributed"},
         {
+            "analysis_summary",
             "card",
             "config",
             "documents",
