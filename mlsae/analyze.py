@@ -46,6 +46,7 @@ from .heldout import HeldoutConfig, open_run
 from .memory import peak
 from .model import MLSAE
 from .prompt import prompt_page, prompt_table, read_prompt, tokenize
+from .report import redraw
 from .source import Source
 from .tables import Text, direction_columns, latent_columns, write_examples, write_table
 
@@ -291,6 +292,7 @@ def main() -> None:
             table, many = show_prompt(config, config.prompt)
             console.print(table, many, sep="\n", soft_wrap=True)
             console.print(f"picture: {(config.out or config.run) / 'prompt.html'}", soft_wrap=True)
+        redraw(config.out or config.run)
 
 
 if __name__ == "__main__":

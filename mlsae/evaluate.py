@@ -36,6 +36,7 @@ from .figures import Interval, with_intervals
 from .files import write_file
 from .heldout import HeldoutConfig, open_run
 from .memory import peak
+from .report import redraw
 from .substitution import check_substitution
 
 _CHECKED_POSITIONS = 32  # of one row: enough to see whether a model can be substituted in
@@ -210,8 +211,9 @@ def main() -> None:
     console = Console(highlight=False)
     with exit_on_bad_input():
         result = evaluate(config)
-        console.print(*result.tables(), sep="\n")
         about, out = result.about, config.out or config.run
+        redraw(out)
+        console.print(*result.tables(), sep="\n")
         console.print(
             "CE, KL in nats per token; ± half the width of a 95% bootstrap interval over "
             f"{about['rows']:,} rows",

@@ -4,6 +4,15 @@ Each is self-contained, so it opens anywhere, offline too. The HTML, CSS and Jav
 of their own beside this one.
 """
 
+from pathlib import Path
+
 from .page import write_report
 
-__all__ = ["write_report"]
+__all__ = ["redraw", "write_report"]
+
+
+def redraw(folder: Path) -> None:
+    """Draw the report of the run in `folder` again, with what has been measured by now. A folder
+    without one stays without: that of a model from the hub, or an --out elsewhere."""
+    if (folder / "report.html").exists():
+        write_report(folder)
