@@ -299,22 +299,3 @@ def load_sae(path: Path | str, device: torch.device | str = "cpu") -> SparseTopK
             "standardises them; load it with MLSAE.from_checkpoint(formats.read(PATH))"
         )
     return MLSAE.from_checkpoint(found, device).sae
-
-
-def geometric_median(
-    x: Tensor, iterations: int = 100, tolerance: float = 1e-6, group: Group = ALONE.data
-) -> Tensor:
-    """argmin_c Σ_n |x_n − c| by Weiszfeld's iteration: x (N, D) → (D,); of all vectors that the
-    processes of `group` have together, and the same in each.
-
-    Stops where the centre moves by less than `tolerance` of its own norm plus 1.
-    """
-    centre = group.sum_(x.sum(0)) / group.total(len(x))
-    for _ in range(iterations):
-        weight = 1 / (x - centre).norm(dim=1).clamp_min(1e-12)
-        moved = group.sum_(weight @ x) / group.sum_(weight.sum())
-        close = (moved - centre).norm() <= tolerance * (centre.norm() + 1)
-        centre = moved
-        if close:
-            break
-    return centre

@@ -45,7 +45,8 @@ from .model import MLSAE, MLSAEConfig
 from .run import Run
 from .source import Shape, Source, micro_rows, read_shape
 from .summary import print_summary, write_csv
-from .trainer import NonFiniteError, Trainer, survey
+from .survey import survey
+from .trainer import NonFiniteError, Trainer
 
 
 def train(config: TrainConfig) -> dict[Path, MLSAE]:

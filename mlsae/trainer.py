@@ -6,7 +6,7 @@ Legend: L layers, N tokens, D width of the residual stream, M latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,11 +18,8 @@ from sparse_topk import UnitNormAdam
 
 from . import metrics
 from .distributed import ALONE, Group
-from .errors import InputError
-from .model import ACTIVE, MLSAE, geometric_median
+from .model import ACTIVE, MLSAE
 from .sharding import ShardedSAE
-
-_MEDIAN_VECTORS = 2**16  # of a larger first batch, the rest would take memory and move it little
 
 
 class NonFiniteError(FloatingPointError):
@@ -282,35 +279,3 @@ class Step:
             if not sq_error.isfinite():
                 return f"the reconstruction of layer {layer} is not finite {at}. Lower --lr"
         return f"the loss is {sums.loss.item()} {at}. Lower --lr"
-
-
-def survey(
-    mlsae: MLSAE, parts: Iterable[Tensor], data: Group = ALONE.data
-) -> tuple[metrics.Moments, Tensor]:
-    """What training begins with: the moments of residuals (L, N, D) that come in parts, and the
-    geometric median (D,) of the vectors as `mlsae` standardises them, of the first tokens with
-    2¹⁶ vectors. Of the processes of the group `data`, each has the parts of its tokens, those of
-    the lower ranks being the first; they get the same, as one process would of all of them.
-
-    Raises InputError where the residuals of a layer do not vary or are not finite.
-    """
-    config, device = mlsae.config, mlsae.sae.W_dec.device
-    moments = metrics.Moments(len(config.layers), config.d_in, device)
-    standard = [torch.zeros(len(config.layers), 0, config.d_in, device=device)]
-    room = max(1, _MEDIAN_VECTORS // len(config.layers))  # tokens
-    for x in parts:
-        left = max(0, room - moments.count)
-        moments.update(x)
-        if left > 0:
-            standard.append(mlsae.standardize(x[:, :left])[0])
-    counts = data.gather(torch.tensor(moments.count, device=device)).tolist()
-    own = max(0, room - sum(counts[: data.rank]))  # of the first tokens of all
-    first = torch.cat(standard, dim=1)[:, :own].flatten(0, 1)
-    metrics.reduce([moments], [], data)
-    for layer, variance in zip(config.layers, moments.variance().tolist(), strict=True):
-        if not 0 < variance < math.inf:
-            raise InputError(
-                f"MODEL's residuals must be finite and vary, and those of layer {layer} have "
-                f"the variance {variance}; leave the layer out with --layers"
-            )
-    return moments, geometric_median(first, group=data)

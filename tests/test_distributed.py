@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from mlsae import MLSAE, MLSAEConfig
-from mlsae import trainer as trainer_module
+from mlsae import survey as survey_module
 from mlsae.data import Batches, Received
 from mlsae.distributed import ALONE, LostContactError, mesh, shares
 from mlsae.errors import InputError
 from mlsae.measure import evaluate
-from mlsae.trainer import NonFiniteError, Step, Trainer, survey
+from mlsae.survey import survey
+from mlsae.trainer import NonFiniteError, Step, Trainer
 
 L, N, D, M, K = 2, 61, 8, 49, 4
 MESHES = [1, 2, 4]  # of 4 processes: shards of the latents
@@ -28,7 +29,7 @@ def make(ranks):
     trainer = Trainer(
         mlsae, dead_tokens=100, k_aux=6, aux_weight=1 / 32, max_grad_norm=1.0, data=ranks.data
     )
-    with mock.patch.object(trainer_module, "_MEDIAN_VECTORS", L * 40):  # of L · 61
+    with mock.patch.object(survey_module, "_MEDIAN_VECTORS", L * 40):  # of L · 61
         trainer.initialize(*survey(mlsae, mine(residuals(99), ranks), ranks.data))
     return trainer
 

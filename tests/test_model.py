@@ -11,7 +11,7 @@ import torch
 from mlsae import MLSAE, MLSAEConfig
 from mlsae.errors import InputError
 from mlsae.metrics import Moments
-from mlsae.model import geometric_median
+from mlsae.survey import geometric_median
 
 L, N, D, M, K = 3, 20, 6, 32, 4
 

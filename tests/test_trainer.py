@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mlsae import MLSAE, MLSAEConfig
-from mlsae import trainer as trainer_module
+from mlsae import survey as survey_module
 from mlsae.errors import InputError
-from mlsae.model import geometric_median
-from mlsae.trainer import NonFiniteError, Step, Trainer, survey
+from mlsae.survey import geometric_median, survey
+from mlsae.trainer import NonFiniteError, Step, Trainer
 
 L, N, D, M, K = 2, 64, 8, 48, 4
 
@@ -78,7 +78,7 @@ def test_constant_vectors_are_reproduced_and_change_nothing_else():
 
 def test_the_first_median_needs_bounded_memory(monkeypatch):
     """It is of the first tokens, however the batch is split; the moments are of all."""
-    monkeypatch.setattr(trainer_module, "_MEDIAN_VECTORS", 2 * 20)
+    monkeypatch.setattr(survey_module, "_MEDIAN_VECTORS", 2 * 20)
     mlsae, x = MLSAE(MLSAEConfig(D, M, K, (0, 1))), residuals(0)
     moments, whole = survey(mlsae, [x])
     _, split = survey(mlsae, x.split(7, dim=1))
