@@ -30,7 +30,7 @@ import transformers
 import tyro
 from torch import Tensor
 
-from sparse_topk import backend_name
+from sparse_topk import backend_name, keep_freed_memory
 
 from . import distributed
 from .activations import choose_device
@@ -243,6 +243,7 @@ def parse(
 def main() -> None:
     """The program."""
     config = parse(sys.argv[1:])
+    keep_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with exit_on_bad_input():

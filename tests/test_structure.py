@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "kernels/sparse_topk": [
-        {"reference", "torch_ops"},
+        {"allocator", "reference", "torch_ops"},
         {"triton_ops"},
         {"backend"},
         {"operators"},

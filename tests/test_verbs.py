@@ -66,6 +66,23 @@ def test_topk_encode_goes_block_by_block(monkeypatch):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("tile_bytes", [1, 4000, 2**22])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("m", "k"), [(4999, 7), (5000, 32), (4096, 1)])
+def test_topk_encode_goes_tile_by_tile(monkeypatch, tile_bytes, dtype, m, k):
+    """Tiles of one group, of several, and of all; the last one short. Ties abound, across tiles
+    too, and small integers are exact in bfloat16."""
+    monkeypatch.setattr(ops, "_TILE_BYTES", tile_bytes)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (50, 3), generator=generator).to(dtype)
+    W = torch.randint(-2, 3, (m, 3), generator=generator).to(dtype)
+    b = torch.randint(-2, 3, (m,), generator=generator).to(dtype)
+    values, indices = ops.topk_encode(x, W, b, k)
+    expected_values, expected_indices = stable_topk(x.double() @ W.double().T + b.double(), k)
+    assert torch.equal(values.double(), expected_values)
+    assert torch.equal(indices, expected_indices)
+
+
 @pytest.mark.parametrize("m", [3, 64, 1000])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_topk_encode_never_drops_what_is_not_finite(m, k):

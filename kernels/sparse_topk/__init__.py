@@ -6,6 +6,7 @@ sae = SparseTopKSAE(d_in=512, n_latents=32768, k=32)
 x_hat = sae(x)  # differentiable; the (tokens, latents) matrix is never stored
 """
 
+from .allocator import keep_freed_memory
 from .backend import backend_name
 from .functional import Shards, TopK, decode, encode, topk_sae
 from .module import SparseTopKSAE
@@ -19,5 +20,6 @@ __all__ = [
     "backend_name",
     "decode",
     "encode",
+    "keep_freed_memory",
     "topk_sae",
 ]

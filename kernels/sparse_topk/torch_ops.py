@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 _BLOCK_BYTES = 64 * 2**20  # of scores held at a time
+_TILE_BYTES = 4 * 2**20  # of them computed at a time, so that their maxima are found in the cache
 _MIN_BLOCK_ROWS = 256  # fewer rows stream W again too often: 32 measured 2.1 times slower
-_ADAM_BLOCK_BYTES = 2**20  # of weights updated at a time, so that they stay in the cache
+_ADAM_BLOCK_BYTES = 2**21  # of weights updated at a time, so that they stay in the cache
 
 
 class LatentOrder(NamedTuple):
@@ -43,21 +44,11 @@ def topk_encode(
         values, indices = topk_encode(x, W[latents], None if b is None else b[latents], k)
         return values, latents[indices]
     n, m = len(x), len(W)
-    group = _group_size(m, k)
-    width = math.ceil(m / group) * group
-    rows = max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // (width * x.element_size()))
-    rows = max(1, min(n, rows))
+    rows = max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // max(1, m * x.element_size()))
     values, indices = x.new_empty(n, k), x.new_empty(n, k, dtype=torch.int64)
-    scores = x.new_empty(rows, width)
-    scores[:, m:] = -math.inf  # padding comes last, so no real latent ever loses a tie to it
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        block = scores[: len(x[part])]
-        if b is None:
-            torch.mm(x[part], W.T, out=block[:, :m])
-        else:
-            torch.addmm(b, x[part], W.T, out=block[:, :m])
-        values[part], indices[part] = _select(block, k, group)
+        values[part], indices[part] = _encode_block(x[part], W, b, k)
     return values, indices
 
 
@@ -131,8 +122,8 @@ def adam_unit_norm_(
         w ← w / |w|              also stored in `shadow`, in its dtype, if given
 
     weight, grad, exp_avg, exp_avg_sq, shadow (…) of one shape; (M, D) with `unit_norm`.
-    grad_scale () on the weight's device. `grad` is left as it was. Rows are done a block at a
-    time, so that memory is passed over once.
+    grad_scale () on the weight's device. `grad` is left as it was. Where there is more to do than
+    Adam, rows are done a block at a time, so that memory is passed over once.
     """
     if not weight.numel():
         return
@@ -142,6 +133,8 @@ def adam_unit_norm_(
         for t in (weight, grad, exp_avg, exp_avg_sq, weight if shadow is None else shadow)
     ]
     rows = max(1, _ADAM_BLOCK_BYTES // max(1, flat[0].shape[1] * weight.element_size()))
+    if not unit_norm and grad_scale is None and shadow is None:
+        rows = len(flat[0])  # Adam alone is one pass already
     for w, g, m, v, copy in zip(*(t.split(rows) for t in flat), strict=True):
         if grad_scale is not None:
             g = g * grad_scale
@@ -159,22 +152,43 @@ def adam_unit_norm_(
 
 
 def _group_size(m: int, k: int) -> int:
-    """Latents a group: near √(M/K), where group maxima and candidates cost the least together;
-    1, no groups, where the candidates would be no fewer than half of the latents."""
-    group = 2 ** round(math.log2(max(1.0, math.sqrt(m / k))))
-    return group if group >= 4 else 1
+    """Latents a group: near √(M/K), where group maxima and candidates cost the least together, but
+    no fewer than 32, below which amax is not vectorised; 1, no groups, where that does not pay."""
+    if m < 128 * k:
+        return 1
+    return max(32, 2 ** round(math.log2(math.sqrt(m / k))))
 
 
-def _select(scores: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
-    """The K largest of each row. The K groups with the largest maxima hold them all: were an
-    element of the top K in another group, K groups would each hold a larger one."""
+def _encode_block(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """`topk_encode` of few rows. The K groups with the largest maxima hold the top K: were an
+    element of it in another group, K groups would each hold a larger one.
+
+    The scores are laid out tile by tile, (M/C, N, C), so that a tile's maxima are taken while it
+    is in the cache (see bench/NOTES.md, 2026-11-24).
+    """
+    n, m, group = len(x), len(W), _group_size(len(W), k)
     if group == 1:
+        scores = x @ W.T if b is None else torch.addmm(b, x, W.T)
         chosen = _top_positions(scores, k)
         return scores.gather(1, chosen), chosen
-    grouped = scores.unflatten(1, (-1, group))  # (N, M/G, G)
-    groups = _top_positions(grouped.amax(2), k)  # (N, K)
-    index = groups[:, :, None].expand(-1, -1, group)
-    candidates = grouped.gather(1, index).flatten(1)  # (N, K·G), indices ascending
+    width = max(1, min(_TILE_BYTES // (max(1, n) * x.element_size()), m) // group) * group
+    in_tile = width // group  # groups of a tile
+    scores = x.new_empty(math.ceil(m / width), n, width)
+    maxima = []
+    for tile, first in zip(scores, range(0, m, width), strict=True):
+        some = W[first : first + width]
+        if len(some) < width:  # padding comes last, so no real latent ever loses a tie to it
+            tile[:, len(some) :] = -math.inf
+        if b is None:
+            torch.mm(x, some.T, out=tile[:, : len(some)])
+        else:
+            torch.addmm(b[first : first + width], x, some.T, out=tile[:, : len(some)])
+        wide = tile.to(torch.promote_types(x.dtype, torch.float32))  # bf16's amax is slow
+        maxima.append(wide.unflatten(1, (in_tile, group)).amax(2))
+    groups = _top_positions(torch.cat(maxima, 1), k)  # (N, K)
+    row = torch.arange(n, device=x.device)[:, None]
+    at = (groups // in_tile * n + row) * in_tile + groups % in_tile
+    candidates = F.embedding(at, scores.view(-1, group)).flatten(1)  # (N, K·G), indices ascending
     chosen = _top_positions(candidates, k)
     indices = groups.gather(1, chosen // group) * group + chosen % group
     return candidates.gather(1, chosen), indices
@@ -186,8 +200,12 @@ def _top_positions(scores: Tensor, k: int) -> Tensor:
     top = scores.topk(wanted, dim=1)
     chosen = top.indices[:, :k].sort(1).values
     if wanted > k:
-        tied = (top.values[:, k - 1] == top.values[:, k]).nonzero().flatten()
+        least = top.values[:, k - 1, None]
+        tied = (least == top.values[:, k:]).nonzero()[:, 0]
         if len(tied):  # topk took any of the equal ones
-            ranked = scores[tied].sort(dim=1, descending=True, stable=True).indices
-            chosen[tied] = ranked[:, :k].sort(1).values
+            scores, least = scores[tied], least[tied]
+            larger, equal = (scores <= least).logical_not_(), scores == least  # NaN is larger
+            missing = k - larger.sum(1, keepdim=True)
+            larger |= equal & (equal.cumsum(1) <= missing)
+            chosen[tied] = larger.nonzero()[:, 1].view(-1, k)
     return chosen
