@@ -1,81 +1,121 @@
-"""One training step of a TopK SAE, ours against the dense reference, in one run.
+"""A training step, ours against dense autograd: its parts, the whole, with AuxK, and how the whole
+grows with each size.
 
-    pytest bench/ --benchmark-only
+Weights are float32; bfloat16 is what autocast computes in, as in training.
 
-A step is forward, loss (mean squared error), backward and optimizer, on the same data. The bare
-matmul of the encoder is the floor. Legend: N tokens, D inputs, M latents, K active latents a token.
+Legend: N tokens, D inputs, M latents, K active latents a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from sparse_topk import SparseTopKSAE, UnitNormAdam, reference
+from sparse_topk import SparseTopKSAE
 
-SHAPES = {"pythia-70m x64, 1024 tokens": (1024, 512, 32768, 32)}
-
-
-def sparse_step(sae: SparseTopKSAE) -> Callable[[Tensor], None]:
-    """This package."""
-    optimizer = UnitNormAdam(sae.parameter_groups())
-
-    def step(x: Tensor) -> None:
-        (sae(x) - x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+from . import costs
+from .conftest import Measure
+from .shapes import Shape, scaled
+from .sides import OURS, Side, loss
+from .test_verbs import KIND, each_dtype, each_shape, each_side, tokens
 
 
-def dense_step(sae: SparseTopKSAE) -> Callable[[Tensor], None]:
-    """The same mathematics through autograd, dense, with torch's fused Adam."""
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, eps=6.25e-10, fused=True)
-
-    def step(x: Tensor) -> None:
-        x_hat = reference.topk_sae(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
-        (x_hat - x).square().mean().backward()
-        with torch.no_grad():
-            grad = sae.W_dec.grad
-            assert grad is not None
-            grad -= (grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
-            optimizer.step()
-            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-        optimizer.zero_grad()
-
-    return step
-
-
-def matmul_floor(sae: SparseTopKSAE) -> Callable[[Tensor], None]:
-    """The encoder's matmul alone: what no exact TopK step can do without."""
-    weights = sae.W_enc.detach()
-    out = torch.empty(0)
-
-    def step(x: Tensor) -> None:
-        torch.mm(x, weights.T, out=out)
-
-    return step
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("make", [sparse_step, dense_step, matmul_floor], ids=lambda f: f.__name__)
-def test_training_step(
-    benchmark: BenchmarkFixture,
-    make: Callable[[SparseTopKSAE], Callable[[Tensor], None]],
-    shape: str,
+@each_dtype
+@each_shape
+@each_side
+def test_forward(
+    measure: Measure, device: torch.device, side: Side, shape: Shape, dtype: torch.dtype
 ) -> None:
-    """Time one step in float32 on the CPU."""
-    n, d, m, k = SHAPES[shape]
+    """x → x̂ → loss, with all that the backward needs kept."""
+    sae = SparseTopKSAE(shape.d, shape.m, shape.k, bias=False, device=device)
+    x = tokens(shape, torch.float32, device)
+    parts = costs.step(shape, dtype.itemsize)[:2]
+
+    def work(x: Tensor) -> None:
+        loss(side, sae, x, dtype)
+
+    measure("forward", side.name, shape, dtype, work, lambda: (next(x),), parts)
+
+
+@each_dtype
+@each_shape
+@each_side
+def test_backward(
+    measure: Measure, device: torch.device, side: Side, shape: Shape, dtype: torch.dtype
+) -> None:
+    """The loss → the gradients of all weights."""
+    sae = SparseTopKSAE(shape.d, shape.m, shape.k, bias=False, device=device)
+    x = tokens(shape, torch.float32, device)
+    parts = costs.step(shape, dtype.itemsize)[2:3]
+
+    def prepare() -> tuple[Tensor]:
+        sae.zero_grad()
+        return (loss(side, sae, next(x), dtype),)
+
+    def work(loss: Tensor) -> None:
+        loss.backward()
+
+    measure("backward", side.name, shape, dtype, work, prepare, parts)
+
+
+def _time_step(
+    measure: Measure,
+    device: torch.device,
+    name: str,
+    side: Side,
+    shape: Shape,
+    dtype: torch.dtype,
+    dead: int = 0,
+    axis: str | None = None,
+) -> None:
+    """Forward, loss, backward and optimizer; AuxK among the first `dead` latents."""
     torch.manual_seed(0)
-    step = make(SparseTopKSAE(d, m, k, bias=False))
-    inputs = [torch.randn(n, d) for _ in range(4)]  # another batch each round, as in training
-    benchmark.group = f"training step, {shape}, float32"
-    benchmark.extra_info["floor_flop"] = 2 * n * d * m
-    rounds = iter(range(10**9))
-    benchmark.pedantic(
-        lambda: step(inputs[next(rounds) % 4]), rounds=7, warmup_rounds=1, iterations=1
-    )
+    sae = SparseTopKSAE(shape.d, shape.m, shape.k, bias=False, device=device)
+    optimizer_step = side.optimizer(sae)
+    x = tokens(shape, torch.float32, device)
+    ids = torch.arange(dead, device=device) if dead else None
+    k_aux = min(shape.d // 2, dead)
+
+    def work(x: Tensor) -> None:
+        loss(side, sae, x, dtype, ids, k_aux).backward()
+        optimizer_step()
+
+    parts = costs.step(shape, dtype.itemsize, dead, k_aux)
+    measure(name, side.name, shape, dtype, work, lambda: (next(x),), parts, axis)
+
+
+@each_dtype
+@each_shape
+@each_side
+def test_step(
+    measure: Measure, device: torch.device, side: Side, shape: Shape, dtype: torch.dtype
+) -> None:
+    """The whole step, no latent dead."""
+    _time_step(measure, device, "step", side, shape, dtype)
+
+
+@each_dtype
+@each_shape
+@each_side
+def test_step_with_aux(
+    measure: Measure, device: torch.device, side: Side, shape: Shape, dtype: torch.dtype
+) -> None:
+    """The whole step, one latent of 32 dead, of which AuxK activates D / 2 a token."""
+    _time_step(measure, device, "step with AuxK", side, shape, dtype, dead=shape.m // 32)
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape"),
+    scaled(KIND),
+    ids=[f"{axis}={getattr(shape, axis)}" for axis, shape in scaled(KIND)],
+)
+@each_side
+def test_scaling(
+    measure: Measure, device: torch.device, side: Side, axis: str, shape: Shape
+) -> None:
+    """The whole step, one size varied and the others kept; dense along M only."""
+    if side is not OURS and axis != "m":
+        pytest.skip("the dense step is drawn against M only")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    _time_step(measure, device, "step", side, shape, dtype, axis=axis)

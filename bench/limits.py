@@ -1,0 +1,54 @@
+"""What this machine can do, measured in the same run as what is compared with it.
+
+Legend: N tokens, D inputs, M latents.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from .shapes import Shape
+
+_COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+
+
+def sync(device: torch.device) -> None:
+    """Wait until `device` has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
+    """The median time of `work` on an idle `device`, after one run to warm up."""
+    seconds = []
+    for _ in range(rounds + 1):
+        sync(device)
+        started = time.perf_counter()
+        work()
+        sync(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def matmul_rate(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of torch's own matrix product of the encoder's size, (N, D) @ (D, M), into memory
+    that is there already. Measured anew at each call: a processor's clock changes with its load."""
+    x = torch.randn(shape.n, shape.d, device=device, dtype=dtype)
+    W = torch.randn(shape.m, shape.d, device=device, dtype=dtype)
+    out = torch.empty(shape.n, shape.m, device=device, dtype=dtype)
+    seconds = median_seconds(lambda: torch.mm(x, W.T, out=out), device)
+    return 2 * shape.n * shape.d * shape.m / seconds
+
+
+@cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s of a copy far larger than the caches, read and written bytes both counted."""
+    source = torch.ones(_COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = median_seconds(lambda: target.copy_(source), device, rounds=9)
+    return 2 * source.nbytes / seconds

@@ -1,0 +1,30 @@
+"""How much memory a piece of work takes while it runs, beyond what was there before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that `work` had allocated at once, its results among them. On a GPU the
+    allocator counts them, on a CPU torch's profiler."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    now = most = 0
+    events = recorded.profiler.kineto_results.events()
+    for event in sorted(
+        (e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()
+    ):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
