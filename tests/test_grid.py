@@ -169,7 +169,8 @@ def test_what_is_not_finite_stops_all_and_names_whose_it_is(tmp_path, monkeypatc
     monkeypatch.setattr(run, "learning_rate", too_high)
     with pytest.raises(NonFiniteError, match=f"in .*x3-k4, ({message})") as stopped:
         train(settings(tmp_path / "run"))
-    path, state = checkpoint.newest(tmp_path / "run", print)
+    path = checkpoint.newest(tmp_path / "run", print)
+    state = checkpoint.load(path)
     assert str(stopped.value).endswith(f"; the last good checkpoint is {path}")
     for name in runs_of(settings(tmp_path / "run")):
         for weight in state["runs"][name]["trainer"]["weights"].values():

@@ -49,7 +49,7 @@ FLOORS = {
             "transformer",
         },
         {"__init__", "accumulate", "examples", "faithfulness", "folders", "report", "source"},
-        {"heldout", "prompt", "survey", "tables"},
+        {"heldout", "prompt", "tables"},
         {"run"},
         {"fit"},
         {"analyze", "convert", "evaluate", "summary"},
