@@ -39,7 +39,7 @@ from .trainer import NonFiniteError
 
 SHARED = "all"
 _FIGURES = ("fvu", "fvu_paper", "delta_ce", "kl", "top1")
-# A few minutes on two cores; else the defaults of training.
+# Small, for seven SAEs on two cores; else the defaults of training.
 _DEFAULT = replace(
     PRESETS["default"],
     sae=SAEConfig(expansion=8),
