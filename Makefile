@@ -26,7 +26,7 @@ bench: .venv/installed
 	.venv/bin/python -m pytest bench/ --benchmark-only
 
 check-install:
-	bash tests/check_install.sh $(PYTHON)
+	bash scripts/check_install.sh $(PYTHON)
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -84,7 +84,7 @@ class Compiled:
 def compile_for(build: Build, chip: int) -> Compiled:
     """Compile `build` for compute capability `chip`.
 
-    Raises RuntimeError where Triton's interpreter is on, which leaves nothing to compile; passes
+    Raises RuntimeError if Triton's interpreter is on, which leaves nothing to compile; passes
     on what the compiler raises, with the build's name added.
     """
     if not isinstance(build.kernel, triton.JITFunction):

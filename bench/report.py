@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-_COLOURS = {
+_COLORS = {
     "ours": "#0072b2",
     "dense": "#d55e00",
     "eai-sparsify": "#009e73",
@@ -127,13 +127,13 @@ def plot(runs: dict[str, Run], path: Path) -> None:
         raise ValueError("no row of these results varies M: run the whole suite, or the peers")
     figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for side, rows in lines.items():
-        style = {"color": _COLOURS[side], "marker": "o", "markersize": 4, "label": side}
+        style = {"color": _COLORS[side], "marker": "o", "markersize": 4, "label": side}
         sizes = [r.m for r in rows]
         time.plot(sizes, [1e3 * r.seconds for r in rows], **style)
         memory.plot(sizes, [r.peak_bytes / 1e6 for r in rows], **style)
     first = next(iter(lines.values()))
     floors = [1e3 * r.floor for r in first]
-    time.plot([r.m for r in first], floors, "--", color=_COLOURS["floor"], label="floor")
+    time.plot([r.m for r in first], floors, "--", color=_COLORS["floor"], label="floor")
     _label(time, "one training step, ms", first)
     _label(memory, "peak memory beyond weights and state, MB", first)
     handles, labels = time.get_legend_handles_labels()

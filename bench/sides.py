@@ -59,8 +59,8 @@ def _dense_decode(codes: TopK | Tensor, W_dec: Tensor) -> Tensor:
 
 
 def _dense_sae(x: Tensor, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor | None, k: int) -> Tensor:
-    centred = x if b_dec is None else x - b_dec
-    return reference.decode(reference.encode(centred, W_enc, None, k), W_dec, b_dec)
+    centered = x if b_dec is None else x - b_dec
+    return reference.decode(reference.encode(centered, W_enc, None, k), W_dec, b_dec)
 
 
 def _dense_optimizer(sae: SparseTopKSAE) -> Callable[[], None]:
@@ -113,7 +113,7 @@ def loss(
         x_hat = side.sae(x, sae.W_enc, sae.W_dec, sae.b_dec, sae.k)
         total = (x - x_hat).square().mean()
         if dead is not None:
-            error, centred = (x - x_hat).detach(), (x - sae.b_dec).detach()
-            e_hat = side.sae(centred, sae.W_enc[dead], sae.W_dec[dead], None, k_aux)
+            error, centered = (x - x_hat).detach(), (x - sae.b_dec).detach()
+            e_hat = side.sae(centered, sae.W_enc[dead], sae.W_dec[dead], None, k_aux)
             total = total + (error - e_hat).square().mean() / 32
     return total

@@ -33,31 +33,37 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from . import statistics
-from .accumulate import Accumulator, Adjacent
-from .activations import choose_device
-from .analysis_summary import print_analysis
-from .data import not_special
+from .analysis import layer_spread as statistics
+from .analysis.accumulate import Accumulator, Adjacent
+from .analysis.examples import Examples
+from .analysis.geometry import (
+    embeddings_of,
+    nearest_tokens,
+    neighbors,
+    random_cosines,
+    token_strings,
+)
+from .analysis.parquet import Text, direction_columns, latent_columns, write_examples, write_table
+from .analysis.prompt import prompt_page, prompt_table, read_prompt, tokenize
+from .analysis.summary import print_analysis
+from .data.residuals import choose_device
+from .data.stream import DataStream
+from .data.tokens import not_special
 from .errors import InputError, exit_on_bad_input
-from .examples import Examples
+from .evaluation.heldout import HeldoutConfig, open_run
 from .files import write_file
-from .geometry import embeddings_of, nearest_tokens, neighbours, random_cosines, token_strings
-from .heldout import HeldoutConfig, open_run
 from .memory import peak
 from .model import MLSAE
-from .prompt import prompt_page, prompt_table, read_prompt, tokenize
 from .report import redraw
-from .source import Source
-from .tables import Text, direction_columns, latent_columns, write_examples, write_table
 
-_CENTRE_TOKENS = 4096  # that the mean residual is taken from: it errs by 1/64 of the deviation
+_CENTER_TOKENS = 4096  # that the mean residual is taken from: it errs by 1/64 of the deviation
 _NEAREST_TOKENS = 5
 _PROMPT_TOKENS = 24  # of the first row: shown where no prompt is given
 
 
 @dataclass(frozen=True)
 class AnalyzeConfig(HeldoutConfig):
-    """What to analyse, and on what."""
+    """What to analyze, and on what."""
 
     prompt: str | None = None
     """Show this text alone, token by token; nothing else is measured."""
@@ -68,34 +74,34 @@ class AnalyzeConfig(HeldoutConfig):
     """Examples to keep of each latent at each layer: so many of the highest activation, and as
     many spread over all its activations. 0: none."""
     groups: int = 32
-    """Groups of neighbouring rows that the bootstrap draws from; memory grows with it."""
+    """Groups of neighboring rows that the bootstrap draws from; memory grows with it."""
 
 
 @torch.inference_mode()
 def read_text(
     mlsae: MLSAE,
-    source: Source,
+    stream: DataStream,
     input_ids: Tensor,
-    wanted: Tensor,
+    token_mask: Tensor,
     text: Text,
     accumulator: Accumulator,
     examples: Examples | None,
 ) -> Adjacent:
-    """The one pass over rows input_ids (R, T), not special where `wanted`: all that is counted is
-    in `accumulator` and `examples`. Nothing changes, in the MLSAE or elsewhere."""
-    device = source.device
-    first = input_ids[: max(1, _CENTRE_TOKENS // source.seq_len)]
-    centre = torch.cat(list(source.residuals(first)), 1).mean(1)
-    adjacent = Adjacent(centre)
+    """One pass over rows input_ids (R, T), without the special tokens that `token_mask` (R, T) leaves
+    out: what is counted is in `accumulator` and `examples`. Nothing else changes."""
+    device = stream.device
+    first = input_ids[: max(1, _CENTER_TOKENS // stream.seq_len)]
+    center = torch.cat(list(stream.residuals(first)), 1).mean(1)
+    adjacent = Adjacent(center)
     places = torch.arange(input_ids.numel()).view_as(input_ids)
-    bar = tqdm(total=input_ids.numel(), unit=" tokens", unit_scale=True, desc="analysing")
+    bar = tqdm(total=input_ids.numel(), unit=" tokens", unit_scale=True, desc="analyzing")
     with bar:
-        for start in range(0, len(input_ids), source.micro_rows):
-            at = slice(start, start + source.micro_rows)
-            keep = wanted[at].to(device)
-            x = source.reader(input_ids[at].to(device))[:, keep].float()
+        for start in range(0, len(input_ids), stream.micro_rows):
+            at = slice(start, start + stream.micro_rows)
+            keep = token_mask[at].to(device)
+            x = stream.reader(input_ids[at].to(device))[:, keep].float()
             codes = mlsae.encode(x)
-            place = places[at][wanted[at]]
+            place = places[at][token_mask[at]]
             accumulator.update(codes, (place // input_ids.shape[1]).to(device))
             adjacent.update(x)
             if examples:
@@ -105,36 +111,36 @@ def read_text(
 
 
 def analyze(config: AnalyzeConfig) -> dict[str, Any]:
-    """Analyse as `config` says, leave the files, and return what analysis.json holds.
+    """Analyze as `config` says, leave the files, and return what analysis.json holds.
 
     Raises InputError for bad input, before anything is measured.
     """
     started = time.perf_counter()
     device, out = choose_device(config.device), config.out or config.run
-    mlsae, source = _open(config, device)
-    input_ids = source.heldout()
-    wanted = not_special(input_ids, source.tokenizer)
-    if not wanted.any():
+    mlsae, stream = _open(config, device)
+    input_ids = stream.heldout()
+    token_mask = not_special(input_ids, stream.tokenizer)
+    if not token_mask.any():
         raise InputError("DATASET must hold tokens that are not special, got none")
     out.mkdir(parents=True, exist_ok=True)
-    strings = token_strings(source.tokenizer)
-    text = Text(input_ids, wanted, strings)
-    n_latents, n_layers = mlsae.config.n_latents, len(source.reader.layers)
+    strings = token_strings(stream.tokenizer)
+    text = Text(input_ids, token_mask, strings)
+    n_latents, n_layers = mlsae.config.n_latents, len(stream.reader.layers)
     accumulator = Accumulator(n_latents, n_layers, len(input_ids), config.groups, device)
-    seed, n = source.config.seed, config.examples
+    seed, n = stream.config.seed, config.examples
     examples = Examples(n_latents, n_layers, n, seed, device) if n else None
-    adjacent = read_text(mlsae, source, input_ids, wanted, text, accumulator, examples)
+    adjacent = read_text(mlsae, stream, input_ids, token_mask, text, accumulator, examples)
     pass_seconds = time.perf_counter() - started
 
     counts = accumulator.counts.view(n_latents, n_layers).cpu()
     whole, grouped, rows = accumulator.finish()
-    threshold = config.count_threshold or max(1, round(wanted.sum().item() / 1000))
+    threshold = config.count_threshold or max(1, round(token_mask.sum().item() / 1000))
     columns: dict[str, Any] = {
         "latent": torch.arange(n_latents),
-        **latent_columns(whole, counts, threshold, int(wanted.sum())),
+        **latent_columns(whole, counts, threshold, int(token_mask.sum())),
         "max_activation": accumulator.max.cpu(),
     }
-    directions, about_directions = _directions(mlsae, source, strings)
+    directions, about_directions = _directions(mlsae, stream, strings)
     write_table(out / "analysis_latents.parquet", {**columns, **directions})
     n_examples = write_examples(out / "analysis_examples.parquet", examples, text)
     active = whole.profile[0].sum(-1)
@@ -146,18 +152,18 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     }
     write_file(out / "analysis.safetensors", safetensors.torch.save(arrays))
     ids = input_ids[0, :_PROMPT_TOKENS]
-    _write_json(out / "analysis_prompt.json", read_prompt(mlsae, source, ids, strings))
+    _write_json(out / "analysis_prompt.json", read_prompt(mlsae, stream, ids, strings))
 
     figures = statistics.with_intervals(whole, grouped, config.resamples, seed)
     released = statistics.released_with_intervals(rows, n_latents, config.resamples, seed)
     about = {
         "run": str(config.run),
-        "model": source.config.model,
-        "dataset": source.config.dataset,
-        "tokens": int(wanted.sum()),
+        "model": stream.config.model,
+        "dataset": stream.config.dataset,
+        "tokens": int(token_mask.sum()),
         "rows": len(input_ids),
-        "seq_len": source.seq_len,
-        "layers": list(source.reader.layers),
+        "seq_len": stream.seq_len,
+        "layers": list(stream.reader.layers),
         "trained_on_layers": list(mlsae.config.layers),
         "n_latents": n_latents,
         "k": mlsae.config.k,
@@ -194,9 +200,9 @@ def show_prompt(config: AnalyzeConfig, prompt: str) -> tuple[Table, str]:
     Raises InputError for bad input, before anything is written.
     """
     out = config.out or config.run
-    mlsae, source = _open(config, choose_device(config.device))
-    ids = tokenize(source, prompt)
-    picture = read_prompt(mlsae, source, ids, token_strings(source.tokenizer))
+    mlsae, stream = _open(config, choose_device(config.device))
+    ids = tokenize(stream, prompt)
+    picture = read_prompt(mlsae, stream, ids, token_strings(stream.tokenizer))
     profile, many = _many(out, config.run, (mlsae.config.n_latents, len(picture["layers"])))
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / "analysis_prompt.json", picture)
@@ -204,7 +210,7 @@ def show_prompt(config: AnalyzeConfig, prompt: str) -> tuple[Table, str]:
     return prompt_table(picture, profile), many
 
 
-def _open(config: AnalyzeConfig, device: torch.device) -> tuple[MLSAE, Source]:
+def _open(config: AnalyzeConfig, device: torch.device) -> tuple[MLSAE, DataStream]:
     for name, least in (("examples", 0), ("groups", 1), ("count_threshold", 1)):
         value = getattr(config, name)
         if value is not None and value < least:
@@ -213,14 +219,14 @@ def _open(config: AnalyzeConfig, device: torch.device) -> tuple[MLSAE, Source]:
 
 
 def _directions(
-    mlsae: MLSAE, source: Source, strings: list[str]
+    mlsae: MLSAE, stream: DataStream, strings: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the decoder's rows point at: columns of the table of latents, and what analysis.json
     says of them all."""
     W_dec, W_enc = mlsae.sae.W_dec, mlsae.sae.W_enc
-    near = neighbours(W_dec)
+    near = neighbors(W_dec)
     control, control_mmcs = random_cosines(near.edges, *W_dec.shape[::-1])
-    embeddings = embeddings_of(source.reader.model, source.d_in, len(strings))
+    embeddings = embeddings_of(stream.reader.model, stream.d_in, len(strings))
     tokens = {
         side: None if weight is None else nearest_tokens(W_dec, weight, _NEAREST_TOKENS)
         for side, weight in embeddings.items()

@@ -28,7 +28,7 @@ _CITATION = """```bibtex
 def model_card(settings: dict[str, Any]) -> ModelCard:
     """The card of the MLSAE whose `config.json` holds `settings`.
 
-    The licence is left to who publishes it: it depends on the model and the text.
+    The license is left to who publishes it: it depends on the model and the text.
     """
     training = settings.get("training", {})
     model, dataset = settings.get("model", ""), training.get("dataset", "")

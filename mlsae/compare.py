@@ -29,13 +29,13 @@ from rich.table import Table
 from torch import Tensor
 
 from .config import PRESETS, SAEConfig, TrainConfig, check_config, runs_of
-from .distributed import launched, say
+from .distributed import launched, log_rank0
 from .errors import InputError, exit_on_bad_input
 from .evaluate import EvaluateConfig, Result, evaluate
 from .files import check_out, write_file
 from .train import parse as parse_training
 from .train import train
-from .trainer import NonFiniteError
+from .training.state import NonFiniteError
 
 SHARED = "all"
 _FIGURES = ("fvu", "fvu_paper", "delta_ce", "kl", "top1")
@@ -68,11 +68,11 @@ def compare(config: TrainConfig) -> dict[str, Result]:
         )
     own = ("comparison.csv", SHARED, "layer-*")
     check_out(config.out, config.overwrite, config.resume, own, 0)
-    say("SAE of all layers")
+    log_rank0("SAE of all layers")
     found = {SHARED: _one(config, config.out / SHARED, config.layers, config.layers)}
     layers = found[SHARED].layers
     for layer in layers:
-        say(f"SAE of layer {layer}")
+        log_rank0(f"SAE of layer {layer}")
         found[str(layer)] = _one(config, config.out / f"layer-{layer}", (layer,), layers)
     write_file(config.out / "comparison.csv", _as_csv(found).encode())
     return found
@@ -158,10 +158,10 @@ def main() -> None:
         try:
             found = compare(config)
         except NonFiniteError as error:
-            say(f"error: {error}")
+            log_rank0(f"error: {error}")
             sys.exit(1)
         except KeyboardInterrupt:
-            say("interrupted; go on with --resume")
+            log_rank0("interrupted; go on with --resume")
             sys.exit(130)
         console.print(
             table(found, "fvu", "FVU on held-out text, trained on (rows), measured at (columns)"),

@@ -32,7 +32,7 @@ class SAEConfig:
     k: Values = 32
     """Active latents a token and layer."""
     standardize: bool = True
-    """Whether each vector is standardised before encoding."""
+    """Whether each vector is standardized before encoding."""
     aux_weight: float = 1 / 32
     """Weight of the AuxK loss, which revives dead latents."""
     k_aux: int | None = None
@@ -70,7 +70,7 @@ class TrainConfig:
     spread it of accelerate, which must be installed. auto: over all GPUs, leaving room for the
     SAE on its own; what does not fit is in the CPU's memory, and then on the disk."""
     model_quantize: Literal["8bit", "4bit"] | None = None
-    """Load the transformer quantised, by bitsandbytes, which must be installed."""
+    """Load the transformer quantized, by bitsandbytes, which must be installed."""
     column: str = "text"
     """The dataset's column of text."""
     lr: float | None = None
@@ -184,7 +184,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def check_same(config: TrainConfig, saved: dict[str, Any]) -> None:
-    """Raise InputError where `config` would not continue the run of the `saved` settings."""
+    """Raise InputError if `config` would not continue the run of the `saved` settings."""
     now = settings_of(config)
     for name, value in _flat(now).items():
         old = _flat(saved).get(name)

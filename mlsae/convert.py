@@ -50,7 +50,7 @@ class ConvertConfig:
 def convert(config: ConvertConfig) -> str:
     """Convert as `config` says: what to tell the user.
 
-    Raises InputError where SRC cannot be read or DST not take it, before anything is written.
+    Raises InputError if SRC cannot be read or DST not take it, before anything is written.
     """
     source = formats.detect(config.src)
     found = formats.read(config.src)
@@ -61,7 +61,7 @@ def convert(config: ConvertConfig) -> str:
     written = formats.write(found, config.dst, config.to)
     lines = [
         f"{source}: {found.d_in} inputs, {found.n_latents:,} latents, k = {found.k}, "
-        f"{'standardised' if found.standardize else 'plain'} inputs",
+        f"{'standardized' if found.standardize else 'plain'} inputs",
         f"{config.to}: {', '.join(str(path) for path in written)}",
     ]
     if (config.src / "checkpoints").is_dir():

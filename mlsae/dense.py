@@ -32,11 +32,11 @@ class DenseSAE(nn.Module):
         x_hat = view(x)
 
     `W_enc` (D, M), `W_dec` (M, D), `b_enc` (M,), `b_dec` (D,), `cfg`, `dtype` and `device` are as
-    SAEBench names them. A vector that an MLSAE standardised can only be decoded with its own mean
+    SAEBench names them. A vector that an MLSAE standardized can only be decoded with its own mean
     and deviation, so `decode` takes those of the last `encode`, as SAELens does.
 
     `layer` and `model` tell the tools where the residuals come from; None: the SAE's own, where it
-    has one. Raises ValueError where an MLSAE has several layers and none is given.
+    has one. Raises ValueError if an MLSAE has several layers and none is given.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class DenseSAE(nn.Module):
         return self.sae.dense(x.to(self.dtype))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """x̂ (…, D) of f (…, M). Raises ValueError where an MLSAE has not encoded vectors of that
+        """x̂ (…, D) of f (…, M). Raises ValueError if an MLSAE has not encoded vectors of that
         leading shape last."""
         x_hat = feature_acts @ self.sae.W_dec + self.sae.b_dec
         if self.mlsae is None:

@@ -1,8 +1,8 @@
 """Several processes that train together: the few torch.distributed calls.
 
-    with session(timeout=600) as everyone:  # as `torchrun` started them
-        ranks = mesh(everyone, device, shards=2)
-        ranks.data.sum_(tensor)
+    with session(timeout=600) as world:  # as `torchrun` started them
+        mesh = make_mesh(world, device, shards=2)
+        mesh.data.sum_(tensor)
 
 A process that is alone has groups of one, whose methods return at once and send nothing.
 
@@ -35,7 +35,7 @@ class LostContactError(RuntimeError):
 
 class Group:
     """Processes that share a task, each with a `rank` in it. Every one of them must make the same
-    calls in the same order; each raises LostContactError where that fails.
+    calls in the same order; each raises LostContactError if that fails.
 
     Tensors on the CPU travel by gloo, those on a GPU by NCCL.
     """
@@ -127,7 +127,7 @@ class Group:
         return box[0]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """What may fail in some of the processes ends all of them, and is said once: an InputError
         in any leaves the block as InputError in the first one, and as SystemExit(2) in the rest."""
         if self.size == 1:
@@ -153,18 +153,18 @@ class Group:
         raise InputError(said if everywhere else f"on rank {rank} ({host}): {said}")
 
 
-class Ranks(NamedTuple):
+class Mesh(NamedTuple):
     """The groups that a process belongs to."""
 
-    everyone: Group
+    world: Group
     data: Group
     """Processes with the same latents, each with rows of its own."""
     latents: Group
-    """Processes with the same rows, each with latents of its own: neighbours in rank, so that
+    """Processes with the same rows, each with latents of its own: neighbors in rank, so that
     they sit on one node."""
 
 
-ALONE = Ranks(Group(), Group(), Group())
+ALONE = Mesh(Group(), Group(), Group())
 
 
 def launched() -> bool:
@@ -183,7 +183,7 @@ def is_first() -> bool:
     return not launched() or os.environ["RANK"] == "0"
 
 
-def say(message: str) -> None:
+def log_rank0(message: str) -> None:
     """Print to the terminal, not among the results; of several processes, the first one does."""
     if is_first():
         print(message, file=sys.stderr, flush=True)
@@ -210,27 +210,27 @@ def session(timeout: float) -> Iterator[Group]:
     dist.destroy_process_group()
 
 
-def check_shards(everyone: Group, shards: int) -> None:
-    """Raise InputError where `shards` does not divide the number of processes."""
-    if everyone.size % shards:
+def check_shards(world: Group, shards: int) -> None:
+    """Raise InputError if `shards` does not divide the number of processes."""
+    if world.size % shards:
         raise InputError(
-            f"--shard_latents must divide the number of processes, {everyone.size}, got {shards}; "
+            f"--shard_latents must divide the number of processes, {world.size}, got {shards}; "
             "torchrun --nproc_per_node N -m mlsae.train … starts N of them"
         )
 
 
-def mesh(everyone: Group, device: torch.device, shards: int, timeout: float) -> Ranks:
+def make_mesh(world: Group, device: torch.device, shards: int, timeout: float) -> Mesh:
     """The processes as a grid of data × latents, on torch's own device mesh. `shards` divides
     their number; `timeout` is the session's, in seconds."""
-    if everyone.size == 1:
+    if world.size == 1:
         return ALONE
-    shape = (everyone.size // shards, shards)
+    shape = (world.size // shards, shards)
     with _contact():
         grid = init_device_mesh(device.type, shape, mesh_dim_names=("data", "latents"))
     groups = [grid.get_group(name) for name in ("data", "latents")]
     for group in groups:  # which a mesh does not hand down
         _set_pg_timeout(timedelta(seconds=timeout), group)
-    return Ranks(everyone, *map(Group, groups))
+    return Mesh(world, *map(Group, groups))
 
 
 def shares(n: int, size: int) -> list[slice]:

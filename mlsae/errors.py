@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 
 def check_installed(package: str, argument: str) -> None:
-    """Raise InputError where `package`, which `argument` needs, cannot be imported."""
+    """Raise InputError if `package`, which `argument` needs, cannot be imported."""
     try:
         importlib.import_module(package)
     except ImportError as error:

@@ -28,16 +28,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from .activations import choose_device
-from .data import not_special
+from .data.residuals import choose_device
+from .data.tokens import not_special
 from .errors import exit_on_bad_input
-from .faithfulness import Measured, measure_faithfulness
-from .figures import Interval, with_intervals
+from .evaluation.faithfulness import Measured, measure_faithfulness
+from .evaluation.heldout import HeldoutConfig, open_run
+from .evaluation.patching import check_substitution
+from .evaluation.token_metrics import Interval, with_intervals
 from .files import write_file
-from .heldout import HeldoutConfig, open_run
 from .memory import peak
 from .report import redraw
-from .substitution import check_substitution
 
 _CHECKED_POSITIONS = 32  # of one row: enough to see whether a model can be substituted in
 
@@ -137,15 +137,15 @@ def evaluate(config: EvaluateConfig) -> Result:
     """
     started = time.perf_counter()
     device, out = choose_device(config.device), config.out or config.run
-    mlsae, source = open_run(config, device)
-    settings = source.config
+    mlsae, stream = open_run(config, device)
+    settings = stream.config
     out.mkdir(parents=True, exist_ok=True)
-    input_ids = source.heldout()
-    wanted = not_special(input_ids, source.tokenizer)
-    check_substitution(source.reader, input_ids[:1, :_CHECKED_POSITIONS].to(device))
-    measured = measure_faithfulness(mlsae, source.reader, input_ids, wanted, source.micro_rows)
+    input_ids = stream.heldout()
+    token_mask = not_special(input_ids, stream.tokenizer)
+    check_substitution(stream.reader, input_ids[:1, :_CHECKED_POSITIONS].to(device))
+    measured = measure_faithfulness(mlsae, stream.reader, input_ids, token_mask, stream.micro_rows)
     result = Result(
-        source.reader.layers,
+        stream.reader.layers,
         _figures(measured, config.resamples, settings.seed),
         {
             "run": str(config.run),
@@ -154,7 +154,7 @@ def evaluate(config: EvaluateConfig) -> Result:
             "tokens": int(measured.rows.tokens.sum()),
             "predictions": int(measured.rows.predictions.sum()),
             "rows": len(input_ids),
-            "seq_len": source.seq_len,
+            "seq_len": stream.seq_len,
             "n_latents": mlsae.config.n_latents,
             "k": mlsae.config.k,
             "trained_on_layers": list(mlsae.config.layers),

@@ -37,7 +37,7 @@ def sync_folder(folder: Path) -> None:
 def check_out(
     folder: Path, overwrite: bool, resume: bool, own: Collection[str], needed_bytes: int
 ) -> None:
-    """Raise InputError where `folder` cannot take a run: it has files and neither `overwrite` nor
+    """Raise InputError if `folder` cannot take a run: it has files and neither `overwrite` nor
     `resume` is on, or files that match none of the patterns of a run's `own`; it is a file; its
     disk has less than `needed_bytes` free. Nothing is changed."""
     if folder.exists() and not folder.is_dir():

@@ -13,7 +13,7 @@ from .errors import InputError
 
 
 def check_push(repo_id: str) -> None:
-    """Raise InputError where a run could not be pushed to `repo_id`: it is no name, the hub is
+    """Raise InputError if a run could not be pushed to `repo_id`: it is no name, the hub is
     turned off or cannot be reached, one is not logged in, or the name is another's."""
     try:
         validate_repo_id(repo_id)
@@ -49,7 +49,7 @@ def check_push(repo_id: str) -> None:
 
 def push_run(folder: Path, repo_id: str, files: Collection[str]) -> str:
     """Push the `files` of a run's folder to `repo_id`, made where it is not there, in one commit:
-    the commit's address. Raises InputError where the hub does not take them; the folder stays."""
+    the commit's address. Raises InputError if the hub does not take them; the folder stays."""
     api = HfApi()
     try:
         name = api.create_repo(repo_id, exist_ok=True).repo_id

@@ -31,7 +31,7 @@ def estimate(
     Weights, gradients and Adam's two moments: 16 B a parameter, of all SAEs that train beside one
     another. The rest is one SAE's at a time, so of the largest: with a compute dtype of b bytes,
     2·b a parameter for the cast weights and their gradients. For each of the L · micro_tokens
-    vectors of a part about 12 float32 copies of its D elements (input, standardised,
+    vectors of a part about 12 float32 copies of its D elements (input, standardized,
     reconstruction, errors, gradients), and 60 B for each of its K + k_aux selections; and the
     scores of a block.
 
@@ -52,7 +52,7 @@ def estimate(
 
 
 def check_memory(needed: int, device: torch.device) -> None:
-    """Raise InputError where `device` has fewer than `needed` bytes free."""
+    """Raise InputError if `device` has fewer than `needed` bytes free."""
     free = available(device)
     if free is not None and free < needed:
         raise InputError(

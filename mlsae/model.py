@@ -22,7 +22,7 @@ from .card import model_card
 from .distributed import ALONE, Group
 from .errors import InputError
 from .files import write_file
-from .formats import Checkpoint
+from .formats import SavedSAE
 from .sharding import ShardedSAE
 
 SIGMA_EPS = 1e-5
@@ -45,7 +45,7 @@ class MLSAEConfig:
     """The transformer's layers it was trained on, in the order of its inputs; empty where a loaded
     file does not say."""
     standardize: bool = True
-    """Whether each vector is standardised before encoding."""
+    """Whether each vector is standardized before encoding."""
     model: str = ""
     """The transformer's name on the hub, or its folder; empty where a loaded file does not say."""
     bias: bool = False
@@ -62,7 +62,7 @@ class Losses(NamedTuple):
     sq_error: Tensor
     """(L,) Σ_n |x − x̂|² in the units of x, detached."""
     error: Tensor
-    """(L, N, D) x̃ − x̃̂, standardised units, detached."""
+    """(L, N, D) x̃ − x̃̂, standardized units, detached."""
     codes: TopK
     """(L, N, K) active latents."""
 
@@ -201,7 +201,7 @@ class MLSAE(nn.Module, ModelHubMixin):
         and `model_card_kwargs` are of the mixin's: an MLSAE knows both itself.
         """
         self.about.update(extra)
-        checkpoint = self.checkpoint()
+        checkpoint = self.to_saved()
         if self.shards.rank > 0:
             return None
         folder = Path(save_directory)
@@ -216,16 +216,16 @@ class MLSAE(nn.Module, ModelHubMixin):
         """The model card: what it is, its settings, and its held-out figures where known."""
         return model_card({**asdict(self.config), **self.about})
 
-    def checkpoint(self) -> Checkpoint:
+    def to_saved(self) -> SavedSAE:
         """What the files of any format are made of; of shards, in the process of the first."""
         config = self.config
         weights = {name: p.detach().cpu() for name, p in self.weights().items()}
-        return Checkpoint(
+        return SavedSAE(
             weights, config.k, config.standardize, config.layers, config.model, self.about
         )
 
     @classmethod
-    def from_checkpoint(cls, found: Checkpoint, device: torch.device | str = "cpu") -> Self:
+    def from_saved(cls, found: SavedSAE, device: torch.device | str = "cpu") -> Self:
         """An MLSAE of what the files of any format hold; in float32, whatever they are in."""
         config = MLSAEConfig(
             found.d_in,
@@ -253,7 +253,7 @@ class MLSAE(nn.Module, ModelHubMixin):
         the Hugging Face hub (`hub`: revision, token, cache_dir, force_download,
         local_files_only). With HF_HUB_OFFLINE=1, a name must have been downloaded before.
 
-        Raises InputError where a file is missing, damaged, or of another shape than the config.
+        Raises InputError if a file is missing, damaged, or of another shape than the config.
         """
         name = str(pretrained_model_name_or_path)
         try:
@@ -284,18 +284,18 @@ class MLSAE(nn.Module, ModelHubMixin):
                 "those; of residuals as they are, its codes mean nothing",
                 stacklevel=4,
             )
-        return cls.from_checkpoint(found, device)
+        return cls.from_saved(found, device)
 
 
 def load_sae(path: Path | str, device: torch.device | str = "cpu") -> SparseTopKSAE:
     """The SAE in a folder or file of any of `formats.FORMATS`, ready to use and to train on.
 
-    Raises InputError where it cannot be read, or standardises its inputs: an MLSAE does that.
+    Raises InputError if it cannot be read, or standardizes its inputs: an MLSAE does that.
     """
     found = formats.read(path)
     if found.standardize:
         raise InputError(
             f"PATH must hold an SAE that takes its inputs as they are, and that in {path} "
-            "standardises them; load it with MLSAE.from_checkpoint(formats.read(PATH))"
+            "standardizes them; load it with MLSAE.from_saved(formats.read(PATH))"
         )
-    return MLSAE.from_checkpoint(found, device).sae
+    return MLSAE.from_saved(found, device).sae

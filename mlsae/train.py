@@ -33,20 +33,20 @@ from torch import Tensor
 from sparse_topk import backend_name, keep_freed_memory
 
 from . import distributed
-from .activations import choose_device
 from .config import PRESETS, TrainConfig, check_config, runs_of
-from .distributed import Group, LostContactError, Ranks, say
+from .data.residuals import choose_device
+from .data.stream import DataStream, Shape, micro_rows, read_shape
+from .distributed import Group, LostContactError, Mesh, log_rank0
 from .errors import InputError, check_installed, exit_on_bad_input
-from .fit import Fit
-from .folders import PUSHED_FILES, check_folders, empty, load_checkpoint, newest_checkpoint
 from .hub import check_push, push_run
 from .memory import check_memory, estimate
 from .model import MLSAE, MLSAEConfig
-from .run import Run
-from .source import Shape, Source, micro_rows, read_shape
-from .summary import print_summary, write_csv
-from .survey import survey
-from .trainer import NonFiniteError, Trainer
+from .training.init import survey
+from .training.loop import Fit
+from .training.run_dir import PUSHED_FILES, check_folders, empty, load_checkpoint, newest_checkpoint
+from .training.sae_run import Run
+from .training.state import NonFiniteError, Trainer
+from .training.summary import print_summary, write_csv
 
 
 def train(config: TrainConfig) -> dict[Path, MLSAE]:
@@ -60,39 +60,39 @@ def train(config: TrainConfig) -> dict[Path, MLSAE]:
     another process is gone; SystemExit (128 + the signal's number) after SIGINT or SIGTERM in any
     process, with a checkpoint written and models that load.
     """
-    with distributed.session(config.timeout) as everyone:
-        return _train(config, everyone)
+    with distributed.session(config.timeout) as world:
+        return _train(config, world)
 
 
-def _train(config: TrainConfig, everyone: Group) -> dict[Path, MLSAE]:
-    is_first = everyone.rank == 0
-    with everyone.together():
-        device = _check(config, everyone)
+def _train(config: TrainConfig, world: Group) -> dict[Path, MLSAE]:
+    is_first = world.rank == 0
+    with world.raise_together():
+        device = _check(config, world)
         path = newest_checkpoint(config) if is_first and config.resume else None
-    path = everyone.share(path)
-    ranks = distributed.mesh(everyone, device, config.shard_latents, config.timeout)
+    path = world.share(path)
+    mesh = distributed.make_mesh(world, device, config.shard_latents, config.timeout)
 
-    # What is read: the training so far, the transformer up to its last wanted layer, the text.
-    with everyone.together():
+    # What is read: the training so far, the transformer up to its last token_mask layer, the text.
+    with world.raise_together():
         state = load_checkpoint(path, config) if path else None
         shape = read_shape(config)
         saes = {name: shape.mlsae_config(run) for name, run in runs_of(config).items()}
         if is_first:
             check_folders(config, saes.values())
-        needed = _memory_needed(config, shape, saes.values(), device, ranks)
-        source = Source(config, device, ranks, whole=False, reserved=needed)
+        needed = _memory_needed(config, shape, saes.values(), device, mesh)
+        stream = DataStream(config, device, mesh, whole=False, reserved=needed)
         check_memory(needed, device)
-        heldout = source.heldout() if is_first else None
-        _say_where(source)
-    heldout = everyone.share(heldout)
+        heldout = stream.heldout() if is_first else None
+        _say_where(stream)
+    heldout = world.share(heldout)
 
     # What is trained: an SAE for each run. The first batch sets b_pre and the first variances,
     # then is trained on.
-    trainers = {name: _new_trainer(config, sae, source) for name, sae in saes.items()}
-    batches = source.batches(state["batches"] if state else None)
+    trainers = {name: _new_trainer(config, sae, stream) for name, sae in saes.items()}
+    batches = stream.batches(state["batches"] if state else None)
     first = [] if state else [next(batches)]
     for input_ids in first:
-        _begin(trainers.values(), source, input_ids)
+        _begin(trainers.values(), stream, input_ids)
         if is_first:
             empty(config.out)
 
@@ -106,9 +106,9 @@ def _train(config: TrainConfig, everyone: Group) -> dict[Path, MLSAE]:
             saved = state["runs"][name] if state else None
             run = Run(name, settings, trainers[name], saved, writes=is_first)
             runs.append(stack.enter_context(closing(run)))
-        fit = Fit(config, runs, source, batches, heldout, state, path)
+        fit = Fit(config, runs, stream, batches, heldout, state, path)
         if state:
-            say(f"going on from {path}, after {fit.tokens:,} tokens")
+            log_rank0(f"going on from {path}, after {fit.tokens:,} tokens")
         fit.train(chain(first, batches))
         evaluations = fit.measure()
 
@@ -124,15 +124,15 @@ def _train(config: TrainConfig, everyone: Group) -> dict[Path, MLSAE]:
     return {run.config.out: run.trainer.mlsae for run in runs}
 
 
-def _check(config: TrainConfig, everyone: Group) -> torch.device:
+def _check(config: TrainConfig, world: Group) -> torch.device:
     """The device to train on. Raises InputError for what needs no model to be known as wrong."""
     check_config(config)
     for logger in config.log:
         check_installed(logger, f"--log {logger}")
-    if config.push_to_hub is not None and everyone.rank == 0:
+    if config.push_to_hub is not None and world.rank == 0:
         check_push(config.push_to_hub)
-    distributed.check_shards(everyone, config.shard_latents)
-    if config.model_device_map and everyone.size > 1:
+    distributed.check_shards(world, config.shard_latents)
+    if config.model_device_map and world.size > 1:
         raise InputError(
             f"--model_device_map must not be given to several processes, got "
             f"{config.model_device_map}: each has the transformer on its own device"
@@ -146,28 +146,28 @@ def _push(config: TrainConfig, runs: Sequence[Run]) -> None:
         return
     for run in runs:
         repo_id = "-".join([config.push_to_hub, *([run.name] if len(runs) > 1 else [])])
-        say(f"pushed: {push_run(run.config.out, repo_id, PUSHED_FILES)}")
+        log_rank0(f"pushed: {push_run(run.config.out, repo_id, PUSHED_FILES)}")
 
 
-def _begin(trainers: Iterable[Trainer], source: Source, input_ids: Tensor) -> None:
+def _begin(trainers: Iterable[Trainer], stream: DataStream, input_ids: Tensor) -> None:
     """Set b_pre and the first variances from the first batch (B, T)."""
     mlsae = next(iter(trainers)).mlsae
-    with source.ranks.everyone.together():
-        moments, centre = survey(mlsae, source.residuals(input_ids), source.ranks.data)
+    with stream.mesh.world.raise_together():
+        moments, center = survey(mlsae, stream.residuals(input_ids), stream.mesh.data)
     for trainer in trainers:
-        trainer.initialize(moments, centre)
+        trainer.initialize(moments, center)
 
 
-def _say_where(source: Source) -> None:
+def _say_where(stream: DataStream) -> None:
     """Say what trains on what."""
     try:
-        kernels = backend_name(source.device)
+        kernels = backend_name(stream.device)
     except ValueError as error:  # an unknown SPARSE_TOPK_BACKEND
         raise InputError(str(error)) from error
-    everyone, data, latents = source.ranks
-    parts = f", {everyone.size} processes: {data.size} × tokens, {latents.size} × latents"
-    processes = parts if everyone.size > 1 else ""
-    say(f"training on {source.device} with the {kernels} kernels{processes}")
+    world, data, latents = stream.mesh
+    parts = f", {world.size} processes: {data.size} × tokens, {latents.size} × latents"
+    processes = parts if world.size > 1 else ""
+    log_rank0(f"training on {stream.device} with the {kernels} kernels{processes}")
 
 
 def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -184,11 +184,11 @@ def _memory_needed(
     shape: Shape,
     saes: Iterable[MLSAEConfig],
     device: torch.device,
-    ranks: Ranks,
+    mesh: Mesh,
 ) -> int:
     """Bytes that training all of `saes` takes on `device`, beside the transformer. Raises
     InputError where they have fewer latents than shards."""
-    shards, configs = ranks.latents.size, list(saes)
+    shards, configs = mesh.latents.size, list(saes)
     fewest = min(sae.n_latents for sae in configs)
     if fewest < shards:
         raise InputError(
@@ -196,24 +196,24 @@ def _memory_needed(
         )
     return estimate(
         configs,
-        micro_rows(config, shape.seq_len, ranks) * shape.seq_len,
+        micro_rows(config, shape.seq_len, mesh) * shape.seq_len,
         _k_aux(config, shape.d_in),
         _compute_dtype(config, device),
         shards,
     )
 
 
-def _new_trainer(config: TrainConfig, sae: MLSAEConfig, source: Source) -> Trainer:
+def _new_trainer(config: TrainConfig, sae: MLSAEConfig, stream: DataStream) -> Trainer:
     """The trainer of a run at its start."""
     torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
     return Trainer(
-        MLSAE(sae, source.device, source.ranks.latents),
+        MLSAE(sae, stream.device, stream.mesh.latents),
         dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
         k_aux=_k_aux(config, sae.d_in),
         aux_weight=config.sae.aux_weight,
         max_grad_norm=config.max_grad_norm,
-        dtype=_compute_dtype(config, source.device),
-        data=source.ranks.data,
+        dtype=_compute_dtype(config, stream.device),
+        data=stream.mesh.data,
     )
 
 
@@ -250,7 +250,7 @@ def main() -> None:
         try:
             train(config)
         except NonFiniteError as error:
-            say(f"error: {error}")
+            log_rank0(f"error: {error}")
             sys.exit(1)
         except LostContactError as error:
             # The launcher ends this process meanwhile, and names the one that failed first.
@@ -258,7 +258,7 @@ def main() -> None:
             print(f"error: {error}; go on with the same command and --resume", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
-            say("interrupted")
+            log_rank0("interrupted")
             sys.exit(130)
 
 

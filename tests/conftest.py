@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def team():
     """Four processes in a gloo group, for all tests that want them."""
-    from team import Team
+    from tests.helpers.team import Team
 
     with Team(4) as processes:
         yield processes

@@ -5,76 +5,32 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {
-    "kernels/sparse_topk": [
-        {"allocator", "reference", "torch_ops"},
-        {"triton_ops"},
-        {"backend"},
-        {"operators"},
-        {"functional", "optim"},
-        {"module"},
-        {"__init__"},
-    ],
-    "mlsae": [
-        {"errors"},
-        {"builtin", "distributed"},
-        {
-            "analysis_summary",
-            "card",
-            "config",
-            "documents",
-            "files",
-            "geometry",
-            "hub",
-            "metrics",
-            "sharding",
-            "signals",
-            "stopwatch",
-        },
-        {"activations", "checkpoint", "data", "formats", "logs", "statistics"},
-        {"model"},
-        {
-            "dense",
-            "figures",
-            "measure",
-            "memory",
-            "substitution",
-            "survey",
-            "trainer",
-            "transformer",
-        },
-        {"__init__", "accumulate", "examples", "faithfulness", "folders", "report", "source"},
-        {"heldout", "prompt", "tables"},
-        {"run"},
-        {"fit"},
-        {"analyze", "convert", "evaluate", "summary"},
-        {"train"},
-        {"compare"},  # the one program made of others
-    ],
-}
+PACKAGES = ("kernels/sparse_topk", "mlsae")
+PROGRAMS = {"train", "evaluate", "analyze", "compare", "convert"}
 
 
-@pytest.mark.parametrize("package", FLOORS)
+def rooms(package):
+    """What each file or folder of a package imports of the same package, by name."""
+    graph = {}
+    for file in (ROOT / package).rglob("*.py"):
+        parts = file.relative_to(ROOT / package).with_suffix("").parts
+        imported = graph.setdefault(parts[0], set())
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == len(parts):
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                imported |= {name.split(".")[0] for name in names}
+    return graph
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_imports_go_down(package):
-    floors = FLOORS[package]
-    floor_of = {name: i for i, floor in enumerate(floors) for name in floor}
-    files = {path.stem for path in (ROOT / package).glob("*.py")}
-    folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
-    assert files | folders == set(floor_of), "a file is on no floor, or a floor names no file"
-    for name in files | folders:
-        # A folder's own files may import one another, and what lies below the folder.
-        path = ROOT / package / name
-        inside, level = (path.glob("*.py"), 2) if path.is_dir() else ([path.with_suffix(".py")], 1)
-        for node in (node for file in inside for node in ast.walk(ast.parse(file.read_text()))):
-            if isinstance(node, ast.ImportFrom) and node.level == level:
-                below = [node.module] if node.module else [alias.name for alias in node.names]
-                for other in below:
-                    assert floor_of[other] < floor_of[name], f"{name} imports {other}"
+    TopologicalSorter(rooms(package)).prepare()  # raises CycleError
 
 
 def test_the_kernel_package_knows_torch_and_triton_only():

@@ -21,7 +21,7 @@ _CHOICES = ("auto", "torch", "triton")
 def ops_for(tensor: Tensor) -> ModuleType:
     """The module whose verbs to call for `tensor` and others on its device.
 
-    Raises ValueError where SPARSE_TOPK_BACKEND is none of the three, and RuntimeError where it is
+    Raises ValueError if SPARSE_TOPK_BACKEND is none of the three, and RuntimeError where it is
     "triton" for a tensor that is not on a CUDA device, unless Triton's interpreter is on.
     """
     if backend_name(tensor.device) == "torch":
@@ -42,7 +42,7 @@ def ops_for(tensor: Tensor) -> ModuleType:
 def backend_name(device: torch.device | str) -> str:
     """The name of the backend for tensors on `device`: "torch" or "triton".
 
-    Raises ValueError where SPARSE_TOPK_BACKEND is none of the three.
+    Raises ValueError if SPARSE_TOPK_BACKEND is none of the three.
     """
     choice = os.environ.get("SPARSE_TOPK_BACKEND", "auto")
     if choice not in _CHOICES:

@@ -43,7 +43,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> TopK:
 
     Gradients: of a value clipped by ReLU, 0; of the selection, none (it is piecewise constant).
 
-    Raises ValueError where a shape does not fit or k is not in [1, M].
+    Raises ValueError if a shape does not fit or k is not in [1, M].
     """
     _check_weights(x, W_enc, b_enc, None)
     check_k(k, len(W_enc))
@@ -54,7 +54,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> TopK:
 def decode(top: TopK, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """Σ_k values · W_dec[indices] + b_dec: (…, K) → (…, D), as (dense codes) @ W_dec would be.
 
-    Raises ValueError where a shape does not fit. An index outside [0, M) raises on a CPU; on a
+    Raises ValueError if a shape does not fit. An index outside [0, M) raises on a CPU; on a
     GPU, where looking would stop the stream, it is undefined as in torch's own indexing.
     """
     values, indices = top
@@ -196,17 +196,17 @@ class _TopKSAE(torch.autograd.Function):
         dtype: torch.dtype,
         shards: Shards | None,
     ):
-        centred = (x if b_dec is None else x - b_dec).to(dtype)
+        centered = (x if b_dec is None else x - b_dec).to(dtype)
         cast_enc, cast_dec = W_enc.to(dtype), W_dec.to(dtype)
         cast_b = None if b_enc is None else b_enc.to(dtype)
-        scores, indices = ops.topk_encode(centred, cast_enc, cast_b, k)
+        scores, indices = ops.topk_encode(centered, cast_enc, cast_b, k)
         values = scores.relu() if shards is None else shards.keep(scores.relu())
         out = ops.gather_sum(values, indices, cast_dec)
         if shards is not None:
             out = shards.sum(out)
         if b_dec is not None:
             out += b_dec
-        ctx.save_for_backward(centred, cast_enc, cast_dec, values, indices)
+        ctx.save_for_backward(centered, cast_enc, cast_dec, values, indices)
         ctx.shards = shards
         ctx.dtypes = [None if t is None else t.dtype for t in (x, W_enc, b_enc, W_dec, b_dec)]
         ctx.mark_non_differentiable(indices)
@@ -215,7 +215,7 @@ class _TopKSAE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_codes: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        centred, W_enc, W_dec, values, indices = ctx.saved_tensors
+        centered, W_enc, W_dec, values, indices = ctx.saved_tensors
         x_dtype, enc_dtype, b_enc_dtype, dec_dtype, b_dec_dtype = ctx.dtypes
         need_x, need_enc, need_b_enc, need_dec, need_b_dec, *_rest = ctx.needs_input_grad
         d_values = ops.gather_dot(d_out, indices, W_dec) + d_codes
@@ -224,7 +224,7 @@ class _TopKSAE(torch.autograd.Function):
         if need_enc or need_dec or need_b_enc or need_b_dec:
             order = ops.order_by_latent(indices, len(W_enc))
             if need_enc:
-                d_enc = ops.scatter_outer(d_scores, order, centred).to(enc_dtype)
+                d_enc = ops.scatter_outer(d_scores, order, centered).to(enc_dtype)
             if need_dec:
                 d_dec = ops.scatter_outer(values, order, d_out).to(dec_dtype)
         total = (lambda partial: partial) if ctx.shards is None else ctx.shards.sum

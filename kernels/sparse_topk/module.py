@@ -51,7 +51,7 @@ class SparseTopKSAE(
     weights have a row a latent. At first W_enc = W_dec, with rows of norm 1, and the biases are 0.
     `UnitNormAdam` keeps W_dec's rows at norm 1 (Gao et al., arXiv 2406.04093, §2).
 
-    Computes in the parameters' dtype, or in autocast's. Raises ValueError where k is not in [1, M].
+    Computes in the parameters' dtype, or in autocast's. Raises ValueError if k is not in [1, M].
 
     `save_pretrained(folder)`, `from_pretrained(folder or name, device=…)` and `push_to_hub(name)`
     are those of huggingface_hub's mixin: `config.json` and `model.safetensors`.
@@ -131,7 +131,7 @@ class SparseTopKSAE(
             raise ValueError(f"{model_id} must hold a config.json, and does not")
         if config.get("standardize"):
             raise ValueError(
-                f"{model_id} must be a SparseTopKSAE, and standardises its inputs; "
+                f"{model_id} must be a SparseTopKSAE, and standardizes its inputs; "
                 "load it with mlsae.MLSAE.from_pretrained"
             )
         path: Path | str = Path(model_id) / "model.safetensors"

@@ -26,7 +26,7 @@ class UnitNormAdam(torch.optim.Optimizer):
     from the gradients, in the order of the groups: where each process holds but a part of them, a
     function that asks the others.
 
-    Raises ValueError where lr, a beta, eps or max_grad_norm is out of range, or a `unit_norm`
+    Raises ValueError if lr, a beta, eps or max_grad_norm is out of range, or a `unit_norm`
     parameter is not a matrix; RuntimeError on sparse gradients.
     """
 

@@ -153,7 +153,7 @@ def adam_unit_norm_(
 
 def _group_size(m: int, k: int) -> int:
     """Latents a group: near √(M/K), where group maxima and candidates cost the least together, but
-    no fewer than 32, below which amax is not vectorised; 1, no groups, where that does not pay."""
+    no fewer than 32, below which amax is not vectorized; 1, no groups, where that does not pay."""
     if m < 128 * k:
         return 1
     return max(32, 2 ** round(math.log2(math.sqrt(m / k))))

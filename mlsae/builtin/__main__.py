@@ -60,8 +60,8 @@ def dependency_sources() -> Iterator[str]:
     """Yield the Python sources of some installed dependencies: further training text."""
     for name in _EXTRA_DISTRIBUTIONS:
         for file in sorted(distribution(name).files or []):
-            wanted = file.suffix == ".py" and SKIPPED_DIRS.isdisjoint(file.parts)
-            if wanted and (text := read_text(Path(str(file.locate())))):
+            token_mask = file.suffix == ".py" and SKIPPED_DIRS.isdisjoint(file.parts)
+            if token_mask and (text := read_text(Path(str(file.locate())))):
                 yield text
 
 
@@ -138,7 +138,7 @@ def _row_order(config: BuiltinConfig, n_train: int, n_extra: int) -> np.ndarray[
 
 
 def _optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon (orthogonalised momentum) for the blocks' matrices, AdamW for everything else."""
+    """Muon (orthogonalized momentum) for the blocks' matrices, AdamW for everything else."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]

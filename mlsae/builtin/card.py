@@ -40,7 +40,7 @@ library, chosen by the CRC-32 of their paths |
 The losses are of the shipped bfloat16 weights, over consecutive rows of 512 tokens of held-out
 files joined by the end-of-text token. Train it anew with `python -m mlsae.builtin --out FOLDER`.
 
-Licence: the weights are under this project's MIT licence. The training text is under the licences
+License: the weights are under this project's MIT license. The training text is under the licenses
 of its sources (PSF-2.0 for the standard library; BSD, MIT and Apache-2.0 for the others) and is not
 distributed with the model.
 """

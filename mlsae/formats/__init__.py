@@ -21,9 +21,9 @@ import safetensors.torch
 from ..errors import InputError
 from ..files import write_file
 from . import dictionary_learning, openai, own, released, saelens, sparsify
-from .checkpoint import Checkpoint, read_json, read_tensors
+from .saved import SavedSAE, read_json, read_tensors
 
-__all__ = ["FORMATS", "Checkpoint", "detect", "read", "write"]
+__all__ = ["FORMATS", "SavedSAE", "detect", "read", "write"]
 
 SETTINGS, CARRIED = "mlsae.json", "carried.safetensors"
 
@@ -34,10 +34,10 @@ class Format(Protocol):
     def found_in(self, path: Path, /) -> bool:
         """Whether `path` holds this format."""
 
-    def read(self, path: Path, /) -> Checkpoint:
+    def read(self, path: Path, /) -> SavedSAE:
         """Read it."""
 
-    def files(self, found: Checkpoint, /) -> dict[str, bytes]:
+    def files(self, found: SavedSAE, /) -> dict[str, bytes]:
         """The files of it, by name."""
 
 
@@ -52,7 +52,7 @@ FORMATS: dict[str, Format] = {
 
 
 def detect(path: Path) -> str:
-    """The name of the format at `path`. Raises InputError where there is none."""
+    """The name of the format at `path`. Raises InputError if there is none."""
     if path.exists():
         for name, form in FORMATS.items():
             if form.found_in(path):
@@ -68,8 +68,8 @@ def detect(path: Path) -> str:
     )
 
 
-def read(path: Path | str) -> Checkpoint:
-    """The SAE at `path`, a folder or a file. Raises InputError where it cannot be read."""
+def read(path: Path | str) -> SavedSAE:
+    """The SAE at `path`, a folder or a file. Raises InputError if it cannot be read."""
     path = Path(path)
     found = FORMATS[detect(path)].read(path)
     folder = path if path.is_dir() else path.parent
@@ -90,11 +90,11 @@ def read(path: Path | str) -> Checkpoint:
     return found
 
 
-def write(found: Checkpoint, folder: Path | str, to: str) -> list[Path]:
+def write(found: SavedSAE, folder: Path | str, to: str) -> list[Path]:
     """Write the SAE into `folder` in the format `to`, and beside it what that has no word for: the
     files written. Each is replaced at once.
 
-    Raises InputError where the format cannot say what the SAE computes; nothing is written then.
+    Raises InputError if the format cannot say what the SAE computes; nothing is written then.
     """
     folder, files = Path(folder), FORMATS[to].files(found)
     if to != "mlsae":

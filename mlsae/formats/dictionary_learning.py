@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .checkpoint import Checkpoint, read_json, read_pickle, refuse, take
+from .saved import SavedSAE, read_json, read_pickle, refuse, take
 
 _NAMES = {
     "encoder.weight": "W_enc",
@@ -39,8 +39,8 @@ def found_in(folder: Path) -> bool:
     return (folder / "ae.pt").is_file()
 
 
-def read(folder: Path) -> Checkpoint:
-    """Read it. Raises InputError where it is damaged, or no AutoEncoderTopK."""
+def read(folder: Path) -> SavedSAE:
+    """Read it. Raises InputError if it is damaged, or no AutoEncoderTopK."""
     config = read_json(folder / "config.json")
     trainer = config.get("trainer", {})
     if trainer.get("dict_class") != "AutoEncoderTopK":
@@ -58,7 +58,7 @@ def read(folder: Path) -> Checkpoint:
     weights["W_dec"] = weights["W_dec"].T.contiguous()
     layer = trainer.get("layer")
     residual = "resid_post" in (trainer.get("submodule_name") or "")
-    return Checkpoint(
+    return SavedSAE(
         weights,
         k,
         standardize=False,
@@ -69,8 +69,8 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def files(found: Checkpoint) -> dict[str, bytes]:
-    """The files of it, by name. Raises InputError where the SAE standardises its inputs.
+def files(found: SavedSAE) -> dict[str, bytes]:
+    """The files of it, by name. Raises InputError if the SAE standardizes its inputs.
 
     A threshold that is not known is −1, as in an AutoEncoderTopK that was not trained long enough
     to have one.

@@ -5,7 +5,7 @@ autoencoder.pt (or a .pt file of any name)
     activation "TopK", activation_state_dict {k, postact_fn: "ReLU"},
     stats_last_nonzero (M,), latents_activation_frequency (M,), latents_mean_square (M,)
 
-Loading a file whose activation is "TopK", their `from_state_dict` standardises every vector (μ,
+Loading a file whose activation is "TopK", their `from_state_dict` standardizes every vector (μ,
 the unbiased σ plus 1e-5, undone after decoding: ours to the letter); there is no word for one that
 does not. The three statistics are of the training: carried, and no output depends on them.
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .checkpoint import Checkpoint, read_pickle, refuse, take
+from .saved import SavedSAE, read_pickle, refuse, take
 
 _NAMES = {
     "pre_bias": "b_dec",
@@ -37,8 +37,8 @@ def found_in(path: Path) -> bool:
     return path.is_file() or (path / "autoencoder.pt").is_file()
 
 
-def read(path: Path) -> Checkpoint:
-    """Read it. Raises InputError where it is damaged, or has another activation than TopK."""
+def read(path: Path) -> SavedSAE:
+    """Read it. Raises InputError if it is damaged, or has another activation than TopK."""
     path = path if path.is_file() else path / "autoencoder.pt"
     tensors = read_pickle(path)
     activation = tensors.pop("activation", "ReLU")  # their default
@@ -52,18 +52,18 @@ def read(path: Path) -> Checkpoint:
     carried = {f"openai.{name}": tensors.pop(name) for name in _STATISTICS if name in tensors}
     weights = take(tensors, _NAMES, path)
     weights["W_dec"] = weights["W_dec"].T.contiguous()
-    return Checkpoint(weights, state.get("k", 0), standardize=True, carried=carried)
+    return SavedSAE(weights, state.get("k", 0), standardize=True, carried=carried)
 
 
-def files(found: Checkpoint) -> dict[str, bytes]:
-    """The file of it. Raises InputError where the SAE does not standardise its inputs.
+def files(found: SavedSAE) -> dict[str, bytes]:
+    """The file of it. Raises InputError if the SAE does not standardize its inputs.
 
     Statistics that are not known are as in a new Autoencoder of theirs: 0, 1 and 0.
     """
     if not found.standardize:
         raise InputError(
             "--to openai must not be given for an SAE that takes its inputs as they are, since "
-            "that format's TopK SAEs always standardise them and their outputs would differ; give "
+            "that format's TopK SAEs always standardize them and their outputs would differ; give "
             "--to sparsify, saelens, dictionary_learning or mlsae"
         )
     weights = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import safetensors.torch
 
 from ..errors import InputError
-from .checkpoint import Checkpoint, read_json, read_tensors
+from .saved import SavedSAE, read_json, read_tensors
 
 CONFIG = ("d_in", "n_latents", "k", "layers", "standardize", "model", "bias")
 
@@ -26,10 +26,10 @@ def found_in(folder: Path) -> bool:
     return path.is_file() and "d_in" in read_json(path)
 
 
-def read(folder: Path) -> Checkpoint:
-    """Read it. Raises InputError where a file is missing, damaged, or they do not agree."""
+def read(folder: Path) -> SavedSAE:
+    """Read it. Raises InputError if a file is missing, damaged, or they do not agree."""
     config = read_json(folder / "config.json")
-    found = Checkpoint(
+    found = SavedSAE(
         read_tensors(folder / "model.safetensors"),
         config.get("k", 0),
         config.get("standardize", False),  # a SparseTopKSAE does not say, and never does it
@@ -46,7 +46,7 @@ def read(folder: Path) -> Checkpoint:
     return found
 
 
-def files(found: Checkpoint) -> dict[str, bytes]:
+def files(found: SavedSAE) -> dict[str, bytes]:
     """The files of it, by name."""
     weights = {name: w.contiguous() for name, w in found.weights.items()}
     config = {

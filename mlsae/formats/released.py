@@ -9,7 +9,7 @@ With the transformer, `…-tfm`:
     config.json          {model_name, layers (null: all), expansion_factor, k, standardize, …}
     model.safetensors    the same under "autoencoder.", and the transformer under "transformer."
 
-They standardise as we do (unbiased σ, plus 1e-5), some not at all. Decoder rows are only about
+They standardize as we do (unbiased σ, plus 1e-5), some not at all. Decoder rows are only about
 unit norm, and are left so. A plain one names its model only on its model card (`base_model`), and
 its layers mostly nowhere: all of that model's. `…-lens` ones were trained on residuals that a
 tuned lens had transformed, which is no part of them (`tuned_lens`, in a -tfm one's config).
@@ -30,7 +30,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 from ..errors import InputError
-from .checkpoint import Checkpoint, read_json, read_tensors, refuse, take
+from .saved import SavedSAE, read_json, read_tensors, refuse, take
 
 _NAMES = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "pre_encoder_bias": "b_dec"}
 _BLOCK = re.compile(r"transformer\.(?:.+\.)?(?:layers|h)\.(\d+)\.")
@@ -43,8 +43,8 @@ def found_in(folder: Path) -> bool:
     return "n_inputs" in config or "expansion_factor" in config
 
 
-def read(folder: Path) -> Checkpoint:
-    """Read it. Raises InputError where it is damaged, or has a learned lens in it."""
+def read(folder: Path) -> SavedSAE:
+    """Read it. Raises InputError if it is damaged, or has a learned lens in it."""
     config, path = read_json(folder / "config.json"), folder / "model.safetensors"
     if config.get("lens"):
         raise refuse(
@@ -59,7 +59,7 @@ def read(folder: Path) -> Checkpoint:
     layers = config.get("layers")
     if layers is None and with_transformer:
         layers = range(_n_layers(path))
-    return Checkpoint(
+    return SavedSAE(
         weights,
         config.get("k", 0),
         config.get("standardize", True),  # their default
@@ -70,8 +70,8 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def files(found: Checkpoint) -> dict[str, bytes]:
-    """The files of a plain one, by name. Raises InputError where latents have a bias.
+def files(found: SavedSAE) -> dict[str, bytes]:
+    """The files of a plain one, by name. Raises InputError if latents have a bias.
 
     `dead_steps_threshold` counts steps of theirs: where unknown, 10⁷ tokens in steps of 64 × 2048,
     their default. Only the training of theirs reads it.
@@ -102,7 +102,7 @@ def files(found: Checkpoint) -> dict[str, bytes]:
 
 
 def _n_layers(path: Path) -> int:
-    """How many blocks the transformer in a -tfm file has. Raises InputError where it has none."""
+    """How many blocks the transformer in a -tfm file has. Raises InputError if it has none."""
     with safetensors.safe_open(path, framework="pt") as file:
         found = [int(m[1]) for m in map(_BLOCK.match, file.keys()) if m]
     if not found:

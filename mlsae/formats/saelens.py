@@ -6,7 +6,7 @@ cfg.json                  {architecture: "topk", d_in, d_sae, k, dtype, device,
                           sae_lens_version, …}}
 sae_weights.safetensors   W_enc (D, M), W_dec (M, D), b_enc (M,), b_dec (D,)
 
-Its normalize_activations "layer_norm" is our standardisation, to the letter: μ, the unbiased σ,
+Its normalize_activations "layer_norm" is our standardization, to the letter: μ, the unbiased σ,
 plus 1e-5, and undone after decoding. Its hook "blocks.5.hook_resid_post" is our layer 5. Without a
 sae_lens_version of 6 or more in the metadata, it would take cfg.json for an older one. Checked
 against sae-lens 6.54.12.
@@ -24,7 +24,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, read_json, read_tensors, refuse, take
+from .saved import SavedSAE, read_json, read_tensors, refuse, take
 
 _NAMES = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_post")
@@ -36,15 +36,15 @@ def found_in(folder: Path) -> bool:
     return (folder / "sae_weights.safetensors").is_file()
 
 
-def read(folder: Path) -> Checkpoint:
-    """Read it. Raises InputError where it is damaged, or computes what we cannot."""
+def read(folder: Path) -> SavedSAE:
+    """Read it. Raises InputError if it is damaged, or computes what we cannot."""
     cfg, path = read_json(folder / "cfg.json"), folder / "sae_weights.safetensors"
     weights = take(read_tensors(path), _NAMES, path)
     weights["W_enc"] = weights["W_enc"].T.contiguous()
     _check(cfg, weights["W_dec"], folder / "cfg.json")
     metadata = cfg.get("metadata", {})
     hook = _RESIDUAL.fullmatch(metadata.get("hook_name") or "")
-    return Checkpoint(
+    return SavedSAE(
         weights,
         cfg.get("k", 0),
         standardize=cfg.get("normalize_activations", "none") == "layer_norm",
@@ -55,7 +55,7 @@ def read(folder: Path) -> Checkpoint:
 
 
 def _check(cfg: dict[str, Any], W_dec: Tensor, path: Path) -> None:
-    """Raise InputError where `cfg` asks for what a Checkpoint does not compute."""
+    """Raise InputError if `cfg` asks for what a SavedSAE does not compute."""
     for name, default, allowed, way_out in (
         ("architecture", None, ("topk",), "only their TopK SAEs have a counterpart here"),
         (
@@ -82,8 +82,8 @@ def _check(cfg: dict[str, Any], W_dec: Tensor, path: Path) -> None:
         )  # fmt: skip
 
 
-def files(found: Checkpoint) -> dict[str, bytes]:
-    """The files of it, by name: also of an SAE that standardises its inputs."""
+def files(found: SavedSAE) -> dict[str, bytes]:
+    """The files of it, by name: also of an SAE that standardizes its inputs."""
     theirs = found.about.get("saelens", {})
     metadata = {"sae_lens_version": "6.0.0", **theirs.get("metadata", {})}
     if found.model:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from .checkpoint import Checkpoint, read_json, read_tensors, refuse, take
+from .saved import SavedSAE, read_json, read_tensors, refuse, take
 
 _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 _PLAIN = {"activation": "topk", "skip_connection": False, "transcode": False, "signed": False}
@@ -31,8 +31,8 @@ def found_in(folder: Path) -> bool:
     return (folder / "sae.safetensors").is_file()
 
 
-def read(folder: Path) -> Checkpoint:
-    """Read it. Raises InputError where it is damaged, or no TopK autoencoder."""
+def read(folder: Path) -> SavedSAE:
+    """Read it. Raises InputError if it is damaged, or no TopK autoencoder."""
     cfg = read_json(folder / "cfg.json")
     for name, value in _PLAIN.items():
         if cfg.get(name, value) != value:
@@ -42,7 +42,7 @@ def read(folder: Path) -> Checkpoint:
             )  # fmt: skip
     path = folder / "sae.safetensors"
     hookpoint = _RESIDUAL.fullmatch(folder.resolve().name)
-    return Checkpoint(
+    return SavedSAE(
         take(read_tensors(path), _NAMES, path),
         cfg.get("k", 0),
         standardize=False,
@@ -51,8 +51,8 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def files(found: Checkpoint) -> dict[str, bytes]:
-    """The files of it, by name. Raises InputError where the SAE standardises its inputs."""
+def files(found: SavedSAE) -> dict[str, bytes]:
+    """The files of it, by name. Raises InputError if the SAE standardizes its inputs."""
     found.needs_plain_inputs("sparsify")
     cfg = {
         "activation": "topk",

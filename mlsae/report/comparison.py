@@ -17,8 +17,8 @@ import plotly.graph_objects as go
 from ..errors import InputError
 from ..files import write_file
 from .pack import number, pack_figures, packed_plotly, render
-from .run import Run, read_run
-from .style import GREY, LOG_TICKS, SERIES, SYMBOLS, bars_between, figure
+from .run_data import Run, read_run_data
+from .style import GRAY, LOG_TICKS, SERIES, SYMBOLS, bars_between, figure
 
 
 class Metric(NamedTuple):
@@ -34,7 +34,7 @@ METRICS = {
     "fvu": Metric("FVU", "FVU (share of variance)", "{:.4f}"),
     "fvu_paper": Metric("FVU, paper’s", "FVU as in the paper", "{:.4f}"),
     "delta_ce": Metric("ΔCE", "ΔCE (nats per token)", "{:.3f}"),
-    "l1": Metric("L1", "L1 (standardised units)", "{:.1f}"),
+    "l1": Metric("L1", "L1 (standardized units)", "{:.1f}"),
     "ratio_a_equations": Metric("ratio A", "ratio A (equations)", "{:.3f}"),
     "ratio_a": Metric("A, released", "ratio A (released code)", "{:.3f}"),
     "ratio_b_equations": Metric("ratio B", "ratio B (equations)", "{:.4f}", True),
@@ -84,14 +84,14 @@ class Point:
 def write_comparison(folders: Sequence[Path], out: Path) -> None:
     """Write the page that compares the runs in `folders`.
 
-    Raises InputError where one of them holds no run, or is given twice.
+    Raises InputError if one of them holds no run, or is given twice.
     """
     twice = [folder for i, folder in enumerate(folders) if folder in folders[:i]]
     if twice:
         raise InputError(f"RUN must be different folders, got {twice[0]} twice; leave one out")
     names = [folder.resolve().name for folder in folders]
     runs = [
-        _point(read_run(folder), name if names.count(name) == 1 else str(folder))
+        _point(read_run_data(folder), name if names.count(name) == 1 else str(folder))
         for folder, name in zip(folders, names, strict=True)
     ]
     paper = json.loads((resources.files(__package__) / "paper.json").read_text(encoding="utf-8"))
@@ -102,8 +102,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> None:
         for metric in METRICS:
             figures[f"{metric}-{name}"] = _figure(metric, name, runs, published)
         keys[name] = [
-            (glyph, colour, first.label(name))
-            for first, _, glyph, colour, _ in _series(name, runs, published)
+            (glyph, color, first.label(name))
+            for first, _, glyph, color, _ in _series(name, runs, published)
         ]
     page = render(
         "comparison.html",
@@ -170,32 +170,32 @@ def _published(paper: dict[str, Any], models: set[str]) -> list[Point]:
 def _series(
     axis: str, runs: Sequence[Point], published: Sequence[Point]
 ) -> list[tuple[Point, list[Point], str, str, str]]:
-    """Points that a line joins: a first one, all, glyph, colour, Plotly symbol. The paper's share
-    the colour of the runs that they are to be held against, and are hollow."""
+    """Points that a line joins: a first one, all, glyph, color, Plotly symbol. The paper's share
+    the color of the runs that they are to be held against, and are hollow."""
     groups = list(dict.fromkeys(point.group(axis) for point in runs))
     found = []
     for i, group in enumerate(groups):
-        colour, symbol = SERIES[i % len(SERIES)], SYMBOLS[i % len(SYMBOLS)]
+        color, symbol = SERIES[i % len(SERIES)], SYMBOLS[i % len(SYMBOLS)]
         for points, glyphs, suffix in ((runs, _GLYPHS, ""), (published, _OPEN_GLYPHS, "-open")):
             own = [point for point in points if point.group(axis) == group]
             if axis != "model":
                 own.sort(key=lambda point: getattr(point, axis))
             if own:
-                found.append((own[0], own, glyphs[symbol], colour, symbol + suffix))
+                found.append((own[0], own, glyphs[symbol], color, symbol + suffix))
     return found
 
 
 def _figure(metric: str, axis: str, runs: Sequence[Point], published: Sequence[Point]) -> go.Figure:
     about = METRICS[metric]
     traces = []
-    for first, points, _, colour, symbol in _series(axis, runs, published):
+    for first, points, _, color, symbol in _series(axis, runs, published):
         points = [point for point in points if metric in point.values]
         value, low, high = (
             zip(*(point.values[metric] for point in points), strict=True)
             if (points)
             else ((), (), ())
         )
-        line = {"color": colour, "width": 1.2, "dash": "dot" if first.paper else "solid"}
+        line = {"color": color, "width": 1.2, "dash": "dot" if first.paper else "solid"}
         traces.append(
             go.Scatter(
                 x=[
@@ -206,7 +206,7 @@ def _figure(metric: str, axis: str, runs: Sequence[Point], published: Sequence[P
                 error_y=bars_between(low, value, high),
                 mode="markers" if axis == "model" else "lines+markers",
                 line=line,
-                marker={"color": colour, "symbol": symbol, "size": 9, "line": {"width": 1.5}},
+                marker={"color": color, "symbol": symbol, "size": 9, "line": {"width": 1.5}},
                 text=[point.name for point in points],
                 hovertemplate="%{text}<br>%{x}: %{y:.4g}<extra>" + first.label(axis) + "</extra>",
             )
@@ -222,7 +222,7 @@ def _figure(metric: str, axis: str, runs: Sequence[Point], published: Sequence[P
     y |= {"tickvals": LOG_TICKS} if about.log else {"rangemode": "tozero"}
     empty = not any(len(trace.x) for trace in traces)
     note = [{"text": "not measured yet", "showarrow": False, "xref": "paper", "yref": "paper",
-             "x": 0.5, "y": 0.5, "font": {"color": GREY}}]  # fmt: skip
+             "x": 0.5, "y": 0.5, "font": {"color": GRAY}}]  # fmt: skip
     return figure(
         traces, x, y, showlegend=False, height=270, annotations=note if empty else [],
         margin={"l": 62, "r": 12, "t": 8, "b": 44},

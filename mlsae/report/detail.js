@@ -90,7 +90,7 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
     fill();
     box.append(
       element("div", { class: "filter" }, element("h4", {}, "Examples"), select),
-      element("p", {}, element("small", {}, "The framed token is the one the example was chosen for. The stronger the colour of a token and the thicker its line, the more active the latent is there; point at one to read by how much.")),
+      element("p", {}, element("small", {}, "The framed token is the one the example was chosen for. The stronger the color of a token and the thicker its line, the more active the latent is there; point at one to read by how much.")),
       shown,
     );
     return box;

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
-from .style import BLUE, GREY, ORANGE, bars_between, figure
+from .style import BLUE, GRAY, ORANGE, bars_between, figure
 
 MAX_COLUMNS = 1200  # of the heatmap: more than a screen shows, and the page stays small
 BINS = 48
@@ -33,7 +33,7 @@ def columns_of(n_latents: int) -> int:
 
 
 def heatmap(share: Tensor, layers: Sequence[int]) -> go.Figure:
-    """share (M, L), in the order of mean layer: a column a latent or group of neighbours."""
+    """share (M, L), in the order of mean layer: a column a latent or group of neighbors."""
     mean = share @ torch.arange(share.shape[1], dtype=share.dtype)
     order = mean.argsort(stable=True)
     width = columns_of(len(share))
@@ -79,7 +79,7 @@ def mean_layers(mean: Tensor, n_layers: int) -> go.Figure:
 
 
 def entropies(entropy: Tensor) -> go.Figure:
-    """A histogram of normalised entropies."""
+    """A histogram of normalized entropies."""
     return _histogram(entropy, 1, "entropy over layers ÷ ln L (0: one layer, 1: all alike)")
 
 
@@ -123,8 +123,8 @@ def _histogram(values: Tensor, end: float, title: str) -> go.Figure:
 def ratios(found: dict[str, Any]) -> go.Figure:
     """Ratios A and B with intervals, by both estimators: the `ratios` of analysis.json."""
     traces = []
-    for (estimator, label), colour, symbol in zip(
-        LABELS.items(), (BLUE, GREY), ("circle", "diamond-open"), strict=True
+    for (estimator, label), color, symbol in zip(
+        LABELS.items(), (BLUE, GRAY), ("circle", "diamond-open"), strict=True
     ):
         low, value, high = (
             [found[estimator][name][end] for name in ("B", "A")] for end in ("low", "value", "high")
@@ -137,7 +137,7 @@ def ratios(found: dict[str, Any]) -> go.Figure:
                 mode="markers+text",
                 text=[f"{number:.3f}" if number is not None else "" for number in value],
                 textposition="top center" if estimator == "equations" else "bottom center",
-                marker={"size": 11, "color": colour, "symbol": symbol},
+                marker={"size": 11, "color": color, "symbol": symbol},
                 name=label,
                 hovertemplate="%{y}: %{x:.4f}<extra>" + label + "</extra>",
             )
@@ -159,9 +159,9 @@ def cosines(found: dict[str, Any]) -> go.Figure:
     pairs = sum(found["decoder"]) or 1
     least = min((count / pairs for count in found["decoder"] if count), default=0) / 10
     traces = []
-    for name, label, colour, dash in (
+    for name, label, color, dash in (
         ("decoder", "decoder rows", BLUE, "solid"),
-        ("random", "random directions", GREY, "dot"),
+        ("random", "random directions", GRAY, "dot"),
     ):
         total = sum(found[name]) or 1
         traces.append(
@@ -169,7 +169,7 @@ def cosines(found: dict[str, Any]) -> go.Figure:
                 x=x,
                 y=[count / total if count / total > least else None for count in found[name]],
                 mode="lines",
-                line={"color": colour, "width": 2, "dash": dash, "shape": "hvh"},
+                line={"color": color, "width": 2, "dash": dash, "shape": "hvh"},
                 name=label,
                 hovertemplate="cosine %{x:.2f}: %{y:.2e}<extra></extra>",
             )

@@ -14,7 +14,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from .pack import number, pack_json
-from .run import Analysis
+from .run_data import Analysis
 
 Integers = NDArray[np.int64]
 

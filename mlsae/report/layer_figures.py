@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from .style import BLUE, GREEN, GREY, LOG_TICKS, ORANGE, RED, bars_between, figure
+from .style import BLUE, GRAY, GREEN, LOG_TICKS, ORANGE, RED, bars_between, figure
 
 _NAMED = 8  # layers at most that are all in the key of a figure
 
@@ -21,18 +21,16 @@ def _by_layer(
     series: dict[str, dict[str, Any]], layers: Sequence[int], title: str, form: str
 ) -> go.Figure:
     """Bars of each layer; `series` has figures as evaluation.json has them, by label."""
-    patterns = ("", "/")  # told apart without colour too
+    patterns = ("", "/")  # told apart without color too
     traces = []
-    for (label, found), colour, shape in zip(
-        series.items(), (BLUE, ORANGE), patterns, strict=False
-    ):
+    for (label, found), color, shape in zip(series.items(), (BLUE, ORANGE), patterns, strict=False):
         low, high = zip(*found["intervals"], strict=True)
         traces.append(
             go.Bar(
                 x=[str(layer) for layer in layers],
                 y=found["layers"],
                 name=label,
-                marker={"color": colour, "pattern": {"shape": shape, "fillmode": "overlay"}},
+                marker={"color": color, "pattern": {"shape": shape, "fillmode": "overlay"}},
                 error_y=bars_between(low, found["layers"], high),
                 hovertemplate="layer %{x}: %{y:" + form + "}<extra>" + label + "</extra>",
             )
@@ -67,7 +65,7 @@ def delta_ce(found: dict[str, dict[str, Any]], layers: Sequence[int]) -> go.Figu
 
 
 def adjacent(found: dict[str, Any], layers: Sequence[int]) -> go.Figure:
-    """Cosine of neighbouring layers' centred residuals, and their norm."""
+    """Cosine of neighboring layers' centered residuals, and their norm."""
     names = [str(layer) for layer in layers]
     pairs = [f"{a} → {b}" for a, b in pairwise(layers)]
     cosine = go.Scatter(
@@ -87,7 +85,7 @@ def adjacent(found: dict[str, Any], layers: Sequence[int]) -> go.Figure:
         name="norm",
         width=0.55,
         opacity=0.55,
-        marker={"color": GREY},
+        marker={"color": GRAY},
         text=names,
         textposition="none",
         hovertemplate="layer %{text}: norm %{y:.3g}<extra></extra>",
@@ -146,7 +144,7 @@ def training(
             marker={"size": 10, "symbol": "diamond", "color": RED},
         )
     )
-    dash = {"dash": "dot", "color": GREY}
+    dash = {"dash": "dot", "color": GRAY}
     traces.append(go.Scatter(x=tokens, y=dead, name="dead latents", yaxis="y2", line=dash))
     return figure(
         traces,

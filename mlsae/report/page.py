@@ -15,7 +15,7 @@ from ..metrics import mean_layer, normalized_entropy
 from . import latent_figures, layer_figures
 from .latents import Browser, browser
 from .pack import LIMIT, number, pack_figures, pack_json, packed_plotly, render
-from .run import Analysis, Run, read_run
+from .run_data import Analysis, Run, read_run_data
 
 _MARGIN = 20_000  # bytes of the page's own text that are not known before it is rendered
 
@@ -23,9 +23,9 @@ _MARGIN = 20_000  # bytes of the page's own text that are not known before it is
 def write_report(folder: Path, out: Path | None = None) -> None:
     """Write the page of the run in `folder` to `out`, or report.html in it.
 
-    Raises InputError where the folder holds no run, or a file of it is damaged.
+    Raises InputError if the folder holds no run, or a file of it is damaged.
     """
-    run = read_run(folder)
+    run = read_run_data(folder)
     figures = _figures(run)
     packed = {"plotly": packed_plotly(), "figures": pack_figures(figures)}
     scripts: tuple[str, ...] = ("page.js",)
@@ -100,7 +100,7 @@ def _groups(run: Run) -> str:
     totals = run.analysis.totals if run.analysis else run.totals
     n_latents = int((totals.sum(1) > 0).sum()) if totals is not None else 0
     width = latent_figures.columns_of(n_latents)
-    each = f"the mean of {width} neighbouring latents" if width > 1 else "one latent"
+    each = f"the mean of {width} neighboring latents" if width > 1 else "one latent"
     return f"Each column is {each}, of the {n_latents:,} that were active"
 
 

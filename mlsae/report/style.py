@@ -1,6 +1,6 @@
-"""How every figure looks: colours that are read on a light and a dark page, titles, margins.
+"""How every figure looks: colors that are read on a light and a dark page, titles, margins.
 
-The page's script puts in the colours of text and lines, which follow the reader's mode.
+The page's script puts in the colors of text and lines, which follow the reader's mode.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-BLUE, ORANGE, GREEN, PURPLE, RED, GREY = (
+BLUE, ORANGE, GREEN, PURPLE, RED, GRAY = (
     "#4a90d9", "#d9822b", "#2ca58d", "#a06cd5", "#d64550", "#888d93",
 )  # fmt: skip
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, RED, "#b8a038", "#4ab3c9", "#c76aa0")

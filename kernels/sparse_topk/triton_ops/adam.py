@@ -125,7 +125,7 @@ def adam_unit_norm_(
     grad_scale () on the weight's device. `grad` is left as it was. Computed in float32, or in
     float64 where the weight is of it, with `lr`, `betas` and `eps` rounded to float32.
 
-    Raises ValueError where a tensor to be written is not contiguous.
+    Raises ValueError if a tensor to be written is not contiguous.
     """
     for name, t in (("weight", weight), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if not t.is_contiguous():

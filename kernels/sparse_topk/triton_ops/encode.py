@@ -52,7 +52,7 @@ def topk_encode(
     forbids TF32, "fused" uses three TF32 products for one, which keeps about 22 bits of each
     factor, and "chunked" cuBLAS's float32.
 
-    Raises TypeError where x is not float32, bfloat16 or float16.
+    Raises TypeError if x is not float32, bfloat16 or float16.
     """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")

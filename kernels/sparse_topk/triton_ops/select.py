@@ -1,7 +1,7 @@
 """The exact K largest of a row, from the best of each group of its latents.
 
 What a row's scores become first, in whichever way, is int32 keys in the scores' order: the best of
-each group of G neighbours, and with TWO the second best. From those,
+each group of G neighbors, and with TWO the second best. From those,
 
     pick_groups   names the at most K groups that can hold one of the K largest
     rank          takes the K largest of what the picked groups hold

@@ -1,0 +1,1 @@
+"""Text, tokens and residuals: what an SAE trains on."""

@@ -1,0 +1,1 @@
+"""Training: one straight loop, its state, and the folder that a run leaves."""

@@ -1,0 +1,131 @@
+"""Checkpoints of a training run: whole or not there, and known to be undamaged when read.
+
+A checkpoint is `checkpoints/<tokens>.safetensors`: the tensors of a nested dict under their path
+("trainer/optimizer/…"), and its other values as JSON in the metadata. Beside it lies its
+`.sha256`, in the format of `sha256sum --check`, written last: a checkpoint without one is not
+whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ..files import sync_folder, write_file
+
+
+def save(run: Path, tokens: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `state` after `tokens` tokens, synced to the disk, and remove all but the newest
+    `keep` checkpoints."""
+    folder = run / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    for unfinished in folder.glob("*.partial"):  # of a process that was killed while it wrote
+        unfinished.unlink()
+    tensors, rest = _split(state)
+    path = folder / f"{tokens:015}.safetensors"
+    aside = path.with_suffix(".partial")
+    try:
+        _write(tensors, aside, {"state": json.dumps(rest)})
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        _digest_path(path).unlink(missing_ok=True)  # of an earlier one after as many tokens
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(folder)
+    write_file(_digest_path(path), f"{_digest(path)}  {path.name}\n".encode())
+    sync_folder(folder)
+    for old in _newest_first(folder)[keep:]:
+        _digest_path(old).unlink(missing_ok=True)
+        old.unlink()
+    return path
+
+
+def newest(run: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest undamaged checkpoint of a run; None where there is none.
+    `report` is told of each that is damaged."""
+    for path in _newest_first(run / "checkpoints"):
+        try:
+            expected = _digest_path(path).read_text().split()[0]
+        except (OSError, IndexError):
+            report(f"checkpoint {path} was not written to its end; trying the one before")
+            continue
+        if _digest(path) != expected:
+            report(f"checkpoint {path} is damaged (its checksum differs); trying the one before")
+            continue
+        return path
+    return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in an undamaged checkpoint."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        rest = json.loads(file.metadata()["state"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return _join(tensors, rest)
+
+
+def any_written(run: Path) -> bool:
+    """Whether the run has come to a checkpoint that was written to its end."""
+    return any((run / "checkpoints").glob("*.sha256"))
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"), reverse=True)
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except safetensors.SafetensorError as error:
+        # The library hides the system's error, a full disk for one, in its message.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a nested dict, by path, and the dict without them."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[key] = value.detach().cpu().contiguous()
+        elif isinstance(value, dict):
+            inner, rest[key] = _split(value)
+            tensors |= {f"{key}/{name}": tensor for name, tensor in inner.items()}
+        else:
+            rest[key] = value
+    return tensors, rest
+
+
+def _join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """What `_split` took apart."""
+    for path, tensor in tensors.items():
+        *keys, last = path.split("/")
+        place = rest
+        for key in keys:
+            place = place[key]
+        place[last] = tensor
+    return rest

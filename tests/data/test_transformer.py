@@ -1,0 +1,154 @@
+"""Loading a transformer: a part of it, on several devices, in other dtypes; against loading it
+whole, on one, in float32."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+import transformers
+
+from mlsae import builtin
+from mlsae.config import SAEConfig, TrainConfig
+from mlsae.data import transformer
+from mlsae.data.residuals import ResidualReader, find_blocks
+from mlsae.data.transformer import load_transformer
+from mlsae.errors import InputError
+from mlsae.evaluate import EvaluateConfig, evaluate
+from mlsae.train import train
+from tests.helpers.models import CONFIGS
+
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.utils.logging.disable_progress_bar()
+
+
+def saved(config, folder):
+    """A random model of `config`, and the settings to load it from `folder`."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    return model, TrainConfig(str(folder))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_blocks_above_the_last_wanted_one_are_not_loaded(name, tmp_path):
+    model, settings = saved(CONFIGS[name], tmp_path)
+    part = load_transformer(settings, CPU, n_layers=2)
+    assert len(find_blocks(part)) == 2
+    assert part.num_parameters() < model.num_parameters()
+    assert torch.equal(ResidualReader(part)(IDS), ResidualReader(model, [0, 1])(IDS))
+    whole = load_transformer(settings, CPU)
+    assert torch.equal(whole(IDS).logits, model(IDS).logits)
+
+
+def test_blocks_that_depend_on_their_number_are_all_loaded(tmp_path):
+    """The last two blocks of this model take their keys from earlier ones. Of a shorter model the
+    last two would be others."""
+    config = transformers.Gemma4TextConfig(
+        vocab_size=64, hidden_size=24, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=32, max_position_embeddings=32, head_dim=12,
+        global_head_dim=12, num_kv_shared_layers=2, hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=64, layer_types=["sliding_attention", "full_attention"] * 3,
+    )  # fmt: skip
+    model, settings = saved(config, tmp_path)
+    part = load_transformer(settings, CPU, n_layers=5)
+    assert len(find_blocks(part)) == 6
+    layers = [0, 4]
+    assert torch.equal(ResidualReader(part, layers)(IDS), ResidualReader(model, layers)(IDS))
+
+
+def builtin_settings(**options):
+    return TrainConfig(builtin.NAME, **options)
+
+
+def test_a_model_may_be_spread_over_devices():
+    """Over the CPU and the disk: each part is moved in for its turn, and the residuals out."""
+    plain = ResidualReader(load_transformer(builtin_settings(), CPU))
+    room = 6_000_000  # of the 13.8 MB that its weights are
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "_free_memory", lambda device, reserved: {"cpu": room})
+        spread = load_transformer(builtin_settings(model_device_map="auto"), CPU)
+    assert set(map(str, spread.hf_device_map.values())) == {"cpu", "disk"}
+    reader = ResidualReader(spread)
+    for _ in range(2):
+        assert torch.equal(reader(IDS), plain(IDS))
+    residuals, logits = reader.with_logits(IDS)
+    assert torch.equal(torch.stack(residuals), plain(IDS))
+    assert torch.equal(logits, plain.logits(IDS))
+
+
+def test_what_the_sae_needs_is_left_free():
+    device_map = builtin_settings(model_device_map="auto")
+    assert load_transformer(device_map, CPU).device == CPU
+    free = transformer._free_memory(CPU, 0)["cpu"]
+    away = load_transformer(device_map, CPU, reserved=2 * free)
+    assert set(away.hf_device_map.values()) == {"disk"}
+
+
+def test_residuals_keep_the_model_s_dtype():
+    for name in ("bfloat16", "float16"):
+        model = load_transformer(builtin_settings(model_dtype=name), CPU)
+        assert ResidualReader(model)(IDS).dtype == getattr(torch, name)
+
+
+def test_training_and_evaluation_are_the_same_on_a_spread_model(tmp_path, monkeypatch):
+    config = TrainConfig(
+        sae=SAEConfig(expansion=2, k=8), layers=(1, 3), tokens=1500, batch_tokens=512, seq_len=64,
+        eval_tokens=512, out=tmp_path / "plain",
+    )  # fmt: skip
+    train(config)
+    room = {"cpu": 2_000_000}
+    monkeypatch.setattr(transformer, "_free_memory", lambda device, reserved: room)
+    spread = dataclasses.replace(config, model_device_map="auto", out=tmp_path / "spread")
+    train(spread)
+    for name in ("model.safetensors", "latents.safetensors"):
+        assert (spread.out / name).read_bytes() == (config.out / name).read_bytes()
+    figures = [
+        evaluate(EvaluateConfig(out, tokens=512, resamples=2)).as_dict()["figures"]
+        for out in (config.out, spread.out)
+    ]
+    assert figures[0]["delta_ce"]["layers"][0] > 0
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "package"),
+    [
+        ({"model_device_map": "auto"}, "accelerate"),
+        ({"model_quantize": "8bit"}, "bitsandbytes"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(monkeypatch, options, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (argument,) = options
+    with pytest.raises(InputError, match=rf"--{argument} needs .* pip install {package}"):
+        load_transformer(builtin_settings(**options), CPU)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantized_model_is_smaller_and_near(bits):
+    """Where bitsandbytes is installed; its CPU backend serves."""
+    pytest.importorskip("bitsandbytes")
+    plain = load_transformer(builtin_settings(), CPU)
+    small = load_transformer(builtin_settings(model_quantize=bits), CPU)
+    assert small.get_memory_footprint() < 0.5 * plain.get_memory_footprint()
+    true, found = ResidualReader(plain)(IDS), ResidualReader(small)(IDS).float()
+    error = (found - true).norm() / true.norm()
+    assert 0 < error < (0.05 if bits == "8bit" else 0.3)
+
+
+def test_an_unknown_model_is_named(tmp_path):
+    for load in (transformer.load_config, transformer.load_tokenizer):
+        with pytest.raises(InputError, match=r"MODEL must be 'builtin', .* cannot be loaded"):
+            load(str(tmp_path))
+
+
+def test_an_unknown_place_is_named():
+    with pytest.raises(InputError, match=r"--model_device_map must be auto, .* got 'nowhere'"):
+        load_transformer(builtin_settings(model_device_map="nowhere"), CPU)

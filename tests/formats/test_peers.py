@@ -1,0 +1,72 @@
+"""Converted SAEs against the real classes of the other libraries, each in an environment of its
+own: `bash scripts/check_peers.sh` makes them, and runs this.
+
+Legend: N tokens, D inputs, M latents, K active latents a token.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mlsae import MLSAE, DenseSAE, formats
+from mlsae.formats import SavedSAE
+from tests.helpers.peer_files import sae
+
+HERE = Path(__file__).parent
+N, D, M, K = 512, 16, 64, 6
+LIBRARIES = {"sparsify": False, "saelens": True, "dictionary_learning": False}
+
+
+def python_of(library):
+    """The Python of its environment; skips the test where there is none."""
+    path = Path(os.environ.get("PEERS", "/nowhere")) / library / "bin" / "python"
+    if not path.exists():
+        pytest.skip(f"needs {library} in an environment: bash scripts/check_peers.sh makes one")
+    return path
+
+
+def run(python, *arguments, **environment):
+    keep = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    result = subprocess.run(
+        [str(python), *map(str, arguments)], capture_output=True, text=True, check=False,
+        env={**keep, **environment}, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_both_ways_give_the_same_outputs(tmp_path, library):
+    """Ours as their class runs it, and theirs as ours does: float32 on both sides."""
+    python = python_of(library)
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(0)) * 2 + 1
+    ours = SavedSAE(sae(0, D, M), K, LIBRARIES[library], (2,), "some/model")
+    formats.write(ours, tmp_path / "converted", library)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    run(python, HERE / "peer.py", library, tmp_path)
+    for name in ("converted", "native"):
+        theirs = load_file(tmp_path / f"{name}.safetensors")
+        found = ours if name == "converted" else formats.read(tmp_path / name)
+        view = DenseSAE(MLSAE.from_saved(found))
+        f = view.encode(x)
+        errors = [
+            (mine - its).abs().max().item() / its.abs().max().item()
+            for mine, its in ((f, theirs["f"]), (view.decode(f), theirs["x_hat"]))
+        ]
+        print(f"{library}, {name}: largest difference of f {errors[0]:.1e}, x̂ {errors[1]:.1e}")
+        assert max(errors) < 1e-5, "relative to the largest output"
+        assert torch.equal(f > 0, theirs["f"] > 0)
+
+
+def test_saebench_takes_the_dense_view():
+    """SAEBench's own norm check, test of an SAE in a transformer, and metrics of its weights."""
+    out = run(
+        python_of("saelens"), HERE / "peer_saebench.py",
+        PYTHONPATH=f"{HERE.parent}/kernels:{HERE.parent}",
+    )  # fmt: skip
+    assert "average l0: 6.0" in out
+    assert out.endswith("ok\n")

@@ -1,0 +1,44 @@
+"""Small transformers of every supported family, and a patched forward pass by hand."""
+
+import torch
+import transformers
+
+from mlsae.data.residuals import find_blocks
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
+CONFIGS = {
+    "gpt2": transformers.GPT2Config(vocab_size=64, n_embd=24, n_layer=3, n_head=2, n_positions=32),
+    "gpt_neox": transformers.GPTNeoXConfig(**SMALL),
+    "llama": transformers.LlamaConfig(**SMALL),
+    "gemma2": transformers.Gemma2Config(**SMALL, head_dim=12),
+    "qwen2": transformers.Qwen2Config(**SMALL),
+    "phi": transformers.PhiConfig(**SMALL),
+    "opt": transformers.OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=24),
+}
+
+
+def make(config):
+    torch.manual_seed(0)
+    config = type(config).from_dict({**config.to_dict(), "initializer_range": 0.3})
+    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def forward_with_hook(model, input_ids, layer, residual):
+    """The oracle: the whole model runs, and a hook replaces the output of one block."""
+
+    def replace(_module, _args, output):
+        return residual if isinstance(output, torch.Tensor) else (residual, *output[1:])
+
+    handle = find_blocks(model)[layer].register_forward_hook(replace)
+    try:
+        return model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        handle.remove()

@@ -1,0 +1,41 @@
+"""The training program on several processes, as `torchrun` starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SETTINGS = {
+    "tokens": 6000, "batch_tokens": 512, "micro_tokens": 256, "seq_len": 64, "eval_tokens": 512,
+    "log_tokens": 1000, "checkpoint_tokens": 512, "max_grad_norm": 1.0,
+}  # fmt: skip
+SAE = {"expansion": 2, "k": 8, "dead_tokens": 1500}
+
+
+def torchrun(out, *arguments, processes=2):
+    """The program on two processes, its settings as above; `arguments` come last."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), "-m", "mlsae.train", "--out", str(out)]
+    for name, value in SETTINGS.items():
+        command += [f"--{name}", str(value)]
+    for name, value in SAE.items():
+        command += [f"--sae.{name}", str(value)]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def process_of(launcher, rank):
+    """The process id of a rank that the launcher has started, on Linux."""
+    tasks = Path(f"/proc/{launcher.pid}/task").glob("*/children")
+    for child in (child for task in tasks for child in task.read_text().split()):
+        if f"\0RANK={rank}\0" in f"\0{Path(f'/proc/{child}/environ').read_text()}":
+            return int(child)
+    raise LookupError(f"no process of rank {rank}")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

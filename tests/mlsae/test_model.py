@@ -1,0 +1,187 @@
+"""The MLSAE against its definition, written out by hand.
+
+Legend: L layers, N tokens, D inputs, M latents, K active latents a token.
+"""
+
+import json
+
+import pytest
+import torch
+
+from mlsae import MLSAE, MLSAEConfig
+from mlsae.errors import InputError
+from mlsae.metrics import Moments
+from mlsae.training.init import geometric_median
+
+L, N, D, M, K = 3, 20, 6, 32, 4
+
+
+def make(standardize=True, seed=0):
+    torch.manual_seed(seed)
+    mlsae = MLSAE(MLSAEConfig(D, M, K, tuple(range(L)), standardize)).double()
+    with torch.no_grad():
+        mlsae.sae.b_dec.normal_()
+        mlsae.sae.W_enc.normal_()
+    return mlsae
+
+
+def residuals(seed=1):
+    """(L, N, D), each layer of another scale and mean."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    return torch.randn(L, N, D, generator=generator) * scale + 3 * scale
+
+
+def by_hand(mlsae, vector):
+    """x̂ of one vector: the paper's formulas, one line each."""
+    mean, std = vector.mean(), vector.std(correction=1)
+    standard = (vector - mean) / (std + 1e-5) if mlsae.config.standardize else vector
+    scores = mlsae.sae.W_enc @ (standard - mlsae.sae.b_dec)
+    codes = torch.zeros(M, dtype=torch.float64)
+    for j in sorted(range(M), key=lambda j: -scores[j].item())[:K]:
+        codes[j] = max(scores[j].item(), 0)
+    out = codes @ mlsae.sae.W_dec + mlsae.sae.b_dec
+    return out * std + mean if mlsae.config.standardize else out
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_forward_is_the_papers_formula(standardize):
+    mlsae, x = make(standardize), residuals()
+    x_hat = mlsae(x)
+    for layer in range(L):
+        for n in range(3):
+            expected = by_hand(mlsae, x[layer, n].double())
+            torch.testing.assert_close(x_hat[layer, n], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_constant_vector_stays_finite():
+    mlsae = make()
+    assert torch.isfinite(mlsae(torch.full((2, D), 7.0))).all()
+
+
+def losses(mlsae, x, parts=1, dead=None, **options):
+    """Loss and gradients of x, in so many parts."""
+    mlsae.zero_grad()
+    moments = Moments(L, D)
+    moments.update(residuals(seed=9))
+    results = [
+        mlsae.losses(part, moments.variance().float(), N, dead=dead, **options)
+        for part in x.tensor_split(parts, dim=1)
+    ]
+    for result in results:
+        result.loss.backward()
+    return results, [p.grad.clone() for p in mlsae.parameters()]
+
+
+AUX = {"k_aux": 3, "error_variance": torch.tensor([0.5, 1.0, 2.0])}
+
+
+def test_the_loss_is_the_mean_fvu_of_the_layers():
+    mlsae, x = make(), residuals()
+    (result,), _ = losses(mlsae, x)
+    moments = Moments(L, D)
+    moments.update(residuals(seed=9))
+    error = (x - mlsae(x)).square().sum(2).mean(1)
+    torch.testing.assert_close(result.loss, (error / moments.variance()).mean())
+    torch.testing.assert_close(result.sq_error / N, error)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_parts_add_up_to_the_whole(parts):
+    mlsae, x, dead = make(), residuals(), torch.arange(0, M, 3)
+    (whole,), gradient = losses(mlsae, x, 1, dead, **AUX)
+    some, gradients = losses(mlsae, x, parts, dead, **AUX)
+    torch.testing.assert_close(sum(s.loss for s in some), whole.loss)
+    torch.testing.assert_close(sum(s.aux for s in some), whole.aux)
+    for one, other in zip(gradients, gradient, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_aux_is_written_out_by_hand():
+    mlsae, x, dead = make(), residuals(), torch.arange(0, M, 3)
+    (result,), _ = losses(mlsae, x, 1, dead, **AUX)
+    standard = mlsae.standardize(x)[0]
+    error = standard - mlsae.sae(standard)
+    scores = (standard - mlsae.sae.b_dec) @ mlsae.sae.W_enc[dead].T
+    values, chosen = scores.topk(3)
+    predicted = torch.einsum("lnk,lnkd->lnd", values.relu(), mlsae.sae.W_dec[dead][chosen])
+    missed = (error - predicted).square().sum((1, 2)) / N
+    torch.testing.assert_close(result.aux, (missed / AUX["error_variance"]).mean())
+    assert not result.aux.requires_grad
+    plain = losses(mlsae, x)[0][0]
+    torch.testing.assert_close(result.loss, plain.loss + result.aux / 32)
+
+
+def test_aux_pulls_the_dead_latents_and_nothing_else():
+    mlsae, x, dead = make(), residuals(), torch.arange(0, M, 3)
+    _, (with_aux) = losses(mlsae, x, 1, dead, **AUX)
+    _, without = losses(mlsae, x)
+    names = [name for name, _ in mlsae.named_parameters()]
+    change = {n: a - b for n, a, b in zip(names, with_aux, without, strict=True)}
+    alive = torch.ones(M, dtype=torch.bool).index_fill(0, dead, False)
+    for name in ("sae.W_enc", "sae.W_dec"):
+        assert (change[name][dead].norm(dim=1) > 0).any()
+        assert (change[name][alive] == 0).all()
+    assert (change["sae.b_dec"] == 0).all()
+
+
+def test_aux_is_exactly_zero_with_no_dead_latents():
+    mlsae, x = make(), residuals()
+    for dead in (None, torch.tensor([], dtype=torch.int64)):
+        (result,), gradients = losses(mlsae, x, 1, dead, **AUX)
+        assert result.aux == 0
+        for one, other in zip(gradients, losses(mlsae, x)[1], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_fewer_dead_latents_than_k_aux():
+    (result,), _ = losses(make(), residuals(), 1, torch.tensor([5]), **AUX)
+    assert torch.isfinite(result.aux)
+    assert result.aux > 0
+
+
+def test_save_and_load_are_bitwise(tmp_path):
+    mlsae = make().float()
+    mlsae.save_pretrained(tmp_path, note="kept")
+    other = MLSAE.from_pretrained(tmp_path)
+    assert other.config == mlsae.config
+    for one, two in zip(mlsae.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+        assert two.requires_grad
+    assert json.loads((tmp_path / "config.json").read_text())["note"] == "kept"
+    import safetensors.torch
+
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    assert shapes == {"W_enc": (M, D), "W_dec": (M, D), "b_dec": (D,)}
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "cut", "shape"])
+def test_a_damaged_folder_is_named(tmp_path, damage):
+    make().float().save_pretrained(tmp_path)
+    if damage == "cut":
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-8])
+    elif damage == "shape":
+        file = tmp_path / "config.json"
+        file.write_text(file.read_text().replace(f'"n_latents": {M}', '"n_latents": 40'))
+    else:
+        (tmp_path / damage).unlink()
+    with pytest.raises(InputError, match="RUN must be the folder of a trained MLSAE"):
+        MLSAE.from_pretrained(tmp_path)
+
+
+def test_the_geometric_median_minimizes_the_summed_distance():
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(99, 3), torch.full((10, 3), 1e4)]).double()
+    center = geometric_median(x)
+    assert center.norm() < 1, "outliers do not move it, as they move the mean"
+    distance = (x - center).norm(dim=1).sum()
+    for step in torch.eye(3, dtype=torch.float64) * 1e-2:
+        assert (x - center - step).norm(dim=1).sum() > distance
+        assert (x - center + step).norm(dim=1).sum() > distance
+
+
+def test_the_geometric_median_may_be_a_point():
+    x = torch.tensor([[0.0, 0.0]] * 5 + [[1.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(geometric_median(x), torch.zeros(2), atol=1e-4, rtol=0)

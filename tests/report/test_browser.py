@@ -1,0 +1,278 @@
+"""The report as a reader has it: in a headless Chromium, skipped where there is none.
+
+Legend: L layers, M latents.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from mlsae.report import write_report
+from mlsae.report.comparison import write_comparison
+from tests.helpers.headless import CHROMIUM, CONTRAST, DRIVER, NARROW, WIDE, Reader
+from tests.helpers.make_run import NASTY, make_run
+
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="needs Chromium and its driver: apt-get install chromium chromium-driver",
+)
+L = 5
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    reader = Reader(tmp_path_factory.mktemp("profile"))
+    yield reader
+    reader.driver.quit()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("browser") / "run"
+    made = make_run(folder, 2048, L, examples=1)
+    write_report(folder)
+    return folder / "report.html", made["latents"], made["examples"]
+
+
+def test_a_page_opens_without_errors_or_network(reader, run, tmp_path):
+    make_run(tmp_path / "a", 64, analyzed=False, evaluated=False)
+    make_run(tmp_path / "b", 64, examples=1)
+    write_report(tmp_path / "a")
+    write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "c.html")
+    reader.complaints()  # those of before
+    for page in (run[0], tmp_path / "a" / "report.html", tmp_path / "c.html"):
+        reader.open(page)
+        figures = len(reader.all(".plot[data-figure]"))
+        assert figures >= 5
+        # Down the page, past every figure, so that each is drawn.
+        for node in reader.all(".plot[data-figure]"):
+            if node.is_displayed():
+                reader.js("arguments[0].scrollIntoView()", node)
+                WebDriverWait(reader.driver, 30).until(
+                    lambda _, n=node: n.get_attribute("data-drawn")
+                )
+        assert reader.complaints() == []
+
+
+def test_the_list_sorts_both_ways(reader, run):
+    _, table, _ = run
+    reader.open(run[0]).ready()
+    active = np.flatnonzero(table["tokens_active"])
+    by_frequency = sorted(active, key=lambda j: (-table["tokens_active"][j], j))
+    assert reader.ids()[:10] == by_frequency[:10]
+    by_entropy = sorted(by_frequency, key=lambda j: float(f"{table['entropy'][j]:.4g}"))
+    assert reader.sort("entropy").ids()[:10] == by_entropy[:10]
+    assert reader.one("#columns [aria-sort]").text.startswith("entropy")
+    by_entropy = sorted(by_frequency, key=lambda j: -float(f"{table['entropy'][j]:.4g}"))
+    assert reader.sort("entropy").ids()[:10] == by_entropy[:10]
+    assert reader.sort("latent").ids()[:10] == sorted(active)[:10]
+
+
+def test_a_long_list_draws_the_rows_in_view_alone(reader, run):
+    reader.open(run[0]).ready()
+    assert len(reader.ids()) < 60
+    reader.sort("latent").one("#list").send_keys(Keys.END)
+    reader.until("document.querySelector('#latent h3').textContent === 'Latent 2047'")
+    assert len(reader.ids()) < 60
+    assert reader.ids()[-1] == 2047
+    seen = reader.js(
+        "const [r, l] = [document.querySelector('[aria-selected=true]'), "
+        "document.querySelector('#list')].map((n) => n.getBoundingClientRect());"
+        "return r.top >= l.top && r.bottom <= l.bottom"
+    )
+    assert seen
+
+
+def test_the_keyboard_is_enough(reader, run):
+    reader.open(run[0]).ready()
+    reader.one("body").send_keys("/")
+    assert reader.js("return document.activeElement.id") == "search"
+    reader.one("#search").send_keys(Keys.ENTER)
+    assert reader.js("return document.activeElement.id") == "list"
+    first, second, third = reader.ids()[:3]
+    for key, latent in ((Keys.DOWN, second), (Keys.DOWN, third), (Keys.HOME, first)):
+        reader.one("#list").send_keys(key)
+        reader.until(f"document.querySelector('#latent h3').textContent === 'Latent {latent}'")
+    chosen = reader.one("#list").get_attribute("aria-activedescendant")
+    assert reader.one(f"#{chosen}").get_attribute("aria-selected") == "true"
+
+
+def peaks(rows, latent, most=4):
+    """The tokens at which a latent is most active: as many different ones as the list shows."""
+    mine = np.flatnonzero(rows["latent"] == latent)
+    # With one example of each layer and kind: the kinds in order, each by activation.
+    rank = {kind: i for i, kind in enumerate(("top", "q4", "q3", "q2", "q1"))}
+    mine = sorted(mine, key=lambda i: (rank[rows["kind"][i]], -rows["activation"][i]))[:16]
+    return list(dict.fromkeys(rows["tokens"][i][rows["position"][i]] for i in mine))[:most]
+
+
+@pytest.mark.parametrize("query", ["name17", "</script>", "naïve ✓", "NoNe", "·name3", "⏎", '"quo'])
+def test_search_finds_the_text_of_tokens(reader, run, query):
+    _, table, rows = run
+    reader.open(run[0]).ready()
+    token_mask = query.lower().replace("·", " ").replace("⏎", "\n")
+    expected = 0
+    for latent in np.flatnonzero(table["tokens_active"]):
+        words = [*peaks(rows, latent), *table["tokens_in"][latent], *table["tokens_out"][latent]]
+        expected += any(token_mask in word.lower() for word in words)
+    assert 0 < expected < 1920
+    assert reader.find(query) == expected
+
+
+def test_search_finds_an_id_and_says_when_there_is_none(reader, run):
+    reader.open(run[0]).ready()
+    assert reader.find("2046") == 1
+    assert reader.ids() == [2046]
+    assert reader.find("no such token") == 0
+    assert reader.find("") == 1920
+
+
+def test_a_latent_shows_its_profile_and_its_examples(reader, run):
+    page, table, rows = run
+    latent = int(rows["latent"][len(rows["latent"]) // 2])
+    reader.open(page, fragment=f"#latent-{latent}").ready()
+    reader.until("document.querySelector('.example')")
+    assert reader.one("#latent h3").text == f"Latent {latent}"
+    mine = np.flatnonzero(rows["latent"] == latent)
+    texts = reader.texts(".example .text")
+    shown = [text.replace("⏎", "\n").replace("⇥", "\t") for text in texts]
+    assert sorted(shown) == sorted("".join(rows["tokens"][i]) for i in mine)
+    strongest = max(mine, key=lambda i: rows["activation"][i])
+    assert shown[0] == "".join(rows["tokens"][strongest])
+    assert f"layer {rows['layer'][strongest]} · strongest" in reader.texts(".example p")[0]
+    peak = rows["tokens"][strongest][rows["position"][strongest]]
+    first = reader.all(".example .peak")[0].get_attribute("textContent")
+    assert first.replace("⏎", "\n").replace("⇥", "\t") == peak
+    on = reader.js("return document.querySelector('.example .text').querySelectorAll('.on').length")
+    assert on == (np.asarray(rows["activations"][strongest]) > 0.005).sum()
+    # The bars are as high as the shares.
+    heights = reader.js(
+        "return [...document.querySelectorAll('.profile .column i')].map((n) => n.style.height)"
+    )
+    found = [float(height.rstrip("%")) / 100 for height in heights]
+    mean = float(np.dot(found, np.arange(L)) / sum(found))
+    assert mean == pytest.approx(table["mean_layer"][latent], abs=0.01)
+    # Those of one layer.
+    layers = sorted({int(rows["layer"][i]) for i in mine})
+    reader.js(
+        "const s = document.querySelector('.filter select'); s.value = arguments[0];"
+        "s.dispatchEvent(new Event('change'))",
+        str(layers[-1]),
+    )
+    assert len(reader.all(".example")) == sum(rows["layer"][i] == layers[-1] for i in mine)
+
+
+def test_what_means_something_to_html_is_shown_as_it_is(reader, run, tmp_path):
+    make_run(
+        tmp_path, 64, examples=1, prompt='</script><img src=x onerror="alert(1)">', model="<i>m</i>"
+    )
+    write_report(tmp_path)
+    reader.open(tmp_path / "report.html").ready()
+    chips = reader.texts("#prompt button")
+    expected = ['</script><img·src=x·onerror="alert(1)">', *NASTY, " last"]
+    shown = {"\n": "⏎", "\t": "⇥", "": "∅"}
+    assert chips == [shown.get(token, token.replace(" ", "·")) for token in expected]
+    assert reader.one("h1").text == "Multi-layer SAE of <i>m</i>"
+    assert reader.all("img, h1 i, #list b, .example b, #prompt b") == []
+    assert reader.complaints() == []
+
+
+def test_a_click_on_a_column_opens_its_latent(reader, run):
+    page, table, _ = run
+    reader.open(page).ready().until("document.querySelector('[data-figure=heatmap]').dataset.drawn")
+    node = reader.one("[data-figure=heatmap]")
+    x, y = reader.js(
+        "const {xaxis, yaxis, _size} = arguments[0]._fullLayout;"
+        "return [_size.l + xaxis.d2p(1000), _size.t + yaxis.d2p(2)]",
+        node,
+    )
+    size = node.size
+    offset = (x - size["width"] / 2, y - size["height"] / 2)
+    ActionChains(reader.driver).move_to_element_with_offset(node, *offset).pause(
+        0.3
+    ).click().perform()
+    reader.until("document.querySelector('#columns [aria-sort]').textContent.startsWith('mean')")
+    active = np.flatnonzero(table["tokens_active"])
+    order = active[np.argsort(table["mean_layer"][active], kind="stable")]
+    # Two latents share a column, and a pixel is a few of them.
+    opened = int(reader.one("#latent h3").text.split()[1])
+    assert abs(list(order).index(opened) - 1000) <= 12
+
+
+def test_a_token_of_the_prompt_shows_its_latents(reader, run):
+    page, _, _ = run
+    prompt = json.loads((page.parent / "analysis_prompt.json").read_text())
+    reader.open(page).ready().until("document.querySelector('#token-plot').dataset.drawn")
+    reader.all("#prompt button")[3].click()
+    at = [i for i, token in enumerate(prompt["entries"]["token"]) if token == 3]
+    latents = {prompt["entries"]["latent"][i] for i in at}
+    reader.until(
+        f"document.querySelector('#token-caption').textContent.includes('{len(latents)} ')"
+    )
+    reader.until(f"document.querySelector('#token-plot').data[0].z[0].length === {len(latents)}")
+    z = np.array(reader.js("return document.querySelector('#token-plot').data[0].z"))
+    np.testing.assert_allclose(z.sum(0), 1)
+    means = np.arange(L) @ z
+    assert (np.diff(means) >= -1e-9).all()
+    single = sum((z > 0).sum(0) == 1)
+    assert f"{single} of them at one only" in reader.one("#token-caption").text
+
+
+def test_buttons_change_what_is_aggregated(reader, run):
+    reader.open(run[0]).ready()
+    assert not reader.one("[data-figure=heatmap-totals]").is_displayed()
+    reader.one("[data-choice=totals]").click()
+    reader.until("document.querySelector('[data-figure=heatmap-totals]').dataset.drawn")
+    assert reader.one("[data-figure=heatmap-totals]").is_displayed()
+    assert not reader.one("[data-figure=heatmap]").is_displayed()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_is_read_in_light_and_in_dark(reader, run, dark):
+    """The contrast that WCAG 2.2 AA asks of text: 4.5."""
+    reader.open(run[0], dark=dark).ready()
+    reader.until("document.querySelector('[data-figure=heatmap]').dataset.drawn")
+    reader.until("document.querySelector('.example')")
+    red, green, blue = re.findall(
+        r"\d+", reader.js("return getComputedStyle(document.body).backgroundColor")
+    )[:3]
+    assert (int(red) + int(green) + int(blue) < 150) == dark
+    for selector in (
+        "h1, h2, h3, p, dt, dd, small, figcaption, nav a, .headline *, th, td",
+        "#columns *, #rows [role=gridcell], .chip, button, #search, #found",
+        ".example p, .example .text, .profile > div",
+        "[data-figure] .xtick text, [data-figure] .ytitle, [data-figure] .cbtitle text",
+    ):
+        ratios = reader.js(CONTRAST, selector)
+        assert ratios, selector
+        assert min(ratios) >= 4.5, selector
+
+
+def test_figures_follow_when_the_mode_changes(reader, run):
+    reader.open(run[0]).ready()
+    reader.until("document.querySelector('[data-figure=heatmap]').dataset.drawn")
+    tick = "getComputedStyle(document.querySelector('[data-figure=heatmap] .xtick text')).fill"
+    before = reader.js("return " + tick)
+    scheme = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    reader.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
+    reader.until(f"{tick} !== '{before}'")
+
+
+def test_figures_stand_side_by_side_or_below_one_another(reader, run):
+    tops = (
+        "return [...document.querySelectorAll('#layers figure')]"
+        ".map((n) => n.getBoundingClientRect().top)"
+    )
+    left, right = reader.open(run[0], WIDE).ready().js(tops)
+    assert left == right
+    above, below = reader.open(run[0], NARROW).ready().js(tops)
+    assert above < below
+    for size in (WIDE, NARROW):
+        reader.open(run[0], size).ready()
+        width = reader.js("return document.documentElement.scrollWidth")
+        assert width <= size[0], "the page scrolls sideways"

@@ -1,0 +1,154 @@
+"""`UnitNormAdam` against torch's own Adam with the projection and the norm written out, with both
+backends: Triton's under its interpreter where there is no GPU."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from sparse_topk import SparseTopKSAE, UnitNormAdam, torch_ops
+
+
+@pytest.fixture(params=["torch", "triton"])
+def device(request, monkeypatch):
+    """Where to put the parameters so that the backend takes them."""
+    monkeypatch.setenv("SPARSE_TOPK_BACKEND", request.param)
+    return "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def gradients(shape, steps=5, seed=1, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    grads = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps))
+    return [grad.to(device) for grad in grads]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 200, 2**20])
+def test_blocks_of_any_size_are_the_same(monkeypatch, block_bytes):
+    monkeypatch.setattr(torch_ops, "_ADAM_BLOCK_BYTES", block_bytes)
+    test_on_the_sphere_it_is_project_adam_normalize("cpu")
+
+
+def test_on_the_sphere_it_is_project_adam_normalize(device):
+    start = torch.nn.functional.normalize(torch.randn(11, 7, dtype=torch.float64), dim=1).to(device)
+    ours, truth = (start.clone().requires_grad_() for _ in range(2))
+    optimizer = UnitNormAdam([ours], lr=0.1, unit_norm=True)
+    adam = torch.optim.Adam([truth], lr=0.1, eps=6.25e-10)
+    for grad in gradients(start.shape, device=device):
+        ours.grad = grad.clone()
+        optimizer.step()
+        truth.grad = grad - (grad * truth.detach()).sum(1, keepdim=True) * truth.detach()
+        adam.step()
+        with torch.no_grad():
+            truth /= truth.norm(dim=1, keepdim=True)
+        assert torch.equal(ours.grad, grad), "the gradient must be left as it was"
+        torch.testing.assert_close(ours.norm(dim=1), torch.ones_like(ours[:, 0]))
+    torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4)])
+def test_off_the_sphere_it_is_adam(shape, device):
+    start = torch.randn(shape, dtype=torch.float64, device=device)
+    ours, truth = (start.clone().requires_grad_() for _ in range(2))
+    optimizer = UnitNormAdam([ours], lr=0.1, betas=(0.8, 0.95), eps=1e-3)
+    adam = torch.optim.Adam([truth], lr=0.1, betas=(0.8, 0.95), eps=1e-3)
+    for grad in gradients(shape, device=device):
+        ours.grad, truth.grad = grad.clone(), grad.clone()
+        optimizer.step()
+        adam.step()
+    torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_it_resumes_from_its_state_to_the_same_bits(device, max_grad_norm):
+    start = torch.nn.functional.normalize(torch.randn(4, 3), dim=1).to(device)
+    grads = [g.float() for g in gradients((4, 3), 6, device=device)]
+
+    def run(p, optimizer, some):
+        for grad in some:
+            p.grad = grad.clone()
+            optimizer.step()
+
+    def fresh(p, lr=0.1):
+        return UnitNormAdam([p], lr=lr, unit_norm=True, max_grad_norm=max_grad_norm)
+
+    straight = start.clone().requires_grad_()
+    run(straight, fresh(straight), grads)
+    first = start.clone().requires_grad_()
+    optimizer = fresh(first)
+    run(first, optimizer, grads[:3])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    second = first.detach().clone().requires_grad_()
+    resumed = fresh(second, lr=0.5)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    run(second, resumed, grads[3:])
+    assert torch.equal(second, straight)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 100.0])
+def test_it_clips_as_torch_does(device, max_grad_norm):
+    """All groups share one norm, 0.5 of which is too much for any of these gradients, 100 for
+    none; a parameter without a gradient has no part in it."""
+
+    def parameters():
+        generator = torch.Generator().manual_seed(0)
+        sphere = torch.nn.functional.normalize(torch.randn(4, 3, generator=generator), dim=1)
+        flat, idle = torch.randn(2, 5, generator=generator)
+        return [t.double().to(device).requires_grad_() for t in (sphere, flat, idle)]
+
+    def optimizer(parameters, **more):
+        groups = [{"params": parameters[:1], "unit_norm": True}, {"params": parameters[1:]}]
+        return UnitNormAdam(groups, lr=0.1, **more)
+
+    ours, truth = parameters(), parameters()
+    clipping, plain = optimizer(ours, max_grad_norm=max_grad_norm), optimizer(truth)
+    for grads in zip(gradients((4, 3), device=device), gradients(5, device=device), strict=True):
+        for one, other, grad in zip(ours, truth, grads, strict=False):
+            one.grad, other.grad = grad.clone(), grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(truth, max_grad_norm)
+        assert 0.5 < norm < 100
+        clipping.step()
+        plain.step()
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(ours, grads, strict=False))
+    for one, other in zip(ours, truth, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(ours[0].norm(dim=1), torch.ones_like(ours[0][:, 0]))
+
+
+def test_a_backward_after_the_step_is_refused(device):
+    """It would take its gradients at weights that the forward pass has not seen."""
+    sae = SparseTopKSAE(4, 16, 2).to(device)
+    optimizer = UnitNormAdam(sae.parameter_groups())
+    x = torch.randn(3, 4, device=device)
+    early, late = sae(x).sum(), sae(x).sum()
+    early.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+def test_a_copy_clips_too():
+    p = torch.ones(3, requires_grad=True)
+    assert copy.deepcopy(UnitNormAdam([p], max_grad_norm=0.5)).max_grad_norm == 0.5
+
+
+def test_nothing_to_update_is_no_error(device):
+    empty = torch.zeros(0, 3, device=device, requires_grad=True)
+    idle = torch.zeros(2, 3, device=device, requires_grad=True)
+    empty.grad = torch.zeros_like(empty)
+    for parameters in ([empty], [idle]):
+        UnitNormAdam(parameters, unit_norm=True, max_grad_norm=1.0).step()
+
+
+def test_bad_arguments_are_named():
+    p = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match="lr must be at least 0, got -1"):
+        UnitNormAdam([p], lr=-1)
+    with pytest.raises(ValueError, match="betas"):
+        UnitNormAdam([p], betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match="max_grad_norm must be above 0, got 0"):
+        UnitNormAdam([p], max_grad_norm=0)
+    with pytest.raises(ValueError, match="matrix"):
+        UnitNormAdam([p], unit_norm=True)

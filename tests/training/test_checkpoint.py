@@ -1,0 +1,90 @@
+"""Checkpoints: what is read is what was written, or it is refused."""
+
+import subprocess
+
+import pytest
+import torch
+
+from mlsae.training import checkpoint
+
+STATE = {
+    "tokens": 12,
+    "text": "ℓ",
+    "none": None,
+    "inner": {"weights": torch.arange(6.0).view(2, 3), "deeper": {"count": torch.tensor(7)}},
+    "empty": {},
+    "half": torch.ones(3, dtype=torch.bfloat16),
+}
+
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    path = checkpoint.save(tmp_path, 12, STATE, keep=2)
+    found_path = checkpoint.newest(tmp_path, pytest.fail)
+    found = checkpoint.load(found_path)
+    assert found_path == path
+    assert equal(found, STATE)
+    checked = subprocess.run(
+        ["sha256sum", "--check", path.with_suffix(".sha256").name], cwd=path.parent, check=False
+    )
+    assert checked.returncode == 0
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    for tokens in (5, 100, 20_000, 1_000_000):
+        checkpoint.save(tmp_path, tokens, {**STATE, "tokens": tokens}, keep=2)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {
+        f"{tokens:015}{ending}"
+        for tokens in (20_000, 1_000_000)
+        for ending in (".safetensors", ".sha256")
+    }
+    assert checkpoint.load(checkpoint.newest(tmp_path, pytest.fail))["tokens"] == 1_000_000
+
+
+@pytest.mark.parametrize("damage", ["one bit", "cut short", "no checksum", "empty checksum"])
+def test_a_damaged_one_is_reported_and_the_one_before_it_used(tmp_path, damage):
+    checkpoint.save(tmp_path, 10, {**STATE, "tokens": 10}, keep=2)
+    path = checkpoint.save(tmp_path, 20, {**STATE, "tokens": 20}, keep=2)
+    content = path.read_bytes()
+    if damage == "one bit":
+        middle = len(content) - 3
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "cut short":
+        path.write_bytes(content[:-5])
+    elif damage == "no checksum":
+        path.with_suffix(".sha256").unlink()
+    else:
+        path.with_suffix(".sha256").write_text("")
+    said = []
+    found = checkpoint.load(checkpoint.newest(tmp_path, said.append))
+    assert found["tokens"] == 10
+    (line,) = said
+    assert str(path) in line
+
+
+def test_there_may_be_none(tmp_path):
+    assert checkpoint.newest(tmp_path, pytest.fail) is None
+
+
+def test_a_failed_write_leaves_the_older_one(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 10, STATE, keep=1)
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, 20, STATE, keep=1)
+    monkeypatch.undo()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        f"{10:015}.safetensors",
+        f"{10:015}.sha256",
+    }
