@@ -23,30 +23,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .config import PRESETS, SAEConfig, TrainConfig, check_config, runs_of
+from . import cli
+from .config import PRESETS, SAEConfig, TrainConfig, check_config
 from .distributed import launched, log_rank0
-from .errors import InputError, exit_on_bad_input
+from .errors import InputError, NonFiniteError
 from .evaluate import EvaluateConfig, Result, evaluate
 from .files import check_out, write_file
-from .train import parse as parse_training
-from .train import train
-from .training.state import NonFiniteError
+from .training.run import train
 
 SHARED = "all"
-_FIGURES = ("fvu", "fvu_paper", "delta_ce", "kl", "top1")
-# Small, for seven SAEs on two cores; else the defaults of training.
-_DEFAULT = replace(
-    PRESETS["default"],
-    sae=SAEConfig(expansion=8),
-    tokens=200_000,
-    eval_tokens=16_384,
-    out=Path("runs/compare"),
-)
+_METRICS = ("fvu", "fvu_paper", "delta_ce", "kl", "top1")
+_OUT = Path("runs/compare")
+_PRESETS = {
+    # Small, for seven SAEs on two cores; else the defaults of training.
+    "default": TrainConfig(
+        sae=SAEConfig(expansion=8), tokens=200_000, eval_tokens=16_384, out=_OUT
+    ),
+    "paper": replace(PRESETS["paper"], out=_OUT),
+}
 
 
 def compare(config: TrainConfig) -> dict[str, Result]:
@@ -61,15 +59,10 @@ def compare(config: TrainConfig) -> dict[str, Result]:
             "python -m mlsae.compare must run as one process, got several; train the runs with "
             "torchrun -m mlsae.train, then measure each with python -m mlsae.evaluate --layers"
         )
-    if len(runs_of(config)) > 1:
-        raise InputError(
-            "--sae.k, --sae.expansion and --sae.n_latents must have one value each to compare "
-            "SAEs of the same size, got several; compare one size at a time"
-        )
     own = ("comparison.csv", SHARED, "layer-*")
     check_out(config.out, config.overwrite, config.resume, own, 0)
     log_rank0("SAE of all layers")
-    found = {SHARED: _one(config, config.out / SHARED, config.layers, config.layers)}
+    found = {SHARED: _one(config, config.out / SHARED, config.data.layers, config.data.layers)}
     layers = found[SHARED].layers
     for layer in layers:
         log_rank0(f"SAE of layer {layer}")
@@ -85,7 +78,7 @@ def _one(
     measured: tuple[int, ...] | None,
 ) -> Result:
     """Train on the layers `trained`, and measure at those `measured`. None: all."""
-    train(replace(config, out=out, layers=trained))
+    train(replace(config, out=out, data=replace(config.data, layers=trained)))
     return evaluate(
         EvaluateConfig(out, tokens=config.eval_tokens, layers=measured, device=config.device)
     )
@@ -101,10 +94,10 @@ def _as_csv(found: dict[str, Result]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     ends = ("", "_low", "_high")
-    writer.writerow(["trained_on", "measured_at", *(f + end for f in _FIGURES for end in ends)])
+    writer.writerow(["trained_on", "measured_at", *(f + end for f in _METRICS for end in ends)])
     for trained, result in found.items():
         for i, layer in enumerate(result.layers):
-            cells = (column[i].item() for f in _FIGURES for column in result.figures[f])
+            cells = (column[i].item() for f in _METRICS for column in result.figures[f])
             writer.writerow([trained, layer, *cells])
     return text.getvalue()
 
@@ -141,38 +134,31 @@ def summary(found: dict[str, Result]) -> str:
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The settings of a command line."""
-    presets = {**PRESETS, "default": _DEFAULT}
-    presets["paper"] = replace(presets["paper"], out=_DEFAULT.out)
-    return parse_training(
-        arguments, presets, (__doc__ or "").split("Legend:")[0], "python -m mlsae.compare"
-    )
+    default = cli.preset(arguments, _PRESETS)
+    return cli.parse(TrainConfig, __doc__, arguments, "python -m mlsae.compare", default)
 
 
 def main() -> None:
     """The program."""
-    config = parse(sys.argv[1:])
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    console = Console(highlight=False)
-    with exit_on_bad_input():
-        try:
-            found = compare(config)
-        except NonFiniteError as error:
-            log_rank0(f"error: {error}")
-            sys.exit(1)
-        except KeyboardInterrupt:
-            log_rank0("interrupted; go on with --resume")
-            sys.exit(130)
-        console.print(
-            table(found, "fvu", "FVU on held-out text, trained on (rows), measured at (columns)"),
-            table(
-                found, "delta_ce", "ΔCE in nats a token, trained on (rows), measured at (columns)"
-            ),
-            summary(found),
-            f"figures, with intervals: {config.out / 'comparison.csv'}",
-            sep="\n",
-            soft_wrap=True,
-        )
+    cli.run_program(
+        lambda: _compare_and_print(parse(sys.argv[1:])),
+        NonFiniteError,
+        interrupted="interrupted; resume with --resume",
+    )
+
+
+def _compare_and_print(config: TrainConfig) -> None:
+    results = compare(config)
+    Console(highlight=False).print(
+        table(results, "fvu", "FVU on held-out text, trained on (rows), measured at (columns)"),
+        table(
+            results, "delta_ce", "ΔCE in nats per token, trained on (rows), measured at (columns)"
+        ),
+        summary(results),
+        f"metrics, with intervals: {config.out / 'comparison.csv'}",
+        sep="\n",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The settings of a training run: what `python -m mlsae.train --help` explains.
 
-Legend: M latents.
+Legend: D width of the residual stream, M latents.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,62 +18,114 @@ import tyro
 from . import builtin
 from .errors import InputError
 
-Values = Annotated[int | tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
+Ints = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
 
 
 @dataclass(frozen=True)
-class SAEConfig:
-    """The sparse autoencoder. Of several expansions (or numbers of latents) and several ks, each
-    combination is one that is trained beside the others, and has a folder in OUT: x16-k32, …"""
-
-    expansion: Values = 16
-    """Latents per dimension of the residual stream (R): n_latents = expansion · d_model."""
-    n_latents: Values | None = None
-    """Latents, instead of an expansion."""
-    k: Values = 32
-    """Active latents a token and layer."""
-    standardize: bool = True
-    """Whether each vector is standardized before encoding."""
-    aux_weight: float = 1 / 32
-    """Weight of the AuxK loss, which revives dead latents."""
-    k_aux: int | None = None
-    """Dead latents that AuxK activates a token. None: the power of two nearest to d_model / 2."""
-    dead_tokens: int | None = None
-    """A latent is dead when inactive for this many tokens. None: 10 million, or a tenth of the
-    run where that is less."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What to train, on what, and how."""
+class DataConfig:
+    """The transformer, the text, and how both are read."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = builtin.NAME
     """A causal language model: "builtin", a name on the Hugging Face hub, or a local folder."""
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[DATASET]")] = builtin.NAME
     """Text: "builtin", a dataset on the hub (streamed), or a local file or folder of .txt, .jsonl,
     .jsonl.zst or .parquet."""
-    sae: SAEConfig = field(default_factory=SAEConfig)
     layers: tuple[int, ...] | None = None
-    """Layers to train on, the first being 0. None: all."""
-    tokens: int = 800_000
-    """Tokens to train on; each gives one vector a layer."""
-    batch_tokens: int = 2048
-    """Tokens an optimizer step sees."""
-    micro_tokens: int | None = None
-    """Tokens held in memory at a time; bounds memory and changes nothing else. None: all of a
-    batch."""
+    """Layers to read, the first being 0. None: all."""
     seq_len: int | None = None
-    """Tokens a row. None: the model's context, 2048 at most."""
+    """Tokens per row. None: the model's context, 2048 at most."""
+    column: str = "text"
+    """The dataset's column of text."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the transformer computes in. auto: as it was saved on CUDA, else float32."""
     model_device_map: str | None = None
-    """Where the transformer is, if not whole on the SAE's device: a device (cuda:1), or a way to
-    spread it of accelerate, which must be installed. auto: over all GPUs, leaving room for the
-    SAE on its own; what does not fit is in the CPU's memory, and then on the disk."""
+    """Where the transformer is, if not whole on the SAE's device: a device (cuda:1), or one of
+    accelerate's ways to spread it (accelerate must be installed). auto: over all GPUs, leaving
+    room for the SAE on its own; what does not fit goes to the CPU's memory, then to the disk."""
     model_quantize: Literal["8bit", "4bit"] | None = None
-    """Load the transformer quantized, by bitsandbytes, which must be installed."""
-    column: str = "text"
-    """The dataset's column of text."""
+    """Load the transformer quantized by bitsandbytes, which must be installed."""
+
+
+@dataclass(frozen=True)
+class SAEOptions:
+    """The settings of an SAE that a sweep does not vary."""
+
+    standardize: bool = True
+    """Whether each vector is standardized before encoding."""
+    aux_weight: float = 1 / 32
+    """Weight of the AuxK loss, which revives dead latents."""
+    k_aux: int | None = None
+    """Dead latents that AuxK activates per token. None: the power of two nearest to d_model / 2."""
+    dead_tokens: int | None = None
+    """A latent is dead once inactive for this many tokens. None: 10 million, or a tenth of the
+    run if that is less."""
+
+
+@dataclass(frozen=True)
+class SAEConfig(SAEOptions):
+    """The sparse autoencoder."""
+
+    expansion: int = 16
+    """Latents per dimension of the residual stream (R): n_latents = expansion · d_model."""
+    n_latents: int | None = None
+    """Latents, instead of an expansion."""
+    k: int = 32
+    """Active latents per token and layer."""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other SAEs of a sweep: "x16-k32", or "n4096-k32"."""
+        size = f"x{self.expansion}" if self.n_latents is None else f"n{self.n_latents}"
+        return f"{size}-k{self.k}"
+
+
+@dataclass(frozen=True)
+class SAESweep(SAEOptions):
+    """The sparse autoencoder. With several expansions (or numbers of latents) or several ks, every
+    combination is an SAE that trains beside the others, in a folder in OUT: x16-k32, …"""
+
+    expansion: Ints = (16,)
+    """Latents per dimension of the residual stream (R): n_latents = expansion · d_model."""
+    n_latents: Ints = ()
+    """Latents, instead of an expansion."""
+    k: Ints = (32,)
+    """Active latents per token and layer."""
+
+    def configs(self) -> list[SAEConfig]:
+        """Every combination. Raises InputError if a setting has no value, or one value twice."""
+        for name in ("expansion", "n_latents", "k"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or (not values and name != "n_latents"):
+                raise InputError(
+                    f"--sae.{name} must have one value or several different ones, got "
+                    f"{' '.join(map(str, values)) or 'none'}"
+                )
+        if self.n_latents and len(self.expansion) > 1:
+            raise InputError(
+                "--sae.n_latents is instead of --sae.expansion, which has the values "
+                f"{' '.join(map(str, self.expansion))}; give one of them"
+            )
+        options = {f.name: getattr(self, f.name) for f in fields(SAEOptions)}
+        return [
+            SAEConfig(expansion=expansion, n_latents=n_latents, k=k, **options)
+            for expansion, n_latents, k in product(
+                self.expansion, self.n_latents or (None,), self.k
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What to train on, how, and what to leave."""
+
+    data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    tokens: int = 800_000
+    """Tokens to train on; each gives one vector per layer."""
+    batch_tokens: int = 2048
+    """Tokens per optimizer step."""
+    micro_tokens: int | None = None
+    """Tokens held in memory at a time; bounds memory and changes nothing else. None: a whole
+    batch."""
     lr: float | None = None
     """Peak learning rate of Adam. None: 2e-4 / √(n_latents / 2¹⁴), times (10⁹ / tokens)^0.32."""
     warmup: float = 0.01
@@ -82,23 +135,23 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the SAE computes in; its weights stay float32. auto: bfloat16 on CUDA, else float32."""
     device: str = "auto"
-    """auto: CUDA where there is one, else the CPU. Of the processes that torchrun starts on a
-    node, each takes a GPU."""
+    """auto: CUDA if there is a GPU, else the CPU. Of the processes that torchrun starts on a node,
+    each takes a GPU."""
     shard_latents: int = 1
-    """Processes (GPUs) that share the latents of an SAE out among them, where it is too large for
-    one. torchrun's number of processes must be a multiple; groups of so many share the tokens."""
+    """Processes (GPUs) that split the latents of an SAE among them, if it is too large for one.
+    torchrun's number of processes must be a multiple; groups of so many share the tokens."""
     timeout: float = 600
     """Seconds that a process waits for the others before it ends the run."""
     max_grad_norm: float | None = None
     """Clip the gradient of all weights together to this norm. None: no clipping."""
     eval_tokens: int = 65_536
-    """Held-out tokens that figures are measured on."""
+    """Held-out tokens that the validation metrics are measured on."""
     eval_every: int | None = None
-    """Tokens between two measurements on held-out text. None: only at the end."""
+    """Tokens between two validations. None: only at the end."""
     log_tokens: int | None = None
     """Tokens between two lines of metrics.jsonl. None: a hundredth of the run."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Also log to TensorBoard (OUT/tensorboard) or Weights & Biases, where installed."""
+    """Also log to TensorBoard (OUT/tensorboard) or Weights & Biases, which must be installed."""
     checkpoint_tokens: int | None = None
     """Tokens between two checkpoints. None: a twentieth of the run."""
     keep_checkpoints: int = 2
@@ -108,16 +161,59 @@ class TrainConfig:
     out: Path = Path("runs/mlsae")
     """Folder for the run; it must be new or empty."""
     push_to_hub: str | None = None
-    """At the end, push the run to this repository of the Hugging Face hub, user/name; of several
-    runs, each to user/name-RUN. You must be logged in (`hf auth login`), which is checked first."""
+    """At the end, push the run to this repository of the Hugging Face hub, user/name; several SAEs
+    go to user/name-x16-k32, …. You must be logged in (`hf auth login`), which is checked first."""
     overwrite: bool = False
     """Replace the run that is in the folder."""
     resume: bool = False
-    """Go on from the newest checkpoint in the folder, to the same bits as if never stopped; from
-    the start where there is none yet."""
+    """Resume from the newest checkpoint in the folder, to the same bits as if never stopped; start
+    from the beginning if there is none yet."""
     preset: Literal["default", "paper"] = "default"
     """What the settings that are not given default to. paper: all of Lawson et al. (arXiv
     2409.04185): expansion 64, k 32, 10⁹ tokens in batches of 131,072, constant rate 1e-4."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(TrainSettings):
+    """One SAE to train, on what, and how."""
+
+    sae: SAEConfig = field(default_factory=SAEConfig)
+
+
+@dataclass(frozen=True)
+class TrainArguments(TrainSettings):
+    """What to train, on what, and how: the command line, which may name several SAEs."""
+
+    sae: SAESweep = field(default_factory=SAESweep)
+
+    @classmethod
+    def defaults(cls, config: TrainConfig) -> TrainArguments:
+        """The command line that gives just `config`."""
+        sae = asdict(config.sae)
+        for name in ("expansion", "n_latents", "k"):
+            sae[name] = () if sae[name] is None else (sae[name],)
+        return cls(**_settings(config), sae=SAESweep(**sae))
+
+    def configs(self) -> list[TrainConfig]:
+        """One SAE's settings each. A single SAE is in the folder `out`; each of several is in a
+        folder of its own there, named for it, and trains as it would alone."""
+        saes = self.sae.configs()
+        configs = [TrainConfig(**_settings(self), sae=sae) for sae in saes]
+        if len(configs) == 1:
+            return configs
+        return [
+            replace(
+                config,
+                out=self.out / config.sae.name,
+                push_to_hub=self.push_to_hub and f"{self.push_to_hub}-{config.sae.name}",
+            )
+            for config in configs
+        ]
+
+
+def _settings(config: TrainSettings) -> dict[str, Any]:
+    """The settings that are not the SAE's."""
+    return {f.name: getattr(config, f.name) for f in fields(TrainSettings)}
 
 
 PRESETS = {
@@ -133,105 +229,29 @@ PRESETS = {
     ),
 }
 
-_FREE_ON_RESUME = (  # what may differ from the run that is resumed
-    "out",
-    "push_to_hub",
-    "overwrite",
-    "resume",
-    "preset",
-    "device",
-    "model_device_map",
-    "shard_latents",
-    "timeout",
-    "micro_tokens",
-    "log",
-    "checkpoint_tokens",
-    "keep_checkpoints",
-)
 
-
-def values_of(setting: Values) -> tuple[int, ...]:
-    """The values of a setting that takes one or several."""
-    return setting if isinstance(setting, tuple) else (setting,)
-
-
-def runs_of(config: TrainConfig) -> dict[str, TrainConfig]:
-    """The runs that `config` asks for, by name: one for each of its expansions (or numbers of
-    latents) and ks, with the settings it has when trained alone. A single run is in the folder
-    `out`; each of several is in one of its own there, of its name: "x16-k32", or "n4096-k32"."""
-    sae = config.sae
-    if sae.n_latents is None:
-        saes = {
-            f"x{expansion}-k{k}": replace(sae, expansion=expansion, k=k)
-            for expansion, k in product(values_of(sae.expansion), values_of(sae.k))
-        }
-    else:
-        saes = {
-            f"n{n_latents}-k{k}": replace(sae, n_latents=n_latents, k=k)
-            for n_latents, k in product(values_of(sae.n_latents), values_of(sae.k))
-        }
-    alone = len(saes) == 1
-    return {
-        name: replace(config, sae=sae, out=config.out if alone else config.out / name)
-        for name, sae in saes.items()
-    }
-
-
-def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """The settings as JSON has them."""
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    return settings
-
-
-def check_same(config: TrainConfig, saved: dict[str, Any]) -> None:
-    """Raise InputError if `config` would not continue the run of the `saved` settings."""
-    now = settings_of(config)
-    for name, value in _flat(now).items():
-        old = _flat(saved).get(name)
-        if name not in _FREE_ON_RESUME and value != old:
-            raise InputError(
-                f"--{name} must be {_shown(old)} to resume this run, as it began, got "
-                f"{_shown(value)}; give the same settings, or another --out"
-            )
-
-
-def _shown(value: Any) -> str:
-    """A setting as it is given on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def shared_folder(configs: Sequence[TrainConfig]) -> Path:
+    """Where SAEs that train together have their checkpoint: a single one's own folder, else the
+    folder that holds those of all."""
+    return configs[0].out if len(configs) == 1 else configs[0].out.parent
 
 
 def check_config(config: TrainConfig) -> None:
     """Raise InputError for settings that no model or data could make right."""
     positive = (
-        "tokens", "batch_tokens", "eval_tokens", "micro_tokens", "seq_len", "log_tokens",
-        "eval_every", "checkpoint_tokens", "keep_checkpoints", "shard_latents",
+        "tokens", "batch_tokens", "eval_tokens", "micro_tokens", "log_tokens", "eval_every",
+        "checkpoint_tokens", "keep_checkpoints", "shard_latents",
     )  # fmt: skip
-    for owner, prefix, names in (
+    owners: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
         (config, "--", positive),
+        (config.data, "--", ("seq_len",)),
         (config.sae, "--sae.", ("expansion", "n_latents", "k", "k_aux", "dead_tokens")),
-    ):
+    )
+    for owner, prefix, names in owners:
         for name in names:
-            setting = getattr(owner, name)
-            values = () if setting is None else values_of(setting)
-            if any(value < 1 for value in values):
-                raise InputError(f"{prefix}{name} must be at least 1, got {min(values)}")
-            if len(set(values)) < len(values) or setting == ():
-                raise InputError(
-                    f"{prefix}{name} must have one value or several different ones, got "
-                    f"{' '.join(map(str, values)) or 'none'}"
-                )
-    if config.sae.n_latents is not None and len(values_of(config.sae.expansion)) > 1:
-        raise InputError(
-            "--sae.n_latents is instead of --sae.expansion, which has the values "
-            f"{' '.join(map(str, values_of(config.sae.expansion)))}; give one of them"
-        )
+            value = getattr(owner, name)
+            if value is not None and value < 1:
+                raise InputError(f"{prefix}{name} must be at least 1, got {value}")
     for name in ("lr", "max_grad_norm", "timeout"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -248,7 +268,7 @@ def learning_rate(config: TrainConfig, n_latents: int, tokens: int) -> float:
 
     The peak defaults to 2e-4 / √(M / 2¹⁴) · (10⁹ / run's tokens)^0.32: the law of Gao et al. (arXiv
     2406.04093, App. A) for the paper's 10⁹ tokens, and the growth of the best rate with a shorter
-    horizon that Bjorck et al. found (arXiv 2409.19913).
+    horizon that Bjorck et al. measured (arXiv 2409.19913).
     """
     law = 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / config.tokens) ** 0.32
     peak = config.lr if config.lr is not None else law

@@ -1,15 +1,134 @@
-"""Pushing a run to the Hugging Face hub: checked before the run starts, done at its end."""
+"""The Hugging Face hub: how an MLSAE loads and saves itself, and how a run is pushed.
+
+A push is checked before the run starts, and done at its end.
+"""
 
 from __future__ import annotations
 
+import warnings
+from abc import abstractmethod
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Self
 
-from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError
+import torch
+from huggingface_hub import (
+    HfApi,
+    ModelCard,
+    ModelHubMixin,
+    constants,
+    get_token,
+    snapshot_download,
+)
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # is public
 
-from .errors import InputError
+from . import formats
+from .card import model_card
+from .distributed import Group
+from .errors import InputError, first_line
+from .files import write_file
+from .formats import SavedSAE
+
+_FILES = ["config.json", "model.safetensors", "README.md", formats.SETTINGS, formats.CARRIED]
+_OFFLINE = "it is not here and HF_HUB_OFFLINE=1 is set; unset that, or first run `hf download"
+
+
+class HubFiles(ModelHubMixin):
+    """`save_pretrained`, `from_pretrained` and `push_to_hub` of huggingface_hub's mixin, for a
+    module that can become a `SavedSAE` and be made from one."""
+
+    config: Any
+    shards: Group
+    about: dict[str, Any]
+
+    @abstractmethod
+    def to_saved(self) -> SavedSAE:
+        """What the files are made of."""
+
+    @classmethod
+    @abstractmethod
+    def from_saved(cls, saved: SavedSAE, device: torch.device | str = "cpu") -> Self:
+        """The module that the files hold."""
+
+    def save_pretrained(  # type: ignore[override] # `extra` goes into config.json
+        self,
+        save_directory: Path | str,
+        *,
+        config: None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: None = None,
+        **extra: Any,
+    ) -> str | None:
+        """Write `config.json` (this config, and `about`, which `extra` is added to),
+        `model.safetensors` (`W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,), in their dtype) and the
+        model card `README.md`, unless there is one. Each file is replaced at once. Collective when
+        sharded: every process must call it, and rank 0 writes.
+
+        With `push_to_hub`, also push it to `repo_id`, and return the commit's address. `config`
+        and `model_card_kwargs` are the mixin's: an MLSAE knows both itself.
+        """
+        self.about.update(extra)
+        saved = self.to_saved()
+        if self.shards.rank > 0:
+            return None
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in formats.own.files(saved).items():
+            write_file(folder / name, content)
+        if not (folder / "README.md").exists():
+            write_file(folder / "README.md", str(self.generate_model_card()).encode())
+        return self.push_to_hub(repo_id or folder.name) if push_to_hub else None
+
+    def generate_model_card(self, *_args: Any, **_kwargs: Any) -> ModelCard:
+        """The model card: what it is, its settings, and its validation metrics if known."""
+        return model_card({**asdict(self.config), **self.about})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Path | str,
+        device: torch.device | str = "cpu",
+        **hub: Any,
+    ) -> Self:
+        """Load an MLSAE, or a checkpoint of the paper's own code, from a folder or by its name on
+        the Hugging Face hub (`hub`: revision, token, cache_dir, force_download,
+        local_files_only). With HF_HUB_OFFLINE=1, a name must have been downloaded before.
+
+        Raises InputError if a file is missing, damaged, or of another shape than the config.
+        """
+        name = str(pretrained_model_name_or_path)
+        try:
+            if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith(("/", "."))):
+                raise FileNotFoundError("there is no such folder")
+            return super().from_pretrained(name, device=device, **hub)
+        except (OSError, ValueError) as error:
+            offline = isinstance(error, LocalEntryNotFoundError) and constants.is_offline_mode()
+            raise InputError(
+                "RUN must be the folder of a trained MLSAE (config.json and model.safetensors) or "
+                f"its name on the Hugging Face hub, and {name} cannot be loaded: "
+                + (f"{_OFFLINE} {name}`" if offline else str(error))
+            ) from error
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, device: torch.device | str = "cpu", **hub: Any
+    ) -> Self:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            hub.pop("config", None)  # the mixin has read it; `formats` reads it anew
+            folder = Path(snapshot_download(model_id, allow_patterns=_FILES, **hub))
+        saved = formats.read(folder)
+        theirs = saved.about.get("released", {})
+        if theirs and (theirs.get("tuned_lens") or "-lens" in Path(model_id).name):
+            warnings.warn(
+                f"{model_id} was trained on residuals that a tuned lens had transformed: give it "
+                "those; on plain residuals its codes mean nothing",
+                stacklevel=4,
+            )
+        return cls.from_saved(saved, device)
 
 
 def check_push(repo_id: str) -> None:
@@ -36,7 +155,7 @@ def check_push(repo_id: str) -> None:
     except Exception as error:  # the client lets through what its HTTP library raises
         raise InputError(
             f"--push_to_hub {repo_id} needs the hub to know you, and it does not: "
-            f"{_first_line(error)}; run `hf auth login`, or push the run later (see README)"
+            f"{first_line(error)}; run `hf auth login`, or push the run later (see README)"
         ) from error
     names = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     owner, _, name = repo_id.rpartition("/")
@@ -61,11 +180,7 @@ def push_run(folder: Path, repo_id: str, files: Collection[str]) -> str:
         )
     except Exception as error:  # as above; whatever it is, the run is on the disk
         raise InputError(
-            f"--push_to_hub {repo_id} failed: {_first_line(error)}; the run in {folder} is whole: "
+            f"--push_to_hub {repo_id} failed: {first_line(error)}; the run in {folder} is whole: "
             f"push it with `hf upload {repo_id} {folder} . --exclude 'checkpoints/*'`"
         ) from error
     return str(commit.commit_url)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,33 +1,28 @@
 """The multi-layer SAE: one TopK SAE on the residual stream of every layer.
 
-Legend: L layers, N tokens, D inputs, M latents, K active latents a token; "…" any leading shape.
+Legend: L layers, N tokens, D inputs, M latents, K active latents per token; "…" any leading shape.
 """
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
-from sparse_topk import SparseTopKSAE, TopK, topk_sae
+from sparse_topk import SAEOutput, SparseTopKSAE, TopK
 
 from . import formats
-from .card import model_card
 from .distributed import ALONE, Group
 from .errors import InputError
-from .files import write_file
 from .formats import SavedSAE
+from .hub import HubFiles
 from .sharding import ShardedSAE
 
 SIGMA_EPS = 1e-5
-_OFFLINE = "it is not here and HF_HUB_OFFLINE=1 is set; unset that, or first run `hf download"
-_FILES = ["config.json", "model.safetensors", "README.md", formats.SETTINGS, formats.CARRIED]
 ACTIVE = 1e-3  # a latent counts as active above this (arXiv 2409.04185, App. A)
 
 
@@ -40,16 +35,61 @@ class MLSAEConfig:
     n_latents: int
     """Latents of the SAE (M)."""
     k: int
-    """Active latents a token and layer (K)."""
+    """Active latents per token and layer (K)."""
     layers: tuple[int, ...]
-    """The transformer's layers it was trained on, in the order of its inputs; empty where a loaded
+    """The transformer's layers it was trained on, in the order of its inputs; empty if a loaded
     file does not say."""
     standardize: bool = True
     """Whether each vector is standardized before encoding."""
     model: str = ""
-    """The transformer's name on the hub, or its folder; empty where a loaded file does not say."""
+    """The transformer's name on the hub, or its folder; empty if a loaded file does not say."""
     bias: bool = False
     """Whether latents have a bias, `b_enc`. The paper's have none."""
+
+
+class Standardized(NamedTuple):
+    """Residual vectors as the SAE sees them, and what undoes it."""
+
+    x: Tensor
+    """(…, D) x̃ = (x − μ) / (σ + 1e-5), float32."""
+    mean: Tensor
+    """(…, 1) μ."""
+    std: Tensor
+    """(…, 1) σ."""
+
+    def invert(self, y: Tensor) -> Tensor:
+        """y · σ + μ: (…, D) in standardized units → (…, D) in the units of x."""
+        return y * self.std + self.mean
+
+
+class Reconstruction:
+    """What an MLSAE makes of residual vectors x (…, D). Each tensor is computed when it is asked
+    for, and is differentiable."""
+
+    def __init__(self, x: Tensor, standard: Standardized, output: SAEOutput) -> None:
+        self.standard = standard
+        self._x, self._output = x, output
+
+    @cached_property
+    def x_hat(self) -> Tensor:
+        """x̂ (…, D), in the units of x."""
+        return self.standard.invert(self._output.x_hat)
+
+    @cached_property
+    def error(self) -> Tensor:
+        """x − x̂ (…, D), in the units of x."""
+        _, mean, std = self.standard
+        return self._x - self._output.x_hat * std - mean
+
+    @cached_property
+    def standardized_error(self) -> Tensor:
+        """x̃ − x̃̂ (…, D): the error before de-standardization."""
+        return self.standard.x - self._output.x_hat
+
+    @property
+    def codes(self) -> TopK:
+        """The active latents: values and indices (…, K)."""
+        return self._output.codes
 
 
 class Losses(NamedTuple):
@@ -67,7 +107,7 @@ class Losses(NamedTuple):
     """(L, N, K) active latents."""
 
 
-class MLSAE(nn.Module, ModelHubMixin):
+class MLSAE(nn.Module, HubFiles):
     """One TopK SAE for the residual vectors of all layers (Lawson et al., arXiv 2409.04185).
 
         μ, σ = mean and unbiased standard deviation of x over its D elements
@@ -76,14 +116,15 @@ class MLSAE(nn.Module, ModelHubMixin):
         x̂ = (Σ_k h · W_dec rows + b_pre) · σ + μ
 
     Nothing depends on the layer. b_pre is the SAE's `b_dec`; there is no latent bias, unless
-    `bias` is on for a converted one. With `standardize=False`, the vectors are taken as they are.
-    With `shards`, a group of several processes, each holds a part of the latents (see `sharding`).
+    `bias` is on, as in a converted SAE. With `standardize=False`, vectors are taken as they are.
+    With `shards`, a group of several processes, each process holds some of the latents (see
+    `sharding`).
 
-    `save_pretrained`, `from_pretrained` and `push_to_hub` are those of huggingface_hub's mixin.
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are those of `hub.HubFiles`.
     """
 
     about: dict[str, Any]
-    """What else `config.json` says: settings of the training, versions, held-out figures."""
+    """What else `config.json` says: training settings, versions, validation metrics."""
 
     def __init__(
         self,
@@ -101,24 +142,28 @@ class MLSAE(nn.Module, ModelHubMixin):
             else ShardedSAE(*shape, shards, device=device)
         )
 
-    def standardize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x̃ (…, D) float32, μ and σ (…, 1). A constant vector has σ = 0 and becomes 0:
-        x̂ is then the constant, exactly. A vector that is not finite becomes NaN, and so stops
-        training (see `trainer.Step.check`)."""
+    def standardize(self, x: Tensor) -> Standardized:
+        """x̃ (…, D) float32, μ and σ (…, 1). A constant vector has σ = 0 and becomes 0, so x̂ is the
+        constant, exactly. A vector that is not finite becomes NaN, which stops training (see
+        `training.loop.raise_if_nonfinite`)."""
         x = x.float()
         if not self.config.standardize:
-            return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
+            return Standardized(x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1]))
         std, mean = torch.std_mean(x, dim=-1, keepdim=True)
-        return (x - mean) / (std + SIGMA_EPS), mean, std
+        return Standardized((x - mean) / (std + SIGMA_EPS), mean, std)
 
     def encode(self, x: Tensor) -> TopK:
         """The active latents of residual vectors x (…, D): values and indices (…, K)."""
-        return self.sae.encode(self.standardize(x)[0])
+        return self.sae.encode(self.standardize(x).x)
+
+    def reconstruct(self, x: Tensor) -> Reconstruction:
+        """x̂, x − x̂ and the active latents of residual vectors x (…, D), in one pass."""
+        standard = self.standardize(x)
+        return Reconstruction(x, standard, self.sae.reconstruct(standard.x))
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂ (…, D), in the units of x."""
-        standard, mean, std = self.standardize(x)
-        return self.sae(standard) * std + mean
+        return self.reconstruct(x).x_hat
 
     def losses(
         self,
@@ -140,84 +185,36 @@ class MLSAE(nn.Module, ModelHubMixin):
         `variance` (L,) and `error_variance` (L,) are given, from the tokens seen before (see
         `metrics.Moments.variance`), and `n_tokens` is the whole step's: so the losses of the
         parts of a step add up to the loss of the whole, however it is split. With no `dead` ids
-        (Q,) or no `error_variance`, aux is 0. Its gradient reaches W_enc and W_dec only. Of shards,
-        `dead` are a shard's own; None where no shard has any.
+        (Q,) or no `error_variance`, aux is 0. Its gradient reaches W_enc and W_dec only. When
+        sharded, `dead` are this process's own; None if no process has any.
         """
-        standard, mean, std = self.standardize(x)
-        reconstruction, codes = self.sae.reconstruct(standard)
-        error = standard - reconstruction
-        sq_error = (x - reconstruction * std - mean).square().sum((1, 2))  # (L,)
+        reconstruction = self.reconstruct(x)
+        error = reconstruction.standardized_error.detach()
+        sq_error = reconstruction.error.square().sum((1, 2))  # (L,)
         loss = (sq_error / variance).mean() / n_tokens
         aux = torch.zeros((), device=x.device)
         some_dead = dead is not None and (len(dead) > 0 or self.shards.size > 1)
         if dead is not None and some_dead and error_variance is not None:
-            predicted = self._among((standard - self.sae.b_dec).detach(), dead, k_aux)
-            missed = (error.detach() - predicted).square().sum((1, 2))
+            target = (reconstruction.standard.x - self.sae.b_dec).detach()
+            predicted = self.sae.reconstruct_subset(target, dead, k_aux)
+            missed = (error - predicted).square().sum((1, 2))
             aux = (missed / error_variance).mean() / n_tokens
         return Losses(
-            loss + aux_weight * aux, aux.detach(), sq_error.detach(), error.detach(), codes
+            loss + aux_weight * aux,
+            aux.detach(),
+            sq_error.detach(),
+            error,
+            reconstruction.codes,
         )
 
-    def _among(self, x: Tensor, latents: Tensor, k: int) -> Tensor:
-        """x̂ without b_pre (…, D), from the k largest among `latents` (Q,) only; all, if fewer."""
-        sae = self.sae
-        if isinstance(sae, ShardedSAE):
-            return sae.among(x, latents, k)
-        b_enc = None if sae.b_enc is None else sae.b_enc[latents]
-        W_enc, W_dec = sae.W_enc[latents], sae.W_dec[latents]
-        return topk_sae(x, W_enc, b_enc, W_dec, None, min(k, len(latents)))[0]
-
-    def whole(self, part: Tensor) -> Tensor:
-        """What all shards hold of something with a row a latent, (M, …), in the process of the
-        first; the others get their own part back. All must call it."""
-        return self.sae.whole(part) if isinstance(self.sae, ShardedSAE) else part
-
-    def part(self, whole: Tensor) -> Tensor:
-        """The rows (M/S, …) of something (M, …) that are of this process's latents."""
-        return whole[self.sae.rows].clone() if isinstance(self.sae, ShardedSAE) else whole
-
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, as those of one that is not sharded: see `whole`."""
-        return {
-            name: self.whole(p) if p.ndim == 2 else p for name, p in self.sae.state_dict().items()
-        }
-
-    def save_pretrained(  # type: ignore[override] # `extra` goes into config.json
-        self,
-        save_directory: Path | str,
-        *,
-        config: None = None,
-        repo_id: str | None = None,
-        push_to_hub: bool = False,
-        model_card_kwargs: None = None,
-        **extra: Any,
-    ) -> str | None:
-        """Write `config.json` (this config, and `about`, which `extra` is added to),
-        `model.safetensors` (`W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,), in their dtype) and,
-        where there is none, the model card `README.md`. Each file is replaced at once. Of shards,
-        all must call it, and the first one writes.
-
-        With `push_to_hub`, also push it to `repo_id`, and return the commit's address. `config`
-        and `model_card_kwargs` are of the mixin's: an MLSAE knows both itself.
-        """
-        self.about.update(extra)
-        checkpoint = self.to_saved()
-        if self.shards.rank > 0:
-            return None
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in formats.own.files(checkpoint).items():
-            write_file(folder / name, content)
-        if not (folder / "README.md").exists():
-            write_file(folder / "README.md", str(self.generate_model_card()).encode())
-        return self.push_to_hub(repo_id or folder.name) if push_to_hub else None
-
-    def generate_model_card(self, *_args: Any, **_kwargs: Any) -> ModelCard:
-        """The model card: what it is, its settings, and its held-out figures where known."""
-        return model_card({**asdict(self.config), **self.about})
+        """The parameters by name, of all shards together. Collective when sharded: every process
+        must call it; only rank 0 receives the whole."""
+        gather = self.sae.gather_rows
+        return {name: gather(p) if p.ndim == 2 else p for name, p in self.sae.state_dict().items()}
 
     def to_saved(self) -> SavedSAE:
-        """What the files of any format are made of; of shards, in the process of the first."""
+        """What the files of any format are made of. Collective when sharded, as `weights`."""
         config = self.config
         weights = {name: p.detach().cpu() for name, p in self.weights().items()}
         return SavedSAE(
@@ -225,66 +222,22 @@ class MLSAE(nn.Module, ModelHubMixin):
         )
 
     @classmethod
-    def from_saved(cls, found: SavedSAE, device: torch.device | str = "cpu") -> Self:
-        """An MLSAE of what the files of any format hold; in float32, whatever they are in."""
+    def from_saved(cls, saved: SavedSAE, device: torch.device | str = "cpu") -> Self:
+        """Build an MLSAE from a loaded SAE, cast to float32."""
         config = MLSAEConfig(
-            found.d_in,
-            found.n_latents,
-            found.k,
-            found.layers,
-            found.standardize,
-            found.model,
-            "b_enc" in found.weights,
+            saved.d_in,
+            saved.n_latents,
+            saved.k,
+            saved.layers,
+            saved.standardize,
+            saved.model,
+            "b_enc" in saved.weights,
         )
         mlsae = cls(config, device="meta")
-        weights = {name: w.to(device, torch.float32) for name, w in found.weights.items()}
+        weights = {name: w.to(device, torch.float32) for name, w in saved.weights.items()}
         mlsae.sae.load_state_dict(weights, assign=True)
-        mlsae.about = dict(found.about)
+        mlsae.about = dict(saved.about)
         return mlsae.requires_grad_()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Path | str,
-        device: torch.device | str = "cpu",
-        **hub: Any,
-    ) -> Self:
-        """Load an MLSAE, or a checkpoint of the paper's own code, from a folder or by its name on
-        the Hugging Face hub (`hub`: revision, token, cache_dir, force_download,
-        local_files_only). With HF_HUB_OFFLINE=1, a name must have been downloaded before.
-
-        Raises InputError if a file is missing, damaged, or of another shape than the config.
-        """
-        name = str(pretrained_model_name_or_path)
-        try:
-            if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith(("/", "."))):
-                raise FileNotFoundError("there is no such folder")
-            return super().from_pretrained(name, device=device, **hub)
-        except (OSError, ValueError) as error:
-            offline = isinstance(error, LocalEntryNotFoundError) and constants.is_offline_mode()
-            raise InputError(
-                "RUN must be the folder of a trained MLSAE (config.json and model.safetensors) or "
-                f"its name on the Hugging Face hub, and {name} cannot be loaded: "
-                + (f"{_OFFLINE} {name}`" if offline else str(error))
-            ) from error
-
-    @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, device: torch.device | str = "cpu", **hub: Any
-    ) -> Self:
-        folder = Path(model_id)
-        if not folder.is_dir():
-            hub.pop("config", None)  # the mixin has read it; `formats` reads it anew
-            folder = Path(snapshot_download(model_id, allow_patterns=_FILES, **hub))
-        found = formats.read(folder)
-        theirs = found.about.get("released", {})
-        if theirs and (theirs.get("tuned_lens") or "-lens" in Path(model_id).name):
-            warnings.warn(
-                f"{model_id} was trained on residuals that a tuned lens had transformed: give it "
-                "those; of residuals as they are, its codes mean nothing",
-                stacklevel=4,
-            )
-        return cls.from_saved(found, device)
 
 
 def load_sae(path: Path | str, device: torch.device | str = "cpu") -> SparseTopKSAE:
@@ -292,10 +245,10 @@ def load_sae(path: Path | str, device: torch.device | str = "cpu") -> SparseTopK
 
     Raises InputError if it cannot be read, or standardizes its inputs: an MLSAE does that.
     """
-    found = formats.read(path)
-    if found.standardize:
+    saved = formats.read(path)
+    if saved.standardize:
         raise InputError(
             f"PATH must hold an SAE that takes its inputs as they are, and that in {path} "
             "standardizes them; load it with MLSAE.from_saved(formats.read(PATH))"
         )
-    return MLSAE.from_saved(found, device).sae
+    return MLSAE.from_saved(saved, device).sae

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 from .. import builtin
-from ..config import TrainConfig
+from ..config import DataConfig
 from ..errors import InputError, check_installed
 from .residuals import find_blocks
 
@@ -37,7 +37,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_transformer(
-    config: TrainConfig, device: torch.device, n_layers: int | None = None, reserved: int = 0
+    config: DataConfig, device: torch.device, n_layers: int | None = None, reserved: int = 0
 ) -> Any:
     """The causal language model that `config` names, ready to be read.
 

@@ -1,4 +1,4 @@
-"""What training begins with: the center and the spread of the first batch of residuals.
+"""Initialization: the size of the SAE, and the center and spread of the first batch of residuals.
 
 Legend: L layers, N tokens, D width of the residual stream.
 """
@@ -12,20 +12,33 @@ import torch
 from torch import Tensor
 
 from .. import metrics
+from ..config import TrainConfig
+from ..data.stream import Shape
 from ..distributed import ALONE, Group
 from ..errors import InputError
-from ..model import MLSAE
+from ..model import MLSAE, MLSAEConfig
 
-_MEDIAN_VECTORS = 2**16  # of a larger first batch, the rest would take memory and move it little
+_MEDIAN_VECTORS = 2**16  # more would take memory, and hardly move the median
 
 
-def survey(
+def mlsae_config(config: TrainConfig, shape: Shape) -> MLSAEConfig:
+    """The MLSAE to train by `config` on residuals of `shape`. Raises InputError if it has fewer
+    latents than k."""
+    k, n_latents = config.sae.k, config.sae.n_latents or config.sae.expansion * shape.d_in
+    if k > n_latents:
+        raise InputError(f"--sae.k must be in [1, {n_latents}] (the number of latents), got {k}")
+    standardize, model = config.sae.standardize, config.data.model
+    return MLSAEConfig(shape.d_in, n_latents, k, shape.layers, standardize, model)
+
+
+def init_stats(
     mlsae: MLSAE, parts: Iterable[Tensor], data: Group = ALONE.data
 ) -> tuple[metrics.Moments, Tensor]:
-    """What training begins with: the moments of residuals (L, N, D) that come in parts, and the
-    geometric median (D,) of the vectors as `mlsae` standardizes them, of the first tokens with
-    2¹⁶ vectors. Of the processes of the group `data`, each has the parts of its tokens, those of
-    the lower ranks being the first; they get the same, as one process would of all of them.
+    """The moments of residuals (L, N, D) that come in parts, and the geometric median (D,) of their
+    first 2¹⁶ vectors, standardized by `mlsae`.
+
+    Each process of the group `data` has the parts of its own tokens, lower ranks the earlier ones;
+    all get the same result, as one process would with all the tokens.
 
     Raises InputError if the residuals of a layer do not vary or are not finite.
     """
@@ -39,7 +52,7 @@ def survey(
         if left > 0:
             standard.append(mlsae.standardize(x[:, :left])[0])
     counts = data.gather(torch.tensor(moments.count, device=device)).tolist()
-    own = max(0, room - sum(counts[: data.rank]))  # of the first tokens of all
+    own = max(0, room - sum(counts[: data.rank]))  # tokens that lower ranks leave to take
     first = torch.cat(standard, dim=1)[:, :own].flatten(0, 1)
     metrics.reduce([moments], [], data)
     for layer, variance in zip(config.layers, moments.variance().tolist(), strict=True):
@@ -54,10 +67,10 @@ def survey(
 def geometric_median(
     x: Tensor, iterations: int = 100, tolerance: float = 1e-6, group: Group = ALONE.data
 ) -> Tensor:
-    """argmin_c Σ_n |x_n − c| by Weiszfeld's iteration: x (N, D) → (D,); of all vectors that the
-    processes of `group` have together, and the same in each.
+    """argmin_c Σ_n |x_n − c| by Weiszfeld's iteration: x (N, D) → (D,), over the vectors of all
+    processes of `group`; the same in each.
 
-    Stops where the center moves by less than `tolerance` of its own norm plus 1.
+    Stops when the center moves by less than `tolerance` of its own norm plus 1.
     """
     center = group.sum_(x.sum(0)) / group.total(len(x))
     for _ in range(iterations):

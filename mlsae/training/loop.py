@@ -1,6 +1,10 @@
-"""The training loop: steps, metrics, held-out figures, checkpoints, signals.
+"""The training loop: one optimizer step after another; then, at intervals, a log line, a validation,
+a checkpoint.
 
-Legend: B rows, T positions.
+Several SAEs train side by side on the same residuals. None knows of the others, so each ends as it
+would alone, to the same bits on a CPU.
+
+Legend: L layers, N tokens, D width of the residual stream, B rows, T positions.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,58 +22,240 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import TrainConfig, settings_of
+from ..config import TrainConfig, shared_folder
 from ..data.stream import DataStream
 from ..data.tokens import Batches, BroadcastBatches
 from ..distributed import is_first, log_rank0
+from ..errors import NonFiniteError
 from . import checkpoint
-from .sae_run import Run
+from .run_dir import RunDir
+from .settings import joint_settings
 from .signals import Signals
-from .state import NonFiniteError, Step
+from .state import TrainState
+from .step import Step
 from .timer import StageTimer
-from .validation import Evaluation, evaluate
+from .validation import Validation, validate
 
 
-class Fit:
-    """The training loop of `runs`, side by side on the same residuals, and what it carries from
-    step to step beside their states."""
+def train_step(
+    states: Sequence[TrainState],
+    parts: Iterable[Tensor],
+    n_tokens: int,
+    lap: Callable[[str], None] = lambda stage: None,
+) -> None:
+    """One optimizer step of each SAE on the same batch: residuals (L, N, D) in parts, of `n_tokens`
+    tokens in all parts of all processes. `lap` is told when a stage ends.
+
+    Raises NonFiniteError, in every process, if a loss is not finite; no weight has changed then.
+    """
+    steps = [state.begin_step(n_tokens) for state in states]
+    for x in parts:
+        lap("model")
+        for state, step in zip(states, steps, strict=True):
+            forward_backward(state, step, x)
+        lap("SAE")
+    for state, step in zip(states, steps, strict=True):
+        all_reduce_grads(state)
+        step.all_reduce_(state.data)
+    for state, step in zip(states, steps, strict=True):
+        raise_if_nonfinite(state, step)
+    for state, step in zip(states, steps, strict=True):
+        set_lr(state.optimizer, state.schedule(state.tokens))
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.end_step(step)
+    lap("optimizer")
+
+
+def forward_backward(state: TrainState, step: Step, x: Tensor) -> None:
+    """Add the gradient of a part of the batch, residuals x (L, N, D), and count its metrics."""
+    with state.autocast():
+        losses = state.mlsae.losses(
+            x,
+            step.variance,
+            step.n_tokens,
+            dead=step.dead,
+            k_aux=state.k_aux,
+            error_variance=state.error_variance,
+            aux_weight=state.aux_weight,
+        )
+    losses.loss.backward()
+    step.update(x, losses)
+
+
+def all_reduce_grads(state: TrainState) -> None:
+    """Add up the gradients of all processes.
+
+    Once per step, and not beside the backward pass: the gradients of both weights come out of
+    its last function together, so there is nothing left to hide the messages behind.
+    """
+    if state.data.size == 1:
+        return
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        if p.grad is None:  # in a process that has no tokens of this step
+            p.grad = torch.zeros_like(p)
+    state.data.sum_all_([p.grad for p in parameters if p.grad is not None])
+
+
+def raise_if_nonfinite(state: TrainState, step: Step) -> None:
+    """Raise NonFiniteError if the step's loss is not finite, which names the layer and the way
+    out; the gradients are dropped."""
+    loss = step.metrics.loss.item()
+    if math.isfinite(loss):
+        return
+    state.optimizer.zero_grad()
+    layers = state.mlsae.config.layers
+    at = f"at step {state.steps}, after {state.tokens:,} tokens; the weights are untouched"
+    message = f"the loss is {loss} {at}. Lower --lr"
+    for layer, sq_error in zip(layers, step.metrics.sq_error, strict=True):
+        if not sq_error.isfinite():
+            message = f"the reconstruction of layer {layer} is not finite {at}. Lower --lr"
+            break
+    for layer, mean in zip(layers, step.metrics.moments.mean, strict=True):
+        if not mean.isfinite().all():
+            message = (
+                f"the residuals of layer {layer} are not finite {at}. Leave that layer out "
+                "with --layers, or give a dtype of larger range with --model_dtype"
+            )
+            break
+    raise NonFiniteError(state.where() + message)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give all parameter groups the learning rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class TrainLoop:
+    """The loop over batches, and what it carries from step to step beside the SAEs' states."""
 
     def __init__(
         self,
-        config: TrainConfig,
-        runs: Sequence[Run],
+        configs: Sequence[TrainConfig],
+        states: Sequence[TrainState],
+        run_dirs: Sequence[RunDir],
         stream: DataStream,
         batches: Batches | BroadcastBatches,
         heldout: Tensor,
-        state: dict[str, Any] | None = None,
-        saved: Path | None = None,
     ) -> None:
-        self.config, self.runs, self.stream, self.mesh = config, runs, stream, stream.mesh
-        self.batches, self.heldout = batches, heldout
-        self.watch = StageTimer(stream.device)
+        self.configs, self.states, self.run_dirs = configs, states, run_dirs
+        self.config = configs[0]  # for what all of them share
+        self.out = shared_folder(configs)
+        self.stream, self.batches, self.heldout, self.mesh = stream, batches, heldout, stream.mesh
+        self.timer = StageTimer(stream.device)
         self.seconds = 0.0
-        self.saved = saved  # the newest checkpoint
-        if state:
-            self.seconds = state["seconds"]
-            self.watch.add(state["stages"])
+        self.saved: Path | None = None  # the newest checkpoint
 
     @property
     def tokens(self) -> int:
         """Tokens trained on."""
-        return self.runs[0].trainer.tokens
+        return self.states[0].tokens
 
-    def train(self, stream: Iterable[Tensor]) -> None:
-        """Train on the batches (B, T) of `stream` up to the tokens asked for; then, or at a
-        signal, save a checkpoint."""
-        config = self.config
+    def resume(self, state: dict[str, Any], path: Path) -> None:
+        """Restore the loop's own part of the checkpoint at `path`."""
+        self.seconds, self.saved = state["seconds"], path
+        self.timer.add(state["stages"])
+
+    def run(self, batches: Iterable[Tensor]) -> None:
+        """Train on batches (B, T) up to the tokens asked for; then, or at a signal, save."""
+        config, timer = self.config, self.timer
         log_every = Every(config.log_tokens or math.ceil(config.tokens / 100), self.tokens)
         eval_every = Every(config.eval_every or math.inf, self.tokens)
         save_every = Every(config.checkpoint_tokens or math.ceil(config.tokens / 20), self.tokens)
-        started = time.perf_counter()
-        self._mark = (self.tokens, started)
-        before = self.seconds
-        bar = tqdm(
-            total=config.tokens,
+        started = time.perf_counter() - self.seconds
+        self._mark = (self.tokens, time.perf_counter())
+        world, batches = self.mesh.world, iter(batches)
+        remember = Signals(only_remember=world.size > 1)
+        with remember as signals, self._progress() as bar, self._last_good_named():
+            while self.tokens < config.tokens:
+                input_ids = next(batches)
+                timer.lap("waiting for text")
+                n_tokens = self.stream.count(input_ids)
+                train_step(self.states, self.stream.residuals(input_ids), n_tokens, timer.lap)
+
+                self.seconds = time.perf_counter() - started
+                done = self.tokens >= config.tokens
+                bar.update(n_tokens)
+                if log_every.passed(self.tokens) or done:
+                    bar.set_postfix_str(self.log())
+                if eval_every.passed(self.tokens) and not done:
+                    self.validate()
+                caught = world.largest(signals.caught or 0)  # in any process
+                if save_every.passed(self.tokens) or done or caught:
+                    self.save()
+                timer.lap("logs and checkpoints")
+                if caught and not done:
+                    bar.close()
+                    self._stop(caught)
+
+    def log(self) -> str:
+        """Log a line of metrics of each SAE; what the progress bar shows of them."""
+        (tokens, then), now = self._mark, time.perf_counter()
+        self._mark = (self.tokens, now)
+        speed = (self.tokens - tokens) / (now - then)
+        lines = [run_dir.log_metrics(speed, self.seconds) for run_dir in self.run_dirs]
+        if len(lines) == 1:
+            return f"fvu={lines[0]['fvu']:.3f}, dead={lines[0]['dead']:.1%}"
+        named = zip(self.run_dirs, lines, strict=True)
+        return "fvu " + ", ".join(f"{run_dir.name}={line['fvu']:.3f}" for run_dir, line in named)
+
+    def validate(self) -> list[Validation]:
+        """Measure each SAE on held-out rows, and log it. Nothing else changes."""
+        with self.states[0].autocast():
+            mlsaes = [state.mlsae for state in self.states]
+            validations = validate(mlsaes, self.stream.residuals(self.heldout), self.mesh.data)
+        for run_dir, validation in zip(self.run_dirs, validations, strict=True):
+            run_dir.log_validation(validation)
+        self.timer.lap("validation")
+        return validations
+
+    def save(self) -> None:
+        """Write a checkpoint: one file for all SAEs, so that they are of the same moment. Rank 0
+        writes it; the processes with the same rows send it their shards of the latents."""
+        if self.mesh.data.rank > 0:
+            return
+        state = {
+            "settings": joint_settings(self.configs),
+            "seconds": self.seconds,
+            "stages": self.timer.seconds(),
+            "batches": self.batches.state_dict(),
+            "runs": {run_dir.name: run_dir.state_dict() for run_dir in self.run_dirs},
+        }
+        if is_first():
+            keep = self.config.keep_checkpoints
+            self.saved = checkpoint.save(self.out, self.tokens, state, keep)
+
+    @torch.no_grad()
+    def encode_seconds(self) -> float:
+        """How long encoding took in the training, estimated from how long it takes now on a part of
+        the held-out text: within a step it cannot be told from the rest of the SAE. Rank 0 always
+        has some of that text; the other processes take part."""
+        x = next(self.stream.residuals(self.heldout), None)
+        if x is None:
+            return 0.0
+        timer = StageTimer(self.stream.device)
+        for state in self.states:
+            with state.autocast():
+                for stage in ("first", "second"):  # the first one compiles and allocates
+                    state.mlsae.encode(x)
+                    timer.lap(stage)
+        return timer.seconds()["second"] * self.tokens / self.mesh.data.size / x.shape[1]
+
+    def _stop(self, caught: int) -> None:
+        """End the program after a signal, with models that load."""
+        for run_dir in self.run_dirs:
+            run_dir.save_model()
+        log_rank0(
+            f"stopped by {signal.Signals(caught).name} after {self.tokens:,} tokens; "
+            f"saved {self.saved}; resume with the same command and --resume"
+        )
+        sys.exit(128 + caught)
+
+    def _progress(self) -> tqdm[None]:
+        return tqdm(
+            total=self.config.tokens,
             initial=self.tokens,
             unit=" tokens",
             unit_scale=True,
@@ -77,50 +263,6 @@ class Fit:
             dynamic_ncols=True,
             disable=not is_first(),
         )
-        world = self.mesh.world
-        remember = Signals(only_remember=world.size > 1)
-        with remember as signals, bar, self._last_good_named():
-            batches = iter(stream)
-            while self.tokens < config.tokens:
-                n_tokens = self.step(next(batches))
-                self.seconds = before + time.perf_counter() - started
-                done = self.tokens >= config.tokens
-                bar.update(n_tokens)
-                if log_every.passed(self.tokens) or done:
-                    bar.set_postfix_str(self.write_lines())
-                if eval_every.passed(self.tokens) and not done:
-                    self.measure()
-                caught = world.largest(signals.caught or 0)  # in any of them
-                if save_every.passed(self.tokens) or done or caught:
-                    self.save()
-                self.watch.lap("logs and checkpoints")
-                if caught and not done:
-                    bar.close()
-                    for run in self.runs:
-                        run.save_model()
-                    log_rank0(
-                        f"stopped by {signal.Signals(caught).name} after {self.tokens:,} tokens; "
-                        f"saved {self.saved}; go on with the same command and --resume"
-                    )
-                    sys.exit(128 + caught)
-
-    def step(self, input_ids: Tensor) -> int:
-        """One optimizer step of each run on rows (B, T): the number of tokens. The transformer
-        reads them once for all; no weights change where one of the losses is not finite."""
-        self.watch.lap("waiting for text")
-        n_tokens = self.stream.count(input_ids)
-        steps = [Step(run.trainer, n_tokens) for run in self.runs]
-        for x in self.stream.residuals(input_ids):
-            self.watch.lap("model")
-            for step in steps:
-                step.add(x)
-            self.watch.lap("SAE")
-        for run, step in zip(self.runs, steps, strict=True):
-            run.check(step)
-        for run, step in zip(self.runs, steps, strict=True):
-            run.end(step)
-        self.watch.lap("optimizer")
-        return n_tokens
 
     @contextmanager
     def _last_good_named(self) -> Iterator[None]:
@@ -131,62 +273,9 @@ class Fit:
             good = f"the last good checkpoint is {self.saved}" if self.saved else "none saved yet"
             raise NonFiniteError(f"{error}; {good}") from error
 
-    def write_lines(self) -> str:
-        """Log a line of metrics of each run, of the steps since the last one; what the progress
-        bar shows of them."""
-        (tokens, then), now = self._mark, time.perf_counter()
-        self._mark = (self.tokens, now)
-        speed = (self.tokens - tokens) / (now - then)
-        lines = {run.name: run.write_line(speed, self.seconds) for run in self.runs}
-        if len(lines) == 1:
-            return "".join(f"fvu={x['fvu']:.3f}, dead={x['dead']:.1%}" for x in lines.values())
-        return "fvu " + ", ".join(f"{name}={line['fvu']:.3f}" for name, line in lines.items())
-
-    def measure(self) -> list[Evaluation]:
-        """Measure each run on held-out rows, and log it. It changes nothing else."""
-        with self.runs[0].trainer.autocast():
-            mlsaes = [run.trainer.mlsae for run in self.runs]
-            evaluations = evaluate(mlsaes, self.stream.residuals(self.heldout), self.mesh.data)
-        for run, figures in zip(self.runs, evaluations, strict=True):
-            run.write_heldout(figures)
-        self.watch.lap("held-out figures")
-        return evaluations
-
-    @torch.no_grad()
-    def encode_seconds(self) -> float:
-        """How long encoding took in the training, from how long it takes now on a part of the
-        held-out text: within a step it cannot be told from the rest of the SAE. In the first
-        process, which always has some of the text; the others take part."""
-        x = next(self.stream.residuals(self.heldout), None)
-        if x is None:
-            return 0.0
-        watch = StageTimer(self.stream.device)
-        for run in self.runs:
-            with run.trainer.autocast():
-                for stage in ("first", "second"):  # the first one compiles and allocates
-                    run.trainer.mlsae.encode(x)
-                    watch.lap(stage)
-        return watch.seconds()["second"] * self.tokens / self.mesh.data.size / x.shape[1]
-
-    def save(self) -> None:
-        """Write a checkpoint: one file for all runs, so that they are of the same moment. The
-        first process writes it; it has shards of the latents from those with the same rows."""
-        if self.mesh.data.rank > 0:
-            return
-        state = {
-            "settings": settings_of(self.config),
-            "seconds": self.seconds,
-            "stages": self.watch.seconds(),
-            "batches": self.batches.state_dict(),
-            "runs": {run.name: run.state_dict() for run in self.runs},
-        }
-        config = self.config
-        if is_first():
-            self.saved = checkpoint.save(config.out, self.tokens, state, config.keep_checkpoints)
-
 
 class Every:
-    """Whether another `interval` of tokens has been passed since it last was."""
+    """Whether another `interval` of tokens has been passed since the last call."""
 
     def __init__(self, interval: float, tokens: int) -> None:
         self._interval, self._count = interval, tokens // interval

@@ -1,20 +1,30 @@
-"""The folders of runs: what may be in them, the checkpoint to go on from, room for what comes."""
+"""The folder of a run: what may be in it, what is written there, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig, check_same, runs_of
+import safetensors.torch
+import torch
+import transformers
+
+from ..config import TrainConfig, shared_folder
 from ..distributed import log_rank0
 from ..errors import InputError
-from ..files import check_out
+from ..files import check_out, write_file
 from ..model import MLSAEConfig
+from ..report import write_report
 from . import checkpoint
+from .logs import MetricsLog
+from .settings import check_same, settings_of
+from .state import TrainState
+from .validation import Validation
 
-PUSHED_FILES = (  # of a run's, what others can use
+PUSHED_FILES = (  # what others can use of a run
     "config.json",
     "model.safetensors",
     "latents.safetensors",
@@ -36,55 +46,155 @@ RUN_FILES = (
     "tensorboard",
     "wandb",
 )
-RUN_FOLDERS = ("x*-k*", "n*-k*")  # see `config.runs_of`
+RUN_FOLDERS = ("x*-k*", "n*-k*")  # see `config.SAEConfig.name`
 
 
-def newest_checkpoint(config: TrainConfig) -> Path | None:
-    """The newest checkpoint in `config.out`; None where it has come to none. Raises InputError
-    where that would lose something."""
-    path = checkpoint.newest(config.out, log_rank0)
+class RunDir:
+    """The folder of one SAE in training, `config.out`, and what is written there.
+
+    Rank 0 `writes`; every process makes the same calls. Given the saved part of a checkpoint, it
+    restores `state` from it, and the log goes on where it was then.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        saved: dict[str, Any] | None = None,
+        writes: bool = True,
+    ) -> None:
+        self.config, self.state = config, state
+        self.id = saved["id"] if saved else uuid.uuid4().hex
+        position = 0
+        if saved:
+            state.load_state_dict(saved)
+            position = saved["metrics_position"]
+        self.log: MetricsLog | None = None
+        if writes:
+            config.out.mkdir(parents=True, exist_ok=True)
+            settings = settings_of(config)
+            self.log = MetricsLog(
+                config.out, config.log, settings, self.id, position, state.tokens
+            )
+
+    @property
+    def name(self) -> str:
+        """What tells the SAE from others that train beside it."""
+        return self.config.sae.name
+
+    def log_metrics(self, tokens_per_second: float, seconds: float) -> dict[str, Any]:
+        """Log a line of metrics of the steps since the last one."""
+        state = self.state
+        window = state.end_window()
+        line = {
+            "tokens": state.tokens,
+            "steps": state.steps,
+            "loss": window.loss.item() / window.steps,
+            "fvu": window.fvu().mean().item(),
+            "fvu_layers": window.fvu().tolist(),
+            "aux": window.aux.item() / window.steps,
+            "dead": state.dead_share(),
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": tokens_per_second,
+            "seconds": seconds,
+        }
+        if self.log:
+            self.log.write(line)
+        return line
+
+    def log_validation(self, validation: Validation) -> None:
+        """Log validation metrics."""
+        if self.log:
+            self.log.write({"tokens": self.state.tokens, "heldout": validation.as_dict()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on: tensors and JSON-serializable values.
+
+        Raises NonFiniteError if a weight is not finite."""
+        self.state.check_weights()
+        position = self.log.position() if self.log else 0
+        return {"id": self.id, "metrics_position": position, **self.state.state_dict()}
+
+    def save_model(self, **about: Any) -> None:
+        """Leave a model that `MLSAE.from_pretrained` loads, and its card; `about` goes into
+        config.json."""
+        if self.state.data.rank > 0:
+            return
+        mlsae = self.state.mlsae
+        mlsae.save_pretrained(
+            self.config.out,
+            training=settings_of(self.config),
+            versions={"torch": torch.__version__, "transformers": transformers.__version__},
+            **about,
+        )
+        if self.log is not None:
+            card = str(mlsae.generate_model_card())  # also over that of a stop before the end
+            write_file(self.config.out / "README.md", card.encode())
+
+    def finish(self, validation: Validation) -> None:
+        """Leave a folder that stands alone, with the last `validation`."""
+        self.save_model(heldout=validation.as_dict())
+        if self.log is None:
+            return
+        latents = {
+            "totals": validation.totals.float().contiguous().cpu(),
+            "counts": validation.counts.long().contiguous().cpu(),
+        }
+        path = self.config.out / "latents.safetensors"
+        write_file(path, safetensors.torch.save(latents))
+        write_report(self.config.out)
+
+    def close(self) -> None:
+        """End the log."""
+        if self.log:
+            self.log.close()
+
+
+def newest_checkpoint(configs: Sequence[TrainConfig]) -> Path | None:
+    """The newest checkpoint of the run, or None if none has been saved yet. Raises InputError if
+    starting over would discard a trained model."""
+    out = shared_folder(configs)
+    path = checkpoint.newest(out, log_rank0)
     if path:
         return path
-    models = (config.out, *(run.out for run in runs_of(config).values()))
-    if checkpoint.any_written(config.out) or any(
-        (folder / "model.safetensors").exists() for folder in models
-    ):
+    folders = (out, *(config.out for config in configs))
+    if checkpoint.any_written(out) or any((f / "model.safetensors").exists() for f in folders):
         raise InputError(
-            f"--resume needs an undamaged checkpoint, and {config.out} has none; choose another "
-            "--out, or start over with --overwrite"
+            f"--resume needs an undamaged checkpoint, and {out} has none; choose another --out, or "
+            "start over with --overwrite"
         )
-    log_rank0(f"there is no checkpoint in {config.out} yet; starting at the beginning")
+    log_rank0(f"there is no checkpoint in {out} yet; starting at the beginning")
     return None
 
 
-def load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
-    """The state in a checkpoint that the first process has found undamaged. Raises InputError
-    where it is not this process's to see, or was saved with other settings."""
+def load_checkpoint(path: Path, configs: Sequence[TrainConfig]) -> dict[str, Any]:
+    """The state in a checkpoint that rank 0 has checked for damage. Raises InputError if this
+    process cannot see it, or it was saved with other settings."""
     if not path.exists():
         raise InputError(f"--out must be a folder that every node has, and {path} is not there")
     state = checkpoint.load(path)
-    check_same(config, state["settings"])
+    check_same(configs, state["settings"])
     return state
 
 
-def check_folders(config: TrainConfig, saes: Iterable[MLSAEConfig]) -> None:
-    """Raise InputError if the folder cannot take the runs, or would lose something.
+def check_folders(configs: Sequence[TrainConfig], saes: Iterable[MLSAEConfig]) -> None:
+    """Raise InputError if the folder cannot take the run, or something would be lost.
 
-    What they take on the disk: two weights, the counts of latents, the report; and in each
-    checkpoint, one of them being written, the weights and two moments of each."""
-    bytes_needed = 0
+    The disk must hold, for each SAE: both weights, the counts of latents and the report; and in
+    each checkpoint, counting one that is being written, the weights and two moments of each."""
+    config, out, bytes_needed = configs[0], shared_folder(configs), 0
     for sae in saes:
         bytes_needed += 4 * sae.n_latents * (2 * sae.d_in + 3 * len(sae.layers)) + 12 * 2**20
         bytes_needed += (config.keep_checkpoints + 1) * 24 * sae.n_latents * sae.d_in
     own = (*RUN_FILES, "runs.csv", *RUN_FOLDERS)
-    check_out(config.out, config.overwrite, config.resume, own, bytes_needed)
+    check_out(out, config.overwrite, config.resume, own, bytes_needed)
     for pattern in RUN_FOLDERS:
-        for folder in config.out.glob(pattern):
+        for folder in out.glob(pattern):
             check_out(folder, config.overwrite, config.resume, RUN_FILES, 0)
 
 
 def empty(folder: Path) -> None:
-    """Make the folder, and remove the runs in it, if any: `check_folders` has said that it may."""
+    """Make the folder, and remove the runs in it, if any: `check_folders` has allowed it."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.is_dir():

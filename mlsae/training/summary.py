@@ -1,4 +1,4 @@
-"""What a training says at its end: held-out figures, where the time went, peak memory."""
+"""What a training prints at its end: validation metrics, where the time went, peak memory."""
 
 from __future__ import annotations
 
@@ -12,76 +12,84 @@ from rich.table import Table
 
 from ..files import write_file
 from ..memory import peak
-from .loop import Fit
-from .validation import Evaluation
+from .loop import TrainLoop
+from .validation import Validation
 
 _COLUMNS = ("run", "n_latents", "k", "fvu", "fvu_paper", "l0", "dead")
 
 
-def print_summary(fit: Fit, evaluations: Sequence[Evaluation], encoding: float) -> None:
-    """Print it: a table of the layers of a single run, or a row for each of several. `encoding`
-    is how many seconds of the training went into it."""
+def print_summary(
+    loop: TrainLoop, validations: Sequence[Validation], dead: Sequence[float], encoding: float
+) -> None:
+    """Print the table of a single SAE's layers, or a row for each of several; then where the time
+    went. `dead` are the shares of dead latents, `encoding` the seconds that went into encoding."""
     console = Console(highlight=False)
-    single = len(fit.runs) == 1
+    single = len(loop.configs) == 1
     if single:
-        console.print(evaluations[0].table(fit.stream.reader.layers))
+        console.print(validations[0].table(loop.stream.reader.layers))
     else:
-        console.print(_table(fit, evaluations))
-    stages = fit.watch.seconds()
+        console.print(_table(loop, validations, dead))
+    stages = loop.timer.seconds()
     total = sum(stages.values())
     stages["encode"] = min(stages.pop("SAE"), encoding)
     stages["rest of the SAE"] = total - sum(stages.values())
-    shares = sorted(stages.items(), key=lambda stage: -stage[1])
-    sizes = [f"{run.trainer.mlsae.config.n_latents:,}" for run in fit.runs]
-    dead = [f"{run.dead:.1%}" for run in fit.runs]
-    out, processes = fit.config.out, fit.mesh.world.size
+    sorted_stages = sorted(stages.items(), key=lambda stage: -stage[1])
+    n_latents = loop.states[0].mlsae.config.n_latents
+    out, processes = loop.out, loop.mesh.world.size
     console.print(
-        f"trained on {fit.tokens:,} tokens in {fit.seconds:.0f} s "
-        f"({fit.tokens / fit.seconds:,.0f} tokens/s)"
-        + (f"; {dead[0]} of {sizes[0]} latents dead" if single else ""),
+        f"trained on {loop.tokens:,} tokens in {loop.seconds:.0f} s "
+        f"({loop.tokens / loop.seconds:,.0f} tokens/s)"
+        + (f"; {dead[0]:.1%} of {n_latents:,} latents dead" if single else ""),
         "where the time went: "
-        + ", ".join(f"{name} {spent / total:.1%}" for name, spent in shares)
-        + f"; tokenizing, beside it, {fit.batches.seconds:.1f} s",
-        f"peak memory: {peak(fit.stream.device) / 1e9:.2f} GB"
-        + (f" in the first of {processes} processes" if processes > 1 else ""),
-        f"run: {out}" if single else f"runs: in {out}, a folder each",
+        + ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in sorted_stages)
+        + f"; tokenizing, beside it, {loop.batches.seconds:.1f} s",
+        f"peak memory: {peak(loop.stream.device) / 1e9:.2f} GB"
+        + (f" on rank 0 of {processes} processes" if processes > 1 else ""),
+        f"run: {out}" if single else f"runs: in {out}, one folder each",
         f"report: {out / 'report.html'}" if single else f"this table: {out / 'runs.csv'}",
         sep="\n",
         soft_wrap=True,
     )
 
 
-def write_csv(path: Path, fit: Fit, evaluations: Sequence[Evaluation]) -> None:
-    """Write a row for each run, with its held-out figures: means over layers."""
+def write_csv(
+    path: Path, loop: TrainLoop, validations: Sequence[Validation], dead: Sequence[float]
+) -> None:
+    """Write a row for each SAE with its validation metrics, means over layers."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    writer.writerows(_rows(fit, evaluations))
+    writer.writerows(_rows(loop, validations, dead))
     write_file(path, text.getvalue().encode())
 
 
-def _table(fit: Fit, evaluations: Sequence[Evaluation]) -> Table:
-    table = Table(title=f"Held-out figures, {evaluations[0].n_tokens:,} tokens, means over layers")
+def _table(loop: TrainLoop, validations: Sequence[Validation], dead: Sequence[float]) -> Table:
+    n_tokens = validations[0].n_tokens
+    table = Table(title=f"Validation: {n_tokens:,} held-out tokens, means over layers")
     headings = ("run", "latents", "k", "FVU", "FVU as in the paper", "L0", "dead")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "run" else "right")
     forms = ("", ",", "", ".4f", ".4f", ".1f", ".1%")
-    for row in _rows(fit, evaluations):
+    for row in _rows(loop, validations, dead):
         table.add_row(*(format(value, form) for value, form in zip(row, forms, strict=True)))
     return table
 
 
-def _rows(fit: Fit, evaluations: Sequence[Evaluation]) -> list[tuple[str | float, ...]]:
-    """A row of `_COLUMNS` for each run."""
+def _rows(
+    loop: TrainLoop, validations: Sequence[Validation], dead: Sequence[float]
+) -> list[tuple[str | float, ...]]:
+    """A row of `_COLUMNS` for each SAE."""
     return [
         (
-            run.name,
-            run.trainer.mlsae.config.n_latents,
-            run.trainer.mlsae.config.k,
-            found.fvu.mean().item(),
-            found.fvu_paper.mean().item(),
-            found.l0.mean().item(),
-            run.dead,
+            config.sae.name,
+            state.mlsae.config.n_latents,
+            state.mlsae.config.k,
+            validation.fvu.mean().item(),
+            validation.fvu_paper.mean().item(),
+            validation.l0.mean().item(),
+            dead_share,
         )
-        for run, found in zip(fit.runs, evaluations, strict=True)
+        for config, state, validation, dead_share in zip(
+            loop.configs, loop.states, validations, dead, strict=True
+        )
     ]

@@ -1,6 +1,6 @@
-"""Measure MLSAEs on residuals that they were not trained on.
+"""Validation: metrics of MLSAEs on residuals that they were not trained on.
 
-Legend: L layers, N tokens, D width of the residual stream, M latents, K active latents a token.
+Legend: L layers, N tokens, D width of the residual stream, M latents, K active latents per token.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..distributed import ALONE, Group
 from ..model import MLSAE
 
 
-class Evaluation(NamedTuple):
-    """Figures of one pass over residuals, per layer, and where each latent was active."""
+class Validation(NamedTuple):
+    """Metrics of one pass over residuals, per layer, and where each latent was active."""
 
     n_tokens: int
     fvu: Tensor
@@ -26,24 +26,24 @@ class Evaluation(NamedTuple):
     fvu_paper: Tensor
     """(L,) see `metrics.fvu_paper`."""
     l0: Tensor
-    """(L,) mean number of latents with h > 0 a token: at most k."""
+    """(L,) mean number of latents with h > 0 per token: at most k."""
     totals: Tensor
     """(M, L) Σ_n h_j(n, ℓ)."""
     counts: Tensor
     """(M, L) tokens with h_j(n, ℓ) > 0."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures, means and lists over layers, as JSON has them."""
-        figures: dict[str, Any] = {"n_tokens": self.n_tokens}
+        """The metrics, as means and lists over layers; JSON-serializable."""
+        values_by_name: dict[str, Any] = {"n_tokens": self.n_tokens}
         for name in ("fvu", "fvu_paper", "l0"):
             values = getattr(self, name)
-            figures |= {name: values.mean().item(), f"{name}_layers": values.tolist()}
-        figures["never_active"] = (self.counts.sum(1) == 0).double().mean().item()
-        return figures
+            values_by_name |= {name: values.mean().item(), f"{name}_layers": values.tolist()}
+        values_by_name["never_active"] = (self.counts.sum(1) == 0).double().mean().item()
+        return values_by_name
 
     def table(self, layers: Iterable[int]) -> Table:
-        """A row a layer and one of means, to print."""
-        table = Table(title=f"Held-out figures, {self.n_tokens:,} tokens")
+        """A row per layer and one of means, to print."""
+        table = Table(title=f"Validation: {self.n_tokens:,} held-out tokens")
         for name in ("layer", "FVU", "FVU as in the paper", "L0"):
             table.add_column(name, justify="right")
         columns = (self.fvu, self.fvu_paper, self.l0)
@@ -55,8 +55,8 @@ class Evaluation(NamedTuple):
         return table
 
 
-class _Sums:
-    """What is summed for one MLSAE; of shards, for this process's latents."""
+class _ValidationSums:
+    """What is summed for one MLSAE; when sharded, for this process's latents."""
 
     def __init__(self, mlsae: MLSAE) -> None:
         n_layers, n_latents = len(mlsae.config.layers), len(mlsae.sae.W_dec)
@@ -67,47 +67,46 @@ class _Sums:
         self.totals = torch.zeros(n_latents, n_layers, dtype=torch.float64, device=device)
         self.counts = torch.zeros_like(self.totals)
 
-    def add(self, x: Tensor) -> None:
-        """Take in residuals (L, N, D) float32."""
-        standard, mean, std = self.mlsae.standardize(x)
-        reconstruction, codes = self.mlsae.sae.reconstruct(standard)
+    def update(self, x: Tensor) -> None:
+        """Add residuals x (L, N, D) float32."""
+        reconstruction = self.mlsae.reconstruct(x)
         self.moments.update(x)
-        self.sq_error += (x - reconstruction * std - mean).square().sum((1, 2))
-        totals, counts = metrics.latent_layer_totals(*codes, len(self.totals))
+        self.sq_error += reconstruction.error.square().sum((1, 2))
+        totals, counts = metrics.latent_layer_totals(*reconstruction.codes, len(self.totals))
         self.totals += totals
         self.counts += counts
 
-    def evaluation(self, data: Group) -> Evaluation:
-        """The figures of all that has been added, in any process."""
+    def validation(self, data: Group) -> Validation:
+        """The metrics of all residuals added in any process of the group `data`."""
         metrics.reduce([self.moments], [self.sq_error, self.totals, self.counts], data)
         active = self.mlsae.shards.sum_(self.counts.sum(0))
         n_tokens = self.moments.count
         if n_tokens == 0:
             raise ValueError("residuals must hold at least one token, got none")
-        return Evaluation(
+        gather_rows = self.mlsae.sae.gather_rows
+        return Validation(
             n_tokens,
             metrics.fvu(self.sq_error, n_tokens, self.moments),
             metrics.fvu_paper(self.sq_error, n_tokens, self.moments),
             active / n_tokens,
-            self.mlsae.whole(self.totals),
-            self.mlsae.whole(self.counts),
+            gather_rows(self.totals),
+            gather_rows(self.counts),
         )
 
 
 @torch.inference_mode()
-def evaluate(
+def validate(
     mlsaes: Sequence[MLSAE], residuals: Iterable[Tensor], data: Group = ALONE.data
-) -> list[Evaluation]:
-    """One pass over batches of residuals (L, N, D), for all of `mlsaes`. It changes nothing, in
-    them or elsewhere.
+) -> list[Validation]:
+    """One pass over batches of residuals (L, N, D), for all of `mlsaes`. Nothing else changes.
 
-    Each process of the group `data` has residuals of its own, and the figures are of all. Where
-    latents are shared out, `totals` and `counts` of all of them are in the first process only.
+    Each process of the group `data` has residuals of its own, and the metrics are of all. When
+    sharded, only rank 0 receives the `totals` and `counts` of all latents.
 
     Raises ValueError if there are no tokens.
     """
-    sums = [_Sums(mlsae) for mlsae in mlsaes]
+    all_sums = [_ValidationSums(mlsae) for mlsae in mlsaes]
     for x in residuals:
-        for one in sums:
-            one.add(x.float())
-    return [one.evaluation(data) for one in sums]
+        for sums in all_sums:
+            sums.update(x.float())
+    return [sums.validation(data) for sums in all_sums]

@@ -1,0 +1,214 @@
+"""A whole training: from its settings to the folders that it leaves.
+
+Legend: L layers, B rows, T positions, N tokens, D width of the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparse_topk import backend_name
+
+from .. import distributed
+from ..config import TrainConfig, check_config, learning_rate, shared_folder
+from ..data.stream import DataStream, read_shape
+from ..distributed import Group, Mesh, choose_device, log_rank0
+from ..errors import InputError, check_installed
+from ..hub import check_push, push_run
+from ..memory import check_memory, estimate
+from ..model import MLSAE, MLSAEConfig
+from .init import init_stats, mlsae_config
+from .loop import TrainLoop
+from .run_dir import (
+    PUSHED_FILES,
+    RunDir,
+    check_folders,
+    empty,
+    load_checkpoint,
+    newest_checkpoint,
+)
+from .state import TrainState
+from .summary import print_summary, write_csv
+
+
+def train(*configs: TrainConfig) -> dict[Path, MLSAE]:
+    """Train an SAE for each of `configs`, which differ in `sae` and `out` only, side by side on the
+    same residuals; leave each in its folder: the MLSAEs by folder.
+
+    As one of several processes, started by torchrun, it trains together with them: all read the
+    checkpoint to resume from, and rank 0 writes and prints.
+
+    Raises InputError for bad input, before anything is written (in rank 0; in the other processes
+    SystemExit, 2); NonFiniteError if a loss is not finite; LostContactError if another process is
+    gone; SystemExit (128 + the signal's number) after SIGINT or SIGTERM in any process, with a
+    checkpoint written and models that load.
+    """
+    with distributed.session(configs[0].timeout) as world:
+        return _train(configs, world)
+
+
+def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
+    config, out, writes = configs[0], shared_folder(configs), world.rank == 0
+    with world.raise_together():
+        device = _check(configs, world)
+        path = newest_checkpoint(configs) if writes and config.resume else None
+    path = world.share(path)
+    mesh = distributed.make_mesh(world, device, config.shard_latents, config.timeout)
+
+    # What is read: the training so far, the transformer up to its last layer to read, the text.
+    with world.raise_together():
+        saved = load_checkpoint(path, configs) if path else None
+        shape = read_shape(config.data)
+        batch_rows, micro_rows = _rows(config, shape.seq_len, mesh)
+        saes = [mlsae_config(each, shape) for each in configs]
+        if writes:
+            check_folders(configs, saes)
+        needed = _memory_needed(config, saes, micro_rows * shape.seq_len, device, mesh)
+        stream = DataStream(
+            config.data, shape, device, mesh,
+            micro_rows=micro_rows, seed=config.seed, whole=False, reserved=needed,
+        )  # fmt: skip
+        check_memory(needed, device)
+        heldout = stream.heldout(config.eval_tokens) if writes else None
+        _log_backend(stream)
+    heldout = world.share(heldout)
+
+    # What is trained. The first batch sets b_pre and the first variances, then is trained on.
+    states = [_new_state(each, sae, stream) for each, sae in zip(configs, saes, strict=True)]
+    batches = stream.batches(batch_rows, saved["batches"] if saved else None)
+    first: list[Tensor] = []
+    if saved is None:
+        first = [next(batches)]
+        _initialize(states, stream, first[0])
+        if writes:
+            empty(out)
+
+    with ExitStack() as stack:
+        stack.enter_context(closing(batches))
+        run_dirs = []
+        for each, state in zip(configs, states, strict=True):
+            own = saved["runs"][each.sae.name] if saved else None
+            run_dirs.append(stack.enter_context(closing(RunDir(each, state, own, writes))))
+        loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout)
+        if saved and path:
+            loop.resume(saved, path)
+            log_rank0(f"resuming from {path}, after {loop.tokens:,} tokens")
+        loop.run(chain(first, batches))
+        validations = loop.validate()
+
+    # Leave folders that stand alone.
+    for run_dir, validation in zip(run_dirs, validations, strict=True):
+        run_dir.finish(validation)
+    dead, encoding = [state.dead_share() for state in states], loop.encode_seconds()
+    if writes:
+        if len(configs) > 1:
+            write_csv(out / "runs.csv", loop, validations, dead)
+        print_summary(loop, validations, dead, encoding)
+        for each in configs:
+            if each.push_to_hub is not None:
+                log_rank0(f"pushed: {push_run(each.out, each.push_to_hub, PUSHED_FILES)}")
+    return {each.out: state.mlsae for each, state in zip(configs, states, strict=True)}
+
+
+def _check(configs: Sequence[TrainConfig], world: Group) -> torch.device:
+    """The device to train on. Raises InputError for what is wrong whatever the model is."""
+    for each in configs:
+        check_config(each)
+    config = configs[0]
+    for logger in config.log:
+        check_installed(logger, f"--log {logger}")
+    if config.push_to_hub is not None and world.rank == 0:
+        check_push(config.push_to_hub)
+    distributed.check_shards(world, config.shard_latents)
+    if config.data.model_device_map and world.size > 1:
+        raise InputError(
+            f"--model_device_map must not be given to several processes, got "
+            f"{config.data.model_device_map}: each has the transformer on its own device"
+        )
+    return choose_device(config.device, distributed.local_rank())
+
+
+def _rows(config: TrainConfig, seq_len: int, mesh: Mesh) -> tuple[int, int]:
+    """Rows per batch, and rows whose residuals a process has at a time. Raises InputError if a
+    batch, or a part of one, is shorter than a row."""
+    micro_tokens = config.micro_tokens or config.batch_tokens
+    smallest = min(config.batch_tokens, micro_tokens)
+    if smallest < seq_len:
+        raise InputError(
+            f"--batch_tokens and --micro_tokens must be at least {seq_len} (a row; see --seq_len), "
+            f"got {smallest}"
+        )
+    batch_rows = config.batch_tokens // seq_len
+    own_rows = -(-batch_rows // mesh.data.size)  # of a batch, at most
+    return batch_rows, min(own_rows, micro_tokens // seq_len)
+
+
+def _initialize(states: Sequence[TrainState], stream: DataStream, input_ids: Tensor) -> None:
+    """Set b_pre and the first variances from the first batch (B, T)."""
+    mlsae = states[0].mlsae
+    with stream.mesh.world.raise_together():
+        moments, center = init_stats(mlsae, stream.residuals(input_ids), stream.mesh.data)
+    for state in states:
+        state.initialize(moments, center)
+
+
+def _log_backend(stream: DataStream) -> None:
+    """Say what trains on what."""
+    try:
+        kernels = backend_name(stream.device)
+    except ValueError as error:  # an unknown SPARSE_TOPK_BACKEND
+        raise InputError(str(error)) from error
+    world, data, latents = stream.mesh
+    layout = f", {world.size} processes: {data.size} × tokens, {latents.size} × latents"
+    processes = layout if world.size > 1 else ""
+    log_rank0(f"training on {stream.device} with the {kernels} kernels{processes}")
+
+
+def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    return torch.bfloat16 if half else torch.float32
+
+
+def _k_aux(config: TrainConfig, d_in: int) -> int:
+    return config.sae.k_aux or 2 ** round(math.log2(max(d_in / 2, 1)))
+
+
+def _memory_needed(
+    config: TrainConfig,
+    saes: Sequence[MLSAEConfig],
+    micro_tokens: int,
+    device: torch.device,
+    mesh: Mesh,
+) -> int:
+    """Bytes that training all of `saes` takes on `device`, beside the transformer. Raises
+    InputError if they have fewer latents than shards."""
+    shards, fewest = mesh.latents.size, min(sae.n_latents for sae in saes)
+    if fewest < shards:
+        raise InputError(
+            f"--shard_latents must be at most {fewest} (the number of latents), got {shards}"
+        )
+    dtype = _compute_dtype(config, device)
+    return estimate(saes, micro_tokens, _k_aux(config, saes[0].d_in), dtype, shards)
+
+
+def _new_state(config: TrainConfig, sae: MLSAEConfig, stream: DataStream) -> TrainState:
+    """The state of an SAE at the start of its training."""
+    torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
+    return TrainState(
+        MLSAE(sae, stream.device, stream.mesh.latents),
+        schedule=lambda tokens: learning_rate(config, sae.n_latents, tokens),
+        dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
+        k_aux=_k_aux(config, sae.d_in),
+        aux_weight=config.sae.aux_weight,
+        max_grad_norm=config.max_grad_norm,
+        dtype=_compute_dtype(config, stream.device),
+        data=stream.mesh.data,
+        name=str(config.out),
+    )

@@ -1,0 +1,67 @@
+"""Whether a run that is resumed has the settings it began with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..config import TrainConfig, shared_folder
+from ..errors import InputError
+
+_FREE = (  # what may differ from the run that is resumed
+    "out",
+    "push_to_hub",
+    "overwrite",
+    "resume",
+    "preset",
+    "device",
+    "model_device_map",
+    "shard_latents",
+    "timeout",
+    "micro_tokens",
+    "log",
+    "checkpoint_tokens",
+    "keep_checkpoints",
+)
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """The settings by their names on the command line; JSON-serializable."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return settings.pop("data") | settings
+
+
+def joint_settings(configs: Sequence[TrainConfig]) -> dict[str, Any]:
+    """The settings of SAEs that train together, as one command line names them: those of `sae`
+    that differ are lists."""
+    settings = settings_of(configs[0])
+    saes = [settings_of(config)["sae"] for config in configs]
+    for name in settings["sae"]:
+        values = list(dict.fromkeys(sae[name] for sae in saes))
+        settings["sae"][name] = values[0] if len(values) == 1 else values
+    return settings | {"out": str(shared_folder(configs))}
+
+
+def check_same(configs: Sequence[TrainConfig], saved: dict[str, Any]) -> None:
+    """Raise InputError if `configs` would not continue the run of the `saved` settings."""
+    before = _flat(saved)
+    for name, value in _flat(joint_settings(configs)).items():
+        if name not in _FREE and value != before.get(name):
+            raise InputError(
+                f"--{name} must be {_shown(before.get(name))} to resume this run, as it began, got "
+                f"{_shown(value)}; give the same settings, or another --out"
+            )
+
+
+def _shown(value: Any) -> str:
+    """A setting as it is given on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
