@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 
 class LostContactError(RuntimeError):
@@ -247,5 +247,5 @@ def _contact() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise LostContactError(f"lost contact with another process: {reason}") from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -29,7 +29,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"--device must be auto, cpu, or a CUDA device that is there, got {name!r}: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     return device
 
