@@ -178,6 +178,28 @@ def local_rank() -> int | None:
     return int(os.environ.get("LOCAL_RANK", "0")) if launched() else None
 
 
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device that `--device` names. A CUDA device has its index and becomes the current one;
+    plain "cuda" on a node of several processes is the GPU numbered `local_rank`.
+
+    Raises InputError if there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.empty(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"--device must be auto, cpu, or a CUDA device that is there, got {name!r}: "
+            f"{first_line(error)}"
+        ) from error
+    return device
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
     return not launched() or os.environ["RANK"] == "0"

@@ -34,9 +34,8 @@ from sparse_topk import backend_name, keep_freed_memory
 
 from . import distributed
 from .config import PRESETS, TrainConfig, check_config, runs_of
-from .data.residuals import choose_device
 from .data.stream import DataStream, Shape, micro_rows, read_shape
-from .distributed import Group, LostContactError, Mesh, log_rank0
+from .distributed import Group, LostContactError, Mesh, choose_device, log_rank0
 from .errors import InputError, check_installed, exit_on_bad_input
 from .hub import check_push, push_run
 from .memory import check_memory, estimate

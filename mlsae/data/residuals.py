@@ -12,26 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, first_line
-
-
-def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device that `--device` names; on CUDA with its index, and made the current one. Of
-    several processes on a node, number `local_rank` takes the GPU of that number."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_rank is not None:
-        name = f"cuda:{local_rank}"
-    try:
-        device = torch.empty(1, device=name).device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"--device must be auto, cpu, or a CUDA device that is there, got {name!r}: "
-            f"{first_line(error)}"
-        ) from error
-    return device
+from ..errors import InputError
 
 
 class _AllReadError(Exception):
