@@ -68,7 +68,7 @@ def _train(config: TrainConfig, world: Group) -> dict[Path, MLSAE]:
     with world.raise_together():
         device = _check(config, world)
         path = newest_checkpoint(config) if is_first and config.resume else None
-    path = world.share(path)
+    path = world.broadcast_object(path)
     mesh = distributed.make_mesh(world, device, config.shard_latents, config.timeout)
 
     # What is read: the training so far, the transformer up to its last token_mask layer, the text.
@@ -83,7 +83,7 @@ def _train(config: TrainConfig, world: Group) -> dict[Path, MLSAE]:
         check_memory(needed, device)
         heldout = stream.heldout() if is_first else None
         _say_where(stream)
-    heldout = world.share(heldout)
+    heldout = world.broadcast_object(heldout)
 
     # What is trained: an SAE for each run. The first batch sets b_pre and the first variances,
     # then is trained on.
@@ -235,7 +235,7 @@ def parse(
         description=description,
         use_underscores=True,
         prog=prog,
-        console_outputs=distributed.is_first(),
+        console_outputs=distributed.is_rank0(),
     )
 
 

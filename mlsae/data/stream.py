@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import TrainConfig, values_of
-from ..distributed import ALONE, Mesh, shares
+from ..distributed import ALONE, Mesh, splits
 from ..errors import InputError
 from ..model import MLSAEConfig
 from . import tokens as data
@@ -123,7 +123,7 @@ class DataStream:
         """Residuals (L, N, D) of this process's share of rows (B, T), special tokens dropped, a
         part at a time. Processes with the same rows are given the same parts."""
         data_group = self.mesh.data
-        mine = shares(len(input_ids), data_group.size)[data_group.rank]
+        mine = splits(len(input_ids), data_group.size)[data_group.rank]
         if mine.start == mine.stop:
             return
         for part in input_ids[mine].split(self.micro_rows):
@@ -134,14 +134,14 @@ class DataStream:
         transformer on a share of the rows each, and send one another what they have read."""
         group = self.mesh.latents
         token_mask = data.not_special(rows, self.tokenizer)
-        parts = shares(len(rows), group.size)
+        parts = splits(len(rows), group.size)
         lengths = [int(token_mask[part].sum()) for part in parts]
         mine = parts[group.rank] if lengths[group.rank] else parts[0]
         x = self.reader(rows[mine].to(self.device))[:, token_mask[mine].to(self.device)]
         x = x[:, : lengths[group.rank]]
         if group.size == 1 or not any(lengths):
             return x.float()
-        gathered = group.gather(F.pad(x, (0, 0, 0, max(lengths) - x.shape[1])))  # (S, L, N', D)
+        gathered = group.all_gather(F.pad(x, (0, 0, 0, max(lengths) - x.shape[1])))  # (S, L, N', D)
         return torch.cat(
             [part[:, :length] for part, length in zip(gathered, lengths, strict=True)], dim=1
         ).float()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..config import TrainConfig, settings_of
 from ..data.stream import DataStream
 from ..data.tokens import Batches, BroadcastBatches
-from ..distributed import is_first, log_rank0
+from ..distributed import is_rank0, log_rank0
 from . import checkpoint
 from .sae_run import Run
 from .signals import Signals
@@ -75,7 +75,7 @@ class Fit:
             unit_scale=True,
             desc="training",
             dynamic_ncols=True,
-            disable=not is_first(),
+            disable=not is_rank0(),
         )
         world = self.mesh.world
         remember = Signals(only_remember=world.size > 1)
@@ -90,7 +90,7 @@ class Fit:
                     bar.set_postfix_str(self.write_lines())
                 if eval_every.passed(self.tokens) and not done:
                     self.measure()
-                caught = world.largest(signals.caught or 0)  # in any of them
+                caught = world.max_int(signals.caught or 0)  # in any of them
                 if save_every.passed(self.tokens) or done or caught:
                     self.save()
                 self.watch.lap("logs and checkpoints")
@@ -181,7 +181,7 @@ class Fit:
             "runs": {run.name: run.state_dict() for run in self.runs},
         }
         config = self.config
-        if is_first():
+        if is_rank0():
             self.saved = checkpoint.save(config.out, self.tokens, state, config.keep_checkpoints)
 
 

@@ -115,7 +115,7 @@ class Trainer:
 
     def dead_share(self) -> float:
         """The share of all latents that are dead. All processes must call it."""
-        n_dead = self.mlsae.shards.total(int(self.dead().sum()))
+        n_dead = self.mlsae.shards.sum_int(int(self.dead().sum()))
         return n_dead / self.mlsae.config.n_latents
 
     def initialize(self, moments: metrics.Moments, center: Tensor) -> None:
@@ -198,7 +198,7 @@ class Step:
         self.sums, self.errors = trainer.sums(), trainer.sums().moments
         self._variance = trainer.moments.variance().float()
         dead = trainer.dead().nonzero().flatten()
-        self._dead = dead if trainer.mlsae.shards.total(len(dead)) else None
+        self._dead = dead if trainer.mlsae.shards.sum_int(len(dead)) else None
         self._active = torch.zeros_like(trainer.inactive_tokens, dtype=torch.bool)
 
     def add(self, x: Tensor) -> None:
