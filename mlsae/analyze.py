@@ -46,9 +46,9 @@ from .analysis.geometry import (
 from .analysis.parquet import Text, direction_columns, latent_columns, write_examples, write_table
 from .analysis.prompt import prompt_page, prompt_table, read_prompt, tokenize
 from .analysis.summary import print_analysis
-from .data.residuals import choose_device
 from .data.stream import DataStream
 from .data.tokens import not_special
+from .distributed import choose_device
 from .errors import InputError, exit_on_bad_input
 from .evaluation.heldout import HeldoutConfig, open_run
 from .files import write_file

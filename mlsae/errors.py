@@ -18,6 +18,11 @@ class NonFiniteError(FloatingPointError):
     """A loss, or a weight, is not finite: training stops before it is used."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def check_installed(package: str, argument: str) -> None:
     """Raise InputError if `package`, which `argument` needs, cannot be imported."""
     try:
@@ -26,11 +31,6 @@ def check_installed(package: str, argument: str) -> None:
         raise InputError(
             f"{argument} needs a package that is not installed: pip install {package}"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

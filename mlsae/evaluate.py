@@ -28,8 +28,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from .data.residuals import choose_device
 from .data.tokens import not_special
+from .distributed import choose_device
 from .errors import exit_on_bad_input
 from .evaluation.faithfulness import Measured, measure_faithfulness
 from .evaluation.heldout import HeldoutConfig, open_run

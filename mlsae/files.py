@@ -1,32 +1,46 @@
-"""The folder of a run: made only where nothing is lost, and written file by file at once."""
+"""Write files whole or not at all, and check that an output folder can take a run."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
 from .errors import InputError
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, whole or not at all: written aside, synced, then renamed."""
-    aside = path.with_name(path.name + ".partial")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replace the file at `path` as a whole or not at all:
+
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+
+    Yields the path to write to, `path` with ".partial" appended. At the end of the block that file
+    is synced to the disk and renamed to `path`; on an error it is removed, and `path` is untouched.
+    """
+    partial = path.with_name(path.name + ".partial")
     try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield partial
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(partial, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Replace the file at `path` by `content`, see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make sure that the names in `folder`, not only the files' contents, are on the disk."""
+    """Sync the entries of `folder` to the disk: a file's own sync does not cover its name."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,26 +51,29 @@ def sync_folder(folder: Path) -> None:
 def check_out(
     folder: Path, overwrite: bool, resume: bool, own: Collection[str], needed_bytes: int
 ) -> None:
-    """Raise InputError if `folder` cannot take a run: it has files and neither `overwrite` nor
-    `resume` is on, or files that match none of the patterns of a run's `own`; it is a file; its
-    disk has less than `needed_bytes` free. Nothing is changed."""
+    """Check that `folder` can take a run; change nothing.
+
+    Raises InputError if it is a file; if it has files and neither `overwrite` nor `resume` is set;
+    if a file in it matches none of `own`, the patterns of a run's files; or if its disk has less
+    than `needed_bytes` free.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out must be a folder, and {folder} is a file; choose another")
-    files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if files and not (overwrite or resume):
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if names and not (overwrite or resume):
         raise InputError(
             f"--out must be a new or empty folder, and {folder} has files in it; choose another, "
-            "go on with the run in it with --resume, or replace it with --overwrite"
+            "resume the run in it with --resume, or replace it with --overwrite"
         )
-    known = [name.removesuffix(".partial") for name in files]
-    foreign = [name for name in known if not any(fnmatch(name, pattern) for pattern in own)]
+    whole_names = [name.removesuffix(".partial") for name in names]
+    foreign = [name for name in whole_names if not any(fnmatch(name, pattern) for pattern in own)]
     if foreign:
         raise InputError(
             f"--out must hold nothing but a run, and {folder} has {', '.join(foreign[:3])} in it; "
             "choose another folder"
         )
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
     if free < needed_bytes:
         raise InputError(
             f"--out {folder} needs about {needed_bytes / 1e6:.0f} MB, and its disk has "

@@ -1,6 +1,6 @@
-"""Whether a run fits: what it will need, what there is, and what it needed.
+"""Whether a training fits in memory: what it will need, what is free, and what it used.
 
-Legend: L layers, D width of the residual stream, M latents, K active latents a token.
+Legend: L layers, D width of the residual stream, M latents, K active latents per token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from .errors import InputError
 from .model import MLSAEConfig
 
-_SCORES_BYTES = 512 * 2**20  # at most, of the encoder's workspace
+_WORKSPACE_BYTES = 512 * 2**20  # the encoder kernel's limit on scores held at a time
 
 
 def estimate(
@@ -26,24 +26,24 @@ def estimate(
     dtype: torch.dtype,
     shards: int = 1,
 ) -> int:
-    """Bytes that training takes at its peak in a process, beside the transformer's weights.
+    """Bytes that training takes at its peak in one process, without the transformer's weights.
 
-    Weights, gradients and Adam's two moments: 16 B a parameter, of all SAEs that train beside one
-    another. The rest is one SAE's at a time, so of the largest: with a compute dtype of b bytes,
-    2·b a parameter for the cast weights and their gradients. For each of the L · micro_tokens
-    vectors of a part about 12 float32 copies of its D elements (input, standardized,
-    reconstruction, errors, gradients), and 60 B for each of its K + k_aux selections; and the
-    scores of a block.
+    Weights, gradients and Adam's two moments take 16 B per parameter, of all SAEs that train side
+    by side. The rest is held for one SAE at a time, so the largest counts. With a compute dtype of
+    b bytes, 2·b per parameter for the cast weights and their gradients. Of the L · micro_tokens
+    vectors of a part, each has about 12 float32 copies of its D elements (input, standardized,
+    reconstruction, errors, gradients) and 60 B for each of its K + k_aux selections. And the
+    encoder's workspace for scores.
 
-    With `shards` of the latents, a process has a part of the parameters and of the scores, and of
-    each vector some 40 B more for each selection, to make it with the others. At the start it has,
-    for a moment, one whole matrix of weights of the largest SAE.
+    With `shards` of the latents, a process holds its part of the parameters and of the scores, and
+    another 40 B for each selection, which the shards make together. At the start it holds one
+    weight matrix of the largest SAE as a whole, for a moment.
     """
     parameters = [2 * config.n_latents * config.d_in / shards for config in configs]
     cast = 0 if dtype == torch.float32 else 2 * dtype.itemsize
     vectors = len(configs[0].layers) * micro_tokens
     n_latents, k = max(c.n_latents for c in configs), max(c.k for c in configs)
-    scores = min(_SCORES_BYTES, vectors * n_latents / shards * dtype.itemsize)
+    scores = min(_WORKSPACE_BYTES, vectors * n_latents / shards * dtype.itemsize)
     selection = 60 if shards == 1 else 100
     activations = vectors * (48 * configs[0].d_in + selection * (k + k_aux))
     running = 16 * sum(parameters) + cast * max(parameters) + activations + scores
@@ -59,12 +59,12 @@ def check_memory(needed: int, device: torch.device) -> None:
             f"the run needs about {needed / 1e9:.1f} GB of {device.type} memory, and "
             f"{free / 1e9:.1f} GB is free; make it smaller with --micro_tokens (the vectors held "
             "at a time), --sae.expansion (weights and optimizer; or fewer SAEs at once), "
-            "--sae.k_aux or --layers; or share the latents out with --shard_latents"
+            "--sae.k_aux or --layers; or shard the latents with --shard_latents"
         )
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes free on `device`; None where the system does not tell."""
+    """Bytes free on `device`; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -75,7 +75,7 @@ def available(device: torch.device) -> int | None:
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes that this process has had on `device` so far."""
+    """The most bytes that this process has held on `device` so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -21,7 +21,7 @@ from torch.nn.utils import get_total_norm
 
 from sparse_topk import SparseTopKSAE, TopK, encode, topk_sae
 
-from .distributed import Group, shares
+from .distributed import Group, splits
 
 
 class Selection:
@@ -49,11 +49,11 @@ class Selection:
         ranked, order = values.sort(dim=1, descending=True, stable=True)
         part = math.ceil(n / size)  # tokens a process decides on
         offers = F.pad(ranked, (0, k - own, 0, part * size - n)).view(size, part, k)
-        candidates = self.group.exchange(offers).transpose(0, 1).flatten(1)  # (N/S, S·K)
+        candidates = self.group.all_to_all(offers).transpose(0, 1).flatten(1)  # (N/S, S·K)
         best = candidates.sort(dim=1, descending=True, stable=True).indices[:, :k]
         shards = torch.arange(size, device=values.device)
         taken = (best[:, :, None] // k == shards).sum(1, dtype=torch.int32)  # (N/S, S)
-        mine = self.group.exchange(taken.T.contiguous()).flatten()[:n]  # (N,)
+        mine = self.group.all_to_all(taken.T.contiguous()).flatten()[:n]  # (N,)
         kept = torch.arange(own, device=values.device) < mine[:, None]
         return torch.zeros_like(values).scatter(1, order, ranked.where(kept, 0))
 
@@ -84,7 +84,7 @@ class ShardedSAE(SparseTopKSAE):
     ) -> None:
         super().__init__(d_in, n_latents, k, bias=False, device="meta")
         self.group = group
-        self.rows = shares(n_latents, group.size)[group.rank]
+        self.rows = splits(n_latents, group.size)[group.rank]
         # Drawn whole, so that the weights do not depend on the number of shards.
         drawn = torch.randn(n_latents, d_in, device=device)[self.rows]
         self.W_enc = nn.Parameter(F.normalize(drawn, dim=1))
@@ -119,5 +119,5 @@ class ShardedSAE(SparseTopKSAE):
     def whole(self, part: Tensor) -> Tensor:
         """What all shards hold of something with a row a latent, (M, …), on the CPU of the first;
         the others get their own part back. All must call it."""
-        parts = shares(self.n_latents, self.group.size)
-        return self.group.collect(part, [rows.stop - rows.start for rows in parts])
+        parts = splits(self.n_latents, self.group.size)
+        return self.group.collect_on_rank0(part, [rows.stop - rows.start for rows in parts])

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from datasets import IterableDataset, load_dataset
 
 from .. import builtin
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 Split = Literal["train", "heldout"]
 
@@ -86,7 +86,7 @@ class Documents:
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"DATASET {self.dataset} cannot be read: {_first_line(error)}; "
+                f"DATASET {self.dataset} cannot be read: {first_line(error)}; "
                 "repair or remove the file"
             ) from error
 
@@ -123,10 +123,5 @@ def _hub_records(name: str) -> IterableDataset:
     except Exception as error:  # the hub's many: not found, gated, offline, no such split
         raise InputError(
             f"DATASET must be {builtin.NAME!r}, a local file or folder, or a dataset on the hub "
-            f"with a train split, and {name!r} cannot be had: {_first_line(error)}"
+            f"with a train split, and {name!r} cannot be had: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

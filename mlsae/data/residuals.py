@@ -15,25 +15,6 @@ from torch import Tensor, nn
 from ..errors import InputError
 
 
-def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device that `--device` names; on CUDA with its index, and made the current one. Of
-    several processes on a node, number `local_rank` takes the GPU of that number."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_rank is not None:
-        name = f"cuda:{local_rank}"
-    try:
-        device = torch.empty(1, device=name).device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"--device must be auto, cpu, or a CUDA device that is there, got {name!r}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    return device
-
-
 class _AllReadError(Exception):
     """Raised by the last hook to end the forward pass: nothing above it is token_mask."""
 

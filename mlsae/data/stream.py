@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import DataConfig
-from ..distributed import ALONE, Mesh, shares
+from ..distributed import ALONE, Mesh, splits
 from ..errors import InputError
 from .documents import Split
 from .residuals import ResidualReader, chosen_layers
@@ -102,7 +102,7 @@ class DataStream:
         """Residuals (L, N, D) of this process's rows among input_ids (B, T), special tokens
         dropped, in parts. Processes with the same rows are given the same parts."""
         data = self.mesh.data
-        own = shares(len(input_ids), data.size)[data.rank]
+        own = splits(len(input_ids), data.size)[data.rank]
         if own.start == own.stop:
             return
         for part in input_ids[own].split(self.micro_rows):
@@ -113,14 +113,14 @@ class DataStream:
         transformer on some of the rows each, and exchange what they have read."""
         group = self.mesh.latents
         token_mask = not_special(rows, self.tokenizer)
-        parts = shares(len(rows), group.size)
+        parts = splits(len(rows), group.size)
         lengths = [int(token_mask[part].sum()) for part in parts]
         own = parts[group.rank] if lengths[group.rank] else parts[0]
         x = self.reader(rows[own].to(self.device))[:, token_mask[own].to(self.device)]
         x = x[:, : lengths[group.rank]]
         if group.size == 1 or not any(lengths):
             return x.float()
-        gathered = group.gather(F.pad(x, (0, 0, 0, max(lengths) - x.shape[1])))  # (S, L, N', D)
+        gathered = group.all_gather(F.pad(x, (0, 0, 0, max(lengths) - x.shape[1])))  # (S, L, N', D)
         return torch.cat(
             [part[:, :length] for part, length in zip(gathered, lengths, strict=True)], dim=1
         ).float()

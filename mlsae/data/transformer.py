@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import builtin
 from ..config import DataConfig
-from ..errors import InputError, check_installed
+from ..errors import InputError, check_installed, first_line
 from .residuals import find_blocks
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's own words
@@ -86,10 +86,9 @@ def _named(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, InputError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"MODEL must be {builtin.NAME!r}, a local folder, or the name of a causal language "
-            f"model on the Hugging Face hub, and {name!r} cannot be loaded: {reason}"
+            f"model on the Hugging Face hub, and {name!r} cannot be loaded: {first_line(error)}"
         ) from error
 
 
@@ -101,7 +100,7 @@ def _check_place(device_map: str) -> None:
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"--model_device_map must be {', '.join(_STRATEGIES)}, or a device that is there, got "
-            f"{device_map!r}: {str(error).splitlines()[0]}"
+            f"{device_map!r}: {first_line(error)}"
         ) from error
 
 

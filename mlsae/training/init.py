@@ -51,7 +51,7 @@ def init_stats(
         moments.update(x)
         if left > 0:
             standard.append(mlsae.standardize(x[:, :left])[0])
-    counts = data.gather(torch.tensor(moments.count, device=device)).tolist()
+    counts = data.all_gather(torch.tensor(moments.count, device=device)).tolist()
     own = max(0, room - sum(counts[: data.rank]))  # tokens that lower ranks leave to take
     first = torch.cat(standard, dim=1)[:, :own].flatten(0, 1)
     metrics.reduce([moments], [], data)
@@ -72,7 +72,7 @@ def geometric_median(
 
     Stops when the center moves by less than `tolerance` of its own norm plus 1.
     """
-    center = group.sum_(x.sum(0)) / group.total(len(x))
+    center = group.sum_(x.sum(0)) / group.sum_int(len(x))
     for _ in range(iterations):
         weight = 1 / (x - center).norm(dim=1).clamp_min(1e-12)
         moved = group.sum_(weight @ x) / group.sum_(weight.sum())

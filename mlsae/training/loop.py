@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..config import TrainConfig, shared_folder
 from ..data.stream import DataStream
 from ..data.tokens import Batches, BroadcastBatches
-from ..distributed import is_first, log_rank0
+from ..distributed import is_rank0, log_rank0
 from ..errors import NonFiniteError
 from . import checkpoint
 from .run_dir import RunDir
@@ -182,7 +182,7 @@ class TrainLoop:
                     bar.set_postfix_str(self.log())
                 if eval_every.passed(self.tokens) and not done:
                     self.validate()
-                caught = world.largest(signals.caught or 0)  # in any process
+                caught = world.max_int(signals.caught or 0)  # in any process
                 if save_every.passed(self.tokens) or done or caught:
                     self.save()
                 timer.lap("logs and checkpoints")
@@ -223,7 +223,7 @@ class TrainLoop:
             "batches": self.batches.state_dict(),
             "runs": {run_dir.name: run_dir.state_dict() for run_dir in self.run_dirs},
         }
-        if is_first():
+        if is_rank0():
             keep = self.config.keep_checkpoints
             self.saved = checkpoint.save(self.out, self.tokens, state, keep)
 
@@ -261,7 +261,7 @@ class TrainLoop:
             unit_scale=True,
             desc="training",
             dynamic_ncols=True,
-            disable=not is_first(),
+            disable=not is_rank0(),
         )
 
     @contextmanager

@@ -59,7 +59,7 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     with world.raise_together():
         device = _check(configs, world)
         path = newest_checkpoint(configs) if writes and config.resume else None
-    path = world.share(path)
+    path = world.broadcast_object(path)
     mesh = distributed.make_mesh(world, device, config.shard_latents, config.timeout)
 
     # What is read: the training so far, the transformer up to its last layer to read, the text.
@@ -78,7 +78,7 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
         check_memory(needed, device)
         heldout = stream.heldout(config.eval_tokens) if writes else None
         _log_backend(stream)
-    heldout = world.share(heldout)
+    heldout = world.broadcast_object(heldout)
 
     # What is trained. The first batch sets b_pre and the first variances, then is trained on.
     states = [_new_state(each, sae, stream) for each, sae in zip(configs, saes, strict=True)]

@@ -70,7 +70,7 @@ class TrainState:
 
     def dead_share(self) -> float:
         """The share of all latents that are dead. Collective: every process must call it."""
-        n_dead = self.mlsae.shards.total(int(self.dead().sum()))
+        n_dead = self.mlsae.shards.sum_int(int(self.dead().sum()))
         return n_dead / self.mlsae.config.n_latents
 
     def initialize(self, moments: metrics.Moments, center: Tensor) -> None:
@@ -88,7 +88,7 @@ class TrainState:
     def begin_step(self, n_tokens: int) -> Step:
         """A step of `n_tokens` tokens, in all parts of all processes. Collective when sharded."""
         dead = self.dead().nonzero().flatten()
-        any_dead = self.mlsae.shards.total(len(dead)) > 0
+        any_dead = self.mlsae.shards.sum_int(len(dead)) > 0
         return Step(
             n_tokens,
             self.moments.variance().float(),

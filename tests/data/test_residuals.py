@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from mlsae.data.residuals import ResidualReader, choose_device, find_blocks
+from mlsae.data.residuals import ResidualReader, find_blocks
 from mlsae.errors import InputError
 from tests.helpers.models import CONFIGS
 
@@ -69,8 +69,3 @@ def test_a_model_without_one_list_of_blocks_is_refused():
     )
     with pytest.raises(InputError, match="has 2"):
         find_blocks(transformers.T5ForConditionalGeneration(t5))
-
-
-def test_an_unknown_device_is_named():
-    with pytest.raises(InputError, match=r"--device must be auto, cpu, .* got 'gpu'"):
-        choose_device("gpu")

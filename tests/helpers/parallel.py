@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from mlsae import MLSAE, MLSAEConfig
-from mlsae.distributed import ALONE, make_mesh, shares
+from mlsae.distributed import ALONE, make_mesh, splits
 from mlsae.training import init as survey_module
 from mlsae.training.init import survey
 from mlsae.training.state import Step, Trainer
@@ -38,7 +38,7 @@ def residuals(seed, n=N):
 
 def mine(x, mesh):
     """The parts of x (L, N, D) that this process has, of at most 20 tokens."""
-    share = shares(x.shape[1], mesh.data.size)[mesh.data.rank]
+    share = splits(x.shape[1], mesh.data.size)[mesh.data.rank]
     return [part for part in x[:, share].split(20, dim=1) if part.shape[1]]
 
 

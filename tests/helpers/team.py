@@ -18,7 +18,9 @@ class Team:
     def __init__(self, size, timeout=30, patience=120):
         self.patience = patience  # seconds to wait for a result
         context = torch.multiprocessing.get_context("forkserver")  # one import of torch for all
-        context.set_forkserver_preload(["mlsae.measure", "mlsae.trainer", "torch._dynamo"])
+        context.set_forkserver_preload(
+            ["mlsae.training.state", "mlsae.training.validation", "torch._dynamo"]
+        )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

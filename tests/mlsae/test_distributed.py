@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mlsae.data.tokens import Batches, BroadcastBatches
-from mlsae.distributed import ALONE, LostContactError, make_mesh, shares
+from mlsae.distributed import ALONE, LostContactError, choose_device, make_mesh, splits
 from mlsae.errors import InputError
 from mlsae.training.state import NonFiniteError, Step
 from tests.helpers.parallel import MESHES, N, flat, make, mine, residuals, run
@@ -106,7 +106,7 @@ def shares_of_batches(world):
         batches = Batches(Counting(), 6, group=world)
     else:
         batches = BroadcastBatches((6, 3), world)
-    mine = shares(6, world.size)[world.rank]
+    mine = splits(6, world.size)[world.rank]
     rows = [next(batches)[mine, 0].tolist() for _ in range(4)]
     batches.close()
     return rows
@@ -166,3 +166,8 @@ def test_nothing_hangs():
     for message, seconds in waited:
         assert "lost contact with another process" in message
         assert seconds < 20
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises(InputError, match=r"--device must be auto, cpu, .* got 'gpu'"):
+        choose_device("gpu")

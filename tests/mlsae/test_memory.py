@@ -1,4 +1,6 @@
-"""A run that would not fit is told so."""
+"""A run that would not fit is refused, with what it needs and what is free."""
+
+import inspect
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ CONFIG = MLSAEConfig(d_in=512, n_latents=32768, k=32, layers=(0, 1, 2, 3, 4, 5))
 
 
 def test_the_estimate_counts_weights_gradients_and_moments():
-    """With next to no tokens: four float32 of each of the 2 · M · D weights."""
+    """With one token per part: four float32 numbers for each of the 2 · M · D weights."""
     needed = memory.estimate([CONFIG], 1, 1, torch.float32)
     weights = 2 * 512 * 32768
     assert needed == pytest.approx(16 * weights, rel=0.01)
@@ -19,23 +21,23 @@ def test_the_estimate_counts_weights_gradients_and_moments():
     assert half == pytest.approx(20 * weights, rel=0.01)
 
 
-def test_several_saes_need_weights_each_and_room_for_one_at_a_time():
+def test_each_sae_adds_its_weights_and_the_largest_its_activations():
     smaller = MLSAEConfig(d_in=512, n_latents=8192, k=32, layers=CONFIG.layers)
     both = memory.estimate([CONFIG, smaller], 16384, 256, torch.float32)
     alone = memory.estimate([CONFIG], 16384, 256, torch.float32)
     assert both - alone == 16 * 2 * 512 * 8192
 
 
-def test_shards_have_a_part_of_the_weights_each():
+def test_each_shard_holds_its_part_of_the_weights():
     whole = memory.estimate([CONFIG], 1, 1, torch.float32)
     assert memory.estimate([CONFIG], 1, 1, torch.float32, shards=4) == pytest.approx(
         whole / 4, rel=0.01
     )
-    # But for a moment at the start one of the two weights is whole.
+    # At the start, one of the two weight matrices is held whole for a moment.
     assert memory.estimate([CONFIG], 1, 1, torch.float32, shards=64) > 4 * 512 * 32768
 
 
-def test_the_flags_it_names_shrink_it():
+def test_the_flags_that_the_error_names_shrink_the_estimate():
     needed = memory.estimate([CONFIG], 16384, 256, torch.float32)
     assert memory.estimate([CONFIG], 4096, 256, torch.float32) < needed
     assert memory.estimate([CONFIG], 16384, 32, torch.float32) < needed
@@ -45,14 +47,23 @@ def test_the_flags_it_names_shrink_it():
     assert memory.estimate([fewer], 16384, 256, torch.float32) < needed
 
 
-def test_too_little_memory_is_one_clear_line(monkeypatch):
+def test_too_little_memory_is_one_line(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 10**9)
     memory.check_memory(10**9, torch.device("cpu"))
     with pytest.raises(InputError, match=r"needs about 2\.0 GB of cpu memory, and 1\.0 GB is free"):
         memory.check_memory(2 * 10**9, torch.device("cpu"))
 
 
-def test_what_this_machine_says_is_plausible():
+def test_the_workspace_is_the_encoder_kernel_s():
+    """The estimate has a copy of the number, because importing the kernels imports Triton."""
+    pytest.importorskip("triton")
+    from sparse_topk import triton_ops
+
+    kernels = inspect.getmodule(triton_ops.topk_encode)
+    assert memory._WORKSPACE_BYTES == kernels._WORKSPACE_BYTES
+
+
+def test_free_and_peak_memory_of_this_machine_are_plausible():
     free = memory.available(torch.device("cpu"))
     assert free is None or 10**8 < free < 10**14
     assert 10**7 < memory.peak(torch.device("cpu")) < 10**12

@@ -18,11 +18,11 @@ class Counted(Group):
 
     def __init__(self, group):
         self.__dict__ |= group.__dict__
-        self.bytes = {"exchange": 0, "sum": 0}
+        self.bytes = {"all_to_all": 0, "sum": 0}
 
-    def exchange(self, blocks):
-        self.bytes["exchange"] += blocks.nbytes
-        return super().exchange(blocks)
+    def all_to_all(self, blocks):
+        self.bytes["all_to_all"] += blocks.nbytes
+        return super().all_to_all(blocks)
 
     def sum_(self, tensor):
         self.bytes["sum"] += tensor.nbytes
@@ -141,5 +141,5 @@ def test_the_traffic_of_a_token_does_not_grow_with_the_latents(team):
     n, size = 64, 8  # bytes of a float64
     for n_latents in (64, 1024):
         for sent in team.run(traffic, n_latents, n):
-            assert sent["exchange"] == n * (size * K + 4)
+            assert sent["all_to_all"] == n * (size * K + 4)
             assert sent["sum"] == n * size * D + size * D
