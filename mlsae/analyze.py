@@ -118,7 +118,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     started = time.perf_counter()
     device, out = choose_device(config.device), config.out or config.run
     mlsae, stream = _open(config, device)
-    input_ids = stream.heldout()
+    input_ids = stream.heldout(config.tokens)
     token_mask = not_special(input_ids, stream.tokenizer)
     if not token_mask.any():
         raise InputError("DATASET must hold tokens that are not special, got none")
@@ -127,7 +127,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     text = Text(input_ids, token_mask, strings)
     n_latents, n_layers = mlsae.config.n_latents, len(stream.reader.layers)
     accumulator = Accumulator(n_latents, n_layers, len(input_ids), config.groups, device)
-    seed, n = stream.config.seed, config.examples
+    seed, n = stream.seed, config.examples
     examples = Examples(n_latents, n_layers, n, seed, device) if n else None
     adjacent = read_text(mlsae, stream, input_ids, token_mask, text, accumulator, examples)
     pass_seconds = time.perf_counter() - started

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from . import cli
-from .config import PRESETS, SAEConfig, TrainConfig, check_config
+from .config import PRESETS, SAEConfig, TrainArguments, TrainConfig, check_config
 from .distributed import launched, log_rank0
 from .errors import InputError, NonFiniteError
 from .evaluate import EvaluateConfig, Result, evaluate
@@ -133,9 +133,16 @@ def summary(found: dict[str, Result]) -> str:
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
-    """The settings of a command line."""
-    default = cli.preset(arguments, _PRESETS)
-    return cli.parse(TrainConfig, __doc__, arguments, "python -m mlsae.compare", default)
+    """The settings of a command line. Raises InputError if it asks for SAEs of several sizes."""
+    default = TrainArguments.defaults(cli.preset(arguments, _PRESETS))
+    prog = "python -m mlsae.compare"
+    configs = cli.parse(TrainArguments, __doc__, arguments, prog, default).configs()
+    if len(configs) > 1:
+        raise InputError(
+            "--sae.k, --sae.expansion and --sae.n_latents must have one value each to compare "
+            "SAEs of the same size, got several; compare one size at a time"
+        )
+    return configs[0]
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ Legend: D width of the residual stream, M latents.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace

@@ -140,13 +140,13 @@ def evaluate(config: EvaluateConfig) -> Result:
     mlsae, stream = open_run(config, device)
     settings = stream.config
     out.mkdir(parents=True, exist_ok=True)
-    input_ids = stream.heldout()
+    input_ids = stream.heldout(config.tokens)
     token_mask = not_special(input_ids, stream.tokenizer)
     check_substitution(stream.reader, input_ids[:1, :_CHECKED_POSITIONS].to(device))
     measured = measure_faithfulness(mlsae, stream.reader, input_ids, token_mask, stream.micro_rows)
     result = Result(
         stream.reader.layers,
-        _figures(measured, config.resamples, settings.seed),
+        _figures(measured, config.resamples, stream.seed),
         {
             "run": str(config.run),
             "model": settings.model,
@@ -161,7 +161,7 @@ def evaluate(config: EvaluateConfig) -> Result:
             "ce_true": (measured.rows.ce_true.sum() / measured.rows.predictions.sum()).item(),
             "dead_at_every_layer": (~measured.active.any(1)).double().mean().item(),
             "interval": f"95 %, {config.resamples} bootstrap resamples of the rows",
-            "seed": settings.seed,
+            "seed": stream.seed,
             "seconds": time.perf_counter() - started,
             "peak_bytes": peak(device),
             "device": str(device),

@@ -20,88 +20,96 @@ import torch
 from torch import Tensor
 
 from mlsae import MLSAE
-from mlsae.config import SAEConfig, TrainConfig
+from mlsae.config import DataConfig, SAEConfig, TrainConfig
 from mlsae.data.stream import DataStream, read_shape
-from mlsae.training.init import survey
-from mlsae.training.state import Step, Trainer
-from mlsae.training.validation import evaluate
+from mlsae.training.init import init_stats, mlsae_config
+from mlsae.training.loop import forward_backward, raise_if_nonfinite, train_step
+from mlsae.training.state import TrainState
+from mlsae.training.validation import validate
 
 BATCH_TOKENS, SEQ_LEN = 2048, 64
-CONFIG = TrainConfig(
-    sae=SAEConfig(expansion=8, k=8), batch_tokens=BATCH_TOKENS, seq_len=SEQ_LEN, eval_tokens=2048
-)
+CONFIG = TrainConfig(DataConfig(seq_len=SEQ_LEN), sae=SAEConfig(expansion=8, k=8))
 
-Found = dict[str, Tensor]
+Measured = dict[str, Tensor]
 """Gradients and metrics of a step, by name."""
 
 
-def one_step(trainer: Trainer, n_tokens: int, parts: Iterable[Tensor]) -> tuple[Step, Found]:
-    """A step on residuals in `parts`, up to its end; what it found."""
-    trainer.optimizer.zero_grad()
-    step = Step(trainer, n_tokens)
+def measure(state: TrainState, n_tokens: int, parts: Iterable[Tensor]) -> Measured:
+    """A step on residuals in `parts`, up to the update of the weights, which is left out."""
+    state.optimizer.zero_grad()
+    step = state.begin_step(n_tokens)
     for x in parts:
-        step.add(x)
-    step.check()
-    found = {f"gradient of {n}": p.grad.clone() for n, p in trainer.mlsae.sae.named_parameters()}
-    sums = step.sums
-    return step, found | {
-        "loss": sums.loss,
-        "fvu": sums.fvu(),
-        "aux": sums.aux,
+        forward_backward(state, step, x)
+    raise_if_nonfinite(state, step)
+    grads = {f"gradient of {n}": p.grad.clone() for n, p in state.mlsae.sae.named_parameters()}
+    state.optimizer.zero_grad()
+    return grads | {
+        "loss": step.metrics.loss,
+        "fvu": step.metrics.fvu(),
+        "aux": step.metrics.aux,
         "error variance": step.errors.variance(),
-        "active latents": step._active.double(),
+        "active latents": step.active.double(),
     }
 
 
-def differences(found: Found, other: Found) -> dict[str, float]:
+def differences(whole: Measured, split: Measured) -> dict[str, float]:
     """Relative differences by name."""
     return {
-        name: ((value - other[name]).norm() / value.norm().clamp_min(1e-12)).item()
-        for name, value in found.items()
+        name: ((value - split[name]).norm() / value.norm().clamp_min(1e-12)).item()
+        for name, value in whole.items()
     }
 
 
 def compare(steps: int, splits: Sequence[int]) -> tuple[dict[str, dict[str, float]], int]:
     """Train `steps` steps of whole batches; for each number of parts, and "reordered", the largest
-    differences of all steps, and of figures on held-out text at the end. And in how many of the
+    differences of all steps, and of the validation metrics at the end. And in how many of the
     steps AuxK was at work."""
-    stream = DataStream(CONFIG, torch.device("cpu"), whole=False)
+    shape = read_shape(CONFIG.data)
+    batch_rows = BATCH_TOKENS // SEQ_LEN
+    stream = DataStream(
+        CONFIG.data, shape, torch.device("cpu"), micro_rows=batch_rows, whole=False
+    )
     torch.manual_seed(0)
-    mlsae = MLSAE(read_shape(CONFIG).mlsae_config(CONFIG))
-    trainer = Trainer(mlsae, dead_tokens=BATCH_TOKENS // 2, k_aux=64, aux_weight=1 / 32)
+    mlsae = MLSAE(mlsae_config(CONFIG, shape))
+    state = TrainState(
+        mlsae,
+        schedule=lambda tokens: 1e-3,
+        dead_tokens=BATCH_TOKENS // 2,
+        k_aux=64,
+        aux_weight=1 / 32,
+    )
     with torch.no_grad():
         mlsae.sae.W_enc[: len(mlsae.sae.W_enc) // 5] *= 1e-2  # too weak to be selected: soon dead
-    batches = stream.batches()
+    batches = stream.batches(batch_rows)
     ways = [f"{parts} parts" for parts in splits] + ["reordered"]
     largest: dict[str, dict[str, float]] = {way: {} for way in ways}
     with_aux = 0
 
-    def take(way: str, found: dict[str, float]) -> None:
-        for name, value in found.items():
+    def keep_largest(way: str, values: dict[str, float]) -> None:
+        for name, value in values.items():
             largest[way][name] = max(largest[way].get(name, 0.0), value)
 
     for number in range(steps):
-        input_ids = next(batches)
-        (x,) = stream.residuals(input_ids)
+        (x,) = stream.residuals(next(batches))
         if number == 0:
-            trainer.initialize(*survey(mlsae, [x]))
-        others = {f"{n} parts": x.tensor_split(n, dim=1) for n in splits}
-        others["reordered"] = (x.flip(1),)
-        results = {way: one_step(trainer, x.shape[1], others[way])[1] for way in ways}
-        step, whole = one_step(trainer, x.shape[1], [x])
+            state.initialize(*init_stats(mlsae, [x]))
+        parts = {f"{n} parts": x.tensor_split(n, dim=1) for n in splits}
+        parts["reordered"] = (x.flip(1),)
+        whole = measure(state, x.shape[1], [x])
         for way in ways:
-            take(way, differences(whole, results[way]))
+            keep_largest(way, differences(whole, measure(state, x.shape[1], parts[way])))
         with_aux += bool(whole["aux"] > 0)
-        step.end(lr=1e-3)
+        train_step([state], [x], x.shape[1])
     batches.close()
 
-    (x,) = stream.residuals(stream.heldout())
-    (figures,) = evaluate([mlsae], [x])
+    (x,) = stream.residuals(stream.heldout(BATCH_TOKENS))
+    (validation,) = validate([mlsae], [x])
     for n in splits:
-        (split,) = evaluate([mlsae], x.tensor_split(n, dim=1))
+        (split,) = validate([mlsae], x.tensor_split(n, dim=1))
         for name in ("fvu", "fvu_paper", "l0", "totals", "counts"):
-            value = {f"held-out {name}": getattr(figures, name)}
-            take(f"{n} parts", differences(value, {f"held-out {name}": getattr(split, name)}))
+            values = {f"held-out {name}": getattr(validation, name)}
+            split_values = {f"held-out {name}": getattr(split, name)}
+            keep_largest(f"{n} parts", differences(values, split_values))
     return largest, with_aux
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 
-from ..config import SAEConfig, TrainConfig
-from ..data.stream import DataStream
+from ..config import DataConfig
+from ..data.stream import DataStream, read_shape
 from ..errors import InputError
 from ..model import MLSAE
 
@@ -61,19 +61,30 @@ def open_run(config: HeldoutConfig, device: torch.device) -> tuple[MLSAE, DataSt
             raise InputError(f"--{name} must be at least 1, got {value}")
     mlsae = MLSAE.from_pretrained(config.run, device).requires_grad_(False)
     if config.out is None and not config.run.exists():
-        raise InputError(f"--out must be given where RUN is on the hub, as {config.run}, got none")
-    stream = DataStream(_settings(config, mlsae), device)
-    if stream.d_in != mlsae.config.d_in:
+        raise InputError(f"--out must be given if RUN is on the hub, as {config.run}, got none")
+    trained = mlsae.about.get("training", {})
+    data = _data_config(config, mlsae, trained)
+    shape = read_shape(data)
+    micro_tokens = config.micro_tokens or max(_DEFAULT_MICRO_TOKENS, shape.seq_len)
+    if micro_tokens < shape.seq_len:
+        raise InputError(
+            f"--micro_tokens must be at least {shape.seq_len} (a row; see --seq_len), "
+            f"got {micro_tokens}"
+        )
+    if shape.d_in != mlsae.config.d_in:
         raise InputError(
             f"MODEL must have a residual stream of width {mlsae.config.d_in}, as the MLSAE in "
-            f"{config.run}, and {stream.config.model} has {stream.d_in}; give its own with --model"
+            f"{config.run}, and {data.model} has {shape.d_in}; give its own with --model"
         )
-    return mlsae, stream
+    seed = config.seed if config.seed is not None else trained.get("seed", 0)
+    return mlsae, DataStream(
+        data, shape, device, micro_rows=micro_tokens // shape.seq_len, seed=seed
+    )
 
 
-def _settings(config: HeldoutConfig, mlsae: MLSAE) -> TrainConfig:
-    """The settings of a training run that read the text and the layers to measure at."""
-    trained = mlsae.about.get("training", {})
+def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -> DataConfig:
+    """The text, the transformer and the layers to measure at. What `config` leaves open is as in
+    the settings that the MLSAE was `trained` with."""
     dataset = config.dataset or trained.get("dataset")
     model = config.model or mlsae.config.model
     for name, value in (("DATASET", dataset), ("--model", model)):
@@ -81,20 +92,13 @@ def _settings(config: HeldoutConfig, mlsae: MLSAE) -> TrainConfig:
             raise InputError(
                 f"{name} must be given, since config.json in {config.run} names none, got none"
             )
-    seq_len = config.seq_len or trained.get("seq_len")
-    micro_tokens = config.micro_tokens or max(_DEFAULT_MICRO_TOKENS, seq_len or 0)
-    return TrainConfig(
+    return DataConfig(
         model,
         dataset,
-        SAEConfig(n_latents=mlsae.config.n_latents, k=mlsae.config.k),
         layers=config.layers or mlsae.config.layers or None,
-        batch_tokens=micro_tokens,
-        micro_tokens=micro_tokens,
-        seq_len=seq_len,
+        seq_len=config.seq_len or trained.get("seq_len"),
+        column=config.column or trained.get("column", "text"),
         model_dtype=trained.get("model_dtype", "auto"),
         model_device_map=trained.get("model_device_map"),
         model_quantize=trained.get("model_quantize"),
-        column=config.column or trained.get("column", "text"),
-        eval_tokens=config.tokens,
-        seed=config.seed if config.seed is not None else trained.get("seed", 0),
     )

@@ -1,5 +1,5 @@
-"""The training loop: one optimizer step after another; then, at intervals, a log line, a validation,
-a checkpoint.
+"""The training loop: one optimizer step after another; at intervals a log line, a validation, a
+checkpoint.
 
 Several SAEs train side by side on the same residuals. None knows of the others, so each ends as it
 would alone, to the same bits on a CPU.
@@ -32,7 +32,7 @@ from .run_dir import RunDir
 from .settings import joint_settings
 from .signals import Signals
 from .state import TrainState
-from .step import Step
+from .step import Step, StepMetrics
 from .timer import StageTimer
 from .validation import Validation, validate
 
@@ -42,9 +42,10 @@ def train_step(
     parts: Iterable[Tensor],
     n_tokens: int,
     lap: Callable[[str], None] = lambda stage: None,
-) -> None:
+) -> list[StepMetrics]:
     """One optimizer step of each SAE on the same batch: residuals (L, N, D) in parts, of `n_tokens`
-    tokens in all parts of all processes. `lap` is told when a stage ends.
+    tokens in all parts of all processes. `lap` is told when a stage ends. Returns each SAE's
+    metrics of the step.
 
     Raises NonFiniteError, in every process, if a loss is not finite; no weight has changed then.
     """
@@ -65,6 +66,7 @@ def train_step(
         state.optimizer.zero_grad()
         state.end_step(step)
     lap("optimizer")
+    return [step.metrics for step in steps]
 
 
 def forward_backward(state: TrainState, step: Step, x: Tensor) -> None:

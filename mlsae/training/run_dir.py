@@ -1,4 +1,4 @@
-"""The folder of a run: what may be in it, what is written there, and the checkpoint to resume from."""
+"""The folder of a run: what it may hold, what is written there, the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ class RunDir:
         if writes:
             config.out.mkdir(parents=True, exist_ok=True)
             settings = settings_of(config)
-            self.log = MetricsLog(
-                config.out, config.log, settings, self.id, position, state.tokens
-            )
+            self.log = MetricsLog(config.out, config.log, settings, self.id, position, state.tokens)
 
     @property
     def name(self) -> str:

@@ -9,13 +9,13 @@ import torch
 import transformers
 
 from mlsae import builtin
-from mlsae.config import SAEConfig, TrainConfig
+from mlsae.config import DataConfig, SAEConfig, TrainConfig
 from mlsae.data import transformer
 from mlsae.data.residuals import ResidualReader, find_blocks
 from mlsae.data.transformer import load_transformer
 from mlsae.errors import InputError
 from mlsae.evaluate import EvaluateConfig, evaluate
-from mlsae.train import train
+from mlsae.training.run import train
 from tests.helpers.models import CONFIGS
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def saved(config, folder):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(folder)
-    return model, TrainConfig(str(folder))
+    return model, DataConfig(str(folder))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -63,7 +63,7 @@ def test_blocks_that_depend_on_their_number_are_all_loaded(tmp_path):
 
 
 def builtin_settings(**options):
-    return TrainConfig(builtin.NAME, **options)
+    return DataConfig(builtin.NAME, **options)
 
 
 def test_a_model_may_be_spread_over_devices():
@@ -98,13 +98,17 @@ def test_residuals_keep_the_model_s_dtype():
 
 def test_training_and_evaluation_are_the_same_on_a_spread_model(tmp_path, monkeypatch):
     config = TrainConfig(
-        sae=SAEConfig(expansion=2, k=8), layers=(1, 3), tokens=1500, batch_tokens=512, seq_len=64,
-        eval_tokens=512, out=tmp_path / "plain",
+        DataConfig(layers=(1, 3), seq_len=64), sae=SAEConfig(expansion=2, k=8), tokens=1500,
+        batch_tokens=512, eval_tokens=512, out=tmp_path / "plain",
     )  # fmt: skip
     train(config)
     room = {"cpu": 2_000_000}
     monkeypatch.setattr(transformer, "_free_memory", lambda device, reserved: room)
-    spread = dataclasses.replace(config, model_device_map="auto", out=tmp_path / "spread")
+    spread = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, model_device_map="auto"),
+        out=tmp_path / "spread",
+    )
     train(spread)
     for name in ("model.safetensors", "latents.safetensors"):
         assert (spread.out / name).read_bytes() == (config.out / name).read_bytes()

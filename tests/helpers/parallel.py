@@ -10,10 +10,11 @@ import torch
 
 from mlsae import MLSAE, MLSAEConfig
 from mlsae.distributed import ALONE, make_mesh, splits
-from mlsae.training import init as survey_module
-from mlsae.training.init import survey
-from mlsae.training.state import Step, Trainer
-from mlsae.training.validation import evaluate
+from mlsae.training import init
+from mlsae.training.init import init_stats
+from mlsae.training.loop import train_step
+from mlsae.training.state import TrainState
+from mlsae.training.validation import validate
 
 L, N, D, M, K = 2, 61, 8, 49, 4
 MESHES = [1, 2, 4]  # of 4 processes: shards of the latents
@@ -22,12 +23,13 @@ MESHES = [1, 2, 4]  # of 4 processes: shards of the latents
 def make(mesh):
     torch.manual_seed(0)
     mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 3)), shards=mesh.latents).double()
-    trainer = Trainer(
-        mlsae, dead_tokens=100, k_aux=6, aux_weight=1 / 32, max_grad_norm=1.0, data=mesh.data
-    )
-    with mock.patch.object(survey_module, "_MEDIAN_VECTORS", L * 40):  # of L · 61
-        trainer.initialize(*survey(mlsae, mine(residuals(99), mesh), mesh.data))
-    return trainer
+    state = TrainState(
+        mlsae, schedule=lambda tokens: 1e-2, dead_tokens=100, k_aux=6, aux_weight=1 / 32,
+        max_grad_norm=1.0, data=mesh.data,
+    )  # fmt: skip
+    with mock.patch.object(init, "_MEDIAN_VECTORS", L * 40):  # of L · 61
+        state.initialize(*init_stats(mlsae, mine(residuals(99), mesh), mesh.data))
+    return state
 
 
 def residuals(seed, n=N):
@@ -42,18 +44,14 @@ def mine(x, mesh):
     return [part for part in x[:, share].split(20, dim=1) if part.shape[1]]
 
 
-def train(trainer, mesh, seeds):
-    """Sums of the last step; one of them has fewer tokens than processes."""
+def train(state, mesh, seeds):
+    """Metrics of the last step; one of the steps has fewer tokens than processes."""
     for seed in seeds:
         x = residuals(seed, 3 if seed % 10 == 7 else N)
-        step = Step(trainer, x.shape[1])
-        for part in mine(x, mesh):
-            step.add(part)
-        step.check()
-        sums = step.end(lr=1e-2)
+        (metrics,) = train_step([state], mine(x, mesh), x.shape[1])
     return {
-        "fvu": sums.fvu(), "loss": sums.loss, "aux": sums.aux,
-        "dead": torch.tensor(trainer.dead_share()),
+        "fvu": metrics.fvu(), "loss": metrics.loss, "aux": metrics.aux,
+        "dead": torch.tensor(state.dead_share()),
     }  # fmt: skip
 
 
@@ -67,17 +65,17 @@ def flat(state, prefix=""):
     return tensors
 
 
-def run(world, shards, seeds, state=None):
-    """Train, from a state if given: the first process's state, and every process's sums."""
+def run(world, shards, seeds, saved=None):
+    """Train, from a saved state if given: rank 0's state, and every process's metrics."""
     mesh = make_mesh(world, torch.device("cpu"), shards, timeout=30) if world.size > 1 else ALONE
-    trainer = make(mesh)
-    if state:
-        trainer.load_state_dict(copy.deepcopy(state))  # processes share what is sent to them
-    sums = train(trainer, mesh, seeds)
-    figures = evaluate([trainer.mlsae], mine(residuals(500), mesh), mesh.data)[0]
-    sums |= {"heldout": figures.fvu, "l0": figures.l0}
-    whole = trainer.state_dict() if mesh.data.rank == 0 else None
-    first = mesh.world.rank == 0
-    own = [p.detach().clone() for p in trainer.mlsae.parameters()]
-    counts = figures.counts if first else None
-    return sums, whole if first else None, counts, (mesh.latents.rank, own)
+    state = make(mesh)
+    if saved:
+        state.load_state_dict(copy.deepcopy(saved))  # processes share what is sent to them
+    metrics = train(state, mesh, seeds)
+    validation = validate([state.mlsae], mine(residuals(500), mesh), mesh.data)[0]
+    metrics |= {"heldout": validation.fvu, "l0": validation.l0}
+    whole = state.state_dict() if mesh.data.rank == 0 else None
+    is_rank0 = mesh.world.rank == 0
+    own = [p.detach().clone() for p in state.mlsae.parameters()]
+    counts = validation.counts if is_rank0 else None
+    return metrics, whole if is_rank0 else None, counts, (mesh.latents.rank, own)

@@ -10,8 +10,8 @@ import torch
 
 from mlsae.data.tokens import Batches, BroadcastBatches
 from mlsae.distributed import ALONE, LostContactError, choose_device, make_mesh, splits
-from mlsae.errors import InputError
-from mlsae.training.state import NonFiniteError, Step
+from mlsae.errors import InputError, NonFiniteError
+from mlsae.training.loop import train_step
 from tests.helpers.parallel import MESHES, N, flat, make, mine, residuals, run
 
 
@@ -65,17 +65,14 @@ def test_a_state_goes_on_to_the_same_bits(team):
 
 def poisoned(world, shards):
     mesh = make_mesh(world, torch.device("cpu"), shards, timeout=30)
-    trainer = make(mesh)
-    before = [p.detach().clone() for p in trainer.mlsae.parameters()]
+    state = make(mesh)
+    before = [p.detach().clone() for p in state.mlsae.parameters()]
     x = residuals(1)
     x[1, -1, 2] = float("nan")  # a token of the last process
-    step = Step(trainer, N)
-    for part in mine(x, mesh):
-        step.add(part)
     try:
-        step.check()
+        train_step([state], mine(x, mesh), N)
     except NonFiniteError as error:
-        untouched = all(map(torch.equal, before, trainer.mlsae.parameters()))
+        untouched = all(map(torch.equal, before, state.mlsae.parameters()))
         return str(error), untouched
     return None
 

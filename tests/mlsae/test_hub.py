@@ -16,7 +16,7 @@ from mlsae import MLSAE, MLSAEConfig, card, load_sae
 from mlsae.config import TrainConfig
 from mlsae.errors import InputError
 from mlsae.hub import check_push, push_run
-from mlsae.train import train
+from mlsae.training.run import train
 from sparse_topk import SparseTopKSAE
 from tests.helpers.hub_server import TOKEN, hub
 from tests.helpers.programs import SMALL

@@ -10,7 +10,7 @@ import torch
 
 from mlsae.compare import compare, grid, parse
 from mlsae.data.residuals import ResidualReader
-from mlsae.data.stream import DataStream
+from mlsae.data.stream import DataStream, read_shape
 from mlsae.data.tokens import not_special
 from mlsae.errors import InputError
 from mlsae.model import MLSAE
@@ -33,9 +33,10 @@ def test_every_sae_is_measured_at_every_layer(comparison):
     out, result, rows = comparison
     found = {(row["trained_on"], int(row["measured_at"])): float(row["fvu"]) for row in rows}
     assert set(found) == {(name, layer) for name in ("all", "1", "3") for layer in LAYERS}
-    config = replace(parse([*SMALL]), layers=LAYERS)
-    stream = DataStream(config, torch.device("cpu"))
-    input_ids = stream.heldout()
+    config = parse([*SMALL])
+    data = replace(config.data, layers=LAYERS)
+    stream = DataStream(data, read_shape(data), torch.device("cpu"), micro_rows=1)
+    input_ids = stream.heldout(config.eval_tokens)
     token_mask = not_special(input_ids, stream.tokenizer)
     residuals = ResidualReader(stream.reader.model, LAYERS)(input_ids)[:, token_mask]
     for name, folder in (("all", "all"), ("1", "layer-1"), ("3", "layer-3")):

@@ -1,16 +1,17 @@
 """One optimizer step, and what is counted between steps.
 
-Legend: L layers, N tokens, D inputs, M latents, K active latents a token.
+Legend: L layers, N tokens, D inputs, M latents, K active latents per token.
 """
 
 import pytest
 import torch
 
 from mlsae import MLSAE, MLSAEConfig
-from mlsae.errors import InputError
-from mlsae.training import init as survey_module
-from mlsae.training.init import geometric_median, survey
-from mlsae.training.state import NonFiniteError, Step, Trainer
+from mlsae.errors import InputError, NonFiniteError
+from mlsae.training import init
+from mlsae.training.init import geometric_median, init_stats
+from mlsae.training.loop import forward_backward, train_step
+from mlsae.training.state import TrainState
 
 L, N, D, M, K = 2, 64, 8, 48, 4
 
@@ -19,18 +20,16 @@ def make(**options):
     torch.manual_seed(0)
     mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 1)))
     settings = {"dead_tokens": 100, "k_aux": 4, "aux_weight": 1 / 32} | options
-    trainer = Trainer(mlsae, **settings)
-    trainer.initialize(*survey(mlsae, [residuals(99)]))
-    return trainer
+    state = TrainState(mlsae, schedule=lambda tokens: 0.0, **settings)
+    state.initialize(*init_stats(mlsae, [residuals(99)]))
+    return state
 
 
-def take(trainer, parts, lr):
-    """One optimizer step on residuals in parts."""
-    step = Step(trainer, sum(x.shape[1] for x in parts))
-    for x in parts:
-        step.add(x)
-    step.check()
-    return step.end(lr)
+def take(state, parts, lr):
+    """The metrics of one optimizer step on residuals in parts."""
+    state.schedule = lambda tokens: lr
+    (metrics,) = train_step([state], parts, sum(x.shape[1] for x in parts))
+    return metrics
 
 
 def residuals(seed):
@@ -38,8 +37,8 @@ def residuals(seed):
     return torch.randn(L, N, D, generator=generator) * torch.tensor([1.0, 9.0])[:, None, None] + 2
 
 
-def weights(trainer):
-    return [p.detach().clone() for p in trainer.mlsae.parameters()]
+def weights(state):
+    return [p.detach().clone() for p in state.mlsae.parameters()]
 
 
 @pytest.mark.parametrize("parts", [2, 5])
@@ -64,13 +63,12 @@ def test_constant_vectors_are_reproduced_and_change_nothing_else():
     some, none = make(), make()
     constant = torch.full((L, 8, D), 3.0)
     gradients = []
-    for trainer, parts in ((some, [residuals(0), constant]), (none, [residuals(0)])):
-        step = Step(trainer, N)
+    for state, parts in ((some, [residuals(0), constant]), (none, [residuals(0)])):
+        step = state.begin_step(N)
         for x in parts:
-            step.add(x)
-        step.check()
-        gradients.append([p.grad.clone() for p in trainer.mlsae.parameters()])
-        assert step.sums.sq_error.isfinite().all()
+            forward_backward(state, step, x)
+        gradients.append([p.grad.clone() for p in state.mlsae.parameters()])
+        assert step.metrics.sq_error.isfinite().all()
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
     assert torch.equal(some.mlsae(constant), constant)
@@ -78,10 +76,10 @@ def test_constant_vectors_are_reproduced_and_change_nothing_else():
 
 def test_the_first_median_needs_bounded_memory(monkeypatch):
     """It is of the first tokens, however the batch is split; the moments are of all."""
-    monkeypatch.setattr(survey_module, "_MEDIAN_VECTORS", 2 * 20)
+    monkeypatch.setattr(init, "_MEDIAN_VECTORS", 2 * 20)
     mlsae, x = MLSAE(MLSAEConfig(D, M, K, (0, 1))), residuals(0)
-    moments, whole = survey(mlsae, [x])
-    _, split = survey(mlsae, x.split(7, dim=1))
+    moments, whole = init_stats(mlsae, [x])
+    _, split = init_stats(mlsae, x.split(7, dim=1))
     torch.testing.assert_close(whole, split)
     standard = mlsae.standardize(x[:, :20])[0].flatten(0, 1)
     assert torch.equal(whole, geometric_median(standard))
@@ -89,34 +87,34 @@ def test_the_first_median_needs_bounded_memory(monkeypatch):
 
 
 def test_the_decoder_stays_on_the_unit_sphere():
-    trainer = make()
+    state = make()
     for seed in range(5):
-        take(trainer, [residuals(seed)], lr=1e-2)
-        norms = trainer.mlsae.sae.W_dec.norm(dim=1)
+        take(state, [residuals(seed)], lr=1e-2)
+        norms = state.mlsae.sae.W_dec.norm(dim=1)
         torch.testing.assert_close(norms, torch.ones(M))
 
 
 def test_the_loss_falls():
-    trainer = make()
-    losses = [take(trainer, [residuals(0)], lr=1e-2).loss.item() for _ in range(60)]
+    state = make()
+    losses = [take(state, [residuals(0)], lr=1e-2).loss.item() for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_dead_latents_are_counted_in_tokens():
-    trainer = make(dead_tokens=3 * N)
-    sae = trainer.mlsae.sae
+    state = make(dead_tokens=3 * N)
+    sae = state.mlsae.sae
     with torch.no_grad():
         sae.W_enc[7] = 0  # it never fires
         sae.W_enc[7, 0] = 1e-6
     for step in range(4):
-        assert trainer.inactive_tokens[7] == step * N
-        assert bool(trainer.dead()[7]) == (step >= 3)
-        take(trainer, [residuals(0)], lr=0.0)
-    firing = trainer.mlsae.encode(residuals(0))
+        assert state.inactive_tokens[7] == step * N
+        assert bool(state.dead()[7]) == (step >= 3)
+        take(state, [residuals(0)], lr=0.0)
+    firing = state.mlsae.encode(residuals(0))
     fired = torch.zeros(M, dtype=torch.bool)
     fired[firing.indices[firing.values > 1e-3]] = True
-    assert torch.equal(trainer.inactive_tokens == 0, fired)
-    assert trainer.tokens == 4 * N
+    assert torch.equal(state.inactive_tokens == 0, fired)
+    assert state.tokens == 4 * N
 
 
 def test_aux_revives_dead_latents():
@@ -132,13 +130,15 @@ def test_aux_revives_dead_latents():
 
         torch.manual_seed(0)
         mlsae = MLSAE(MLSAEConfig(16, M, K, (0, 1)))
-        trainer = Trainer(mlsae, dead_tokens=8 * N, k_aux=16, aux_weight=aux_weight)
-        trainer.initialize(*survey(mlsae, [sparse_residuals()]))
+        state = TrainState(
+            mlsae, schedule=lambda _: 3e-3, dead_tokens=8 * N, k_aux=16, aux_weight=aux_weight
+        )
+        state.initialize(*init_stats(mlsae, [sparse_residuals()]))
         with torch.no_grad():
             mlsae.sae.W_enc[:20] *= 1e-2
         for _ in range(200):
-            take(trainer, [sparse_residuals()], lr=3e-3)
-        return int(trainer.dead().sum())
+            take(state, [sparse_residuals()], lr=3e-3)
+        return int(state.dead().sum())
 
     assert dead_at_end(0.0) >= 20
     assert dead_at_end(1 / 32) <= 5
@@ -146,18 +146,18 @@ def test_aux_revives_dead_latents():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stops_before_the_weights(bad):
-    trainer = make()
-    take(trainer, [residuals(0)], lr=1e-2)
-    before, moments = weights(trainer), trainer.moments.mean.clone()
+    state = make()
+    take(state, [residuals(0)], lr=1e-2)
+    before, moments = weights(state), state.moments.mean.clone()
     x = residuals(1)
     x[1, 3, 2] = bad
     with pytest.raises(NonFiniteError, match=r"layer 1 are not finite at step 1, after 64 tokens"):
-        take(trainer, [x], lr=1e-2)
-    for one, other in zip(weights(trainer), before, strict=True):
+        take(state, [x], lr=1e-2)
+    for one, other in zip(weights(state), before, strict=True):
         assert torch.equal(one, other)
-    assert trainer.tokens == N
-    assert torch.equal(trainer.moments.mean, moments)
-    take(trainer, [residuals(1)], lr=1e-2)  # and it can go on
+    assert state.tokens == N
+    assert torch.equal(state.moments.mean, moments)
+    take(state, [residuals(1)], lr=1e-2)  # and it can go on
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 0.0])
@@ -166,4 +166,4 @@ def test_residuals_that_cannot_be_trained_on_are_named(bad):
     x[1] = bad
     mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 5)))
     with pytest.raises(InputError, match="those of layer 5"):
-        survey(mlsae, [x])
+        init_stats(mlsae, [x])

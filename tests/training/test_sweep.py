@@ -8,36 +8,37 @@ import signal
 import pytest
 
 from mlsae import MLSAE
-from mlsae.config import SAEConfig, TrainConfig, check_config, runs_of
+from mlsae.config import DataConfig, SAESweep, TrainArguments, check_config
 from mlsae.data.residuals import ResidualReader
 from mlsae.data.stream import DataStream
-from mlsae.errors import InputError
-from mlsae.train import parse, train
-from mlsae.training import checkpoint
-from mlsae.training import sae_run as run
-from mlsae.training.state import NonFiniteError
+from mlsae.errors import InputError, NonFiniteError
+from mlsae.train import parse
+from mlsae.training import checkpoint, run
+from mlsae.training.run import train
+from mlsae.training.run_dir import RunDir
 
-GRID = SAEConfig(expansion=(2, 3), k=(4, 8), dead_tokens=1000)
+SWEEP = SAESweep(expansion=(2, 3), k=(4, 8), dead_tokens=1000)
+NAMES = ["x2-k4", "x2-k8", "x3-k4", "x3-k8"]
 FILES = ("model.safetensors", "latents.safetensors")
 
 
-def settings(out, sae=GRID, **options):
+def settings(out, sae=SWEEP, **options):
     chosen = {
-        "tokens": 3000, "batch_tokens": 512, "micro_tokens": 256, "seq_len": 64,
+        "tokens": 3000, "batch_tokens": 512, "micro_tokens": 256,
         "max_grad_norm": 1.0, "eval_tokens": 512, "eval_every": 1000, "log_tokens": 1000,
         "checkpoint_tokens": 512,
     } | options  # fmt: skip
-    return TrainConfig(sae=sae, out=out, **chosen)
+    return TrainArguments(DataConfig(seq_len=64), sae=sae, out=out, **chosen).configs()
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory):
-    """The folder of a grid, and how often the transformer ran."""
-    out = tmp_path_factory.mktemp("runs") / "grid"
+def sweep(tmp_path_factory):
+    """The folder of a sweep, and how often the transformer ran."""
+    out = tmp_path_factory.mktemp("runs") / "sweep"
     return out, *count_passes(settings(out))
 
 
-def count_passes(config):
+def count_passes(configs):
     """Train: the MLSAEs, and how often the transformer ran."""
     passes, call = [], ResidualReader.__call__
 
@@ -47,7 +48,7 @@ def count_passes(config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ResidualReader, "__call__", counted)
-        return train(config), len(passes)
+        return train(*configs), len(passes)
 
 
 def metrics(folder):
@@ -68,9 +69,9 @@ def differences(one, other):
 
 
 @pytest.mark.parametrize(("expansion", "k"), [(2, 8), (3, 4)])
-def test_each_ends_as_it_would_alone(grid, tmp_path, expansion, k):
-    out, mlsaes, passes = grid
-    alone = dataclasses.replace(GRID, expansion=expansion, k=k)
+def test_each_ends_as_it_would_alone(sweep, tmp_path, expansion, k):
+    out, mlsaes, passes = sweep
+    alone = dataclasses.replace(SWEEP, expansion=(expansion,), k=(k,))
     found, passes_alone = count_passes(settings(tmp_path / "alone", alone))
     folder = out / f"x{expansion}-k{k}"
     assert differences(folder, tmp_path / "alone") == []
@@ -80,9 +81,9 @@ def test_each_ends_as_it_would_alone(grid, tmp_path, expansion, k):
     assert passes == passes_alone, "the transformer runs once for all"
 
 
-def test_the_folder_holds_each_run_one_kind_of_checkpoint_and_the_table(grid):
-    out, *_ = grid
-    folders = {"x2-k4", "x2-k8", "x3-k4", "x3-k8"}
+def test_the_folder_holds_each_run_one_kind_of_checkpoint_and_the_table(sweep):
+    out, *_ = sweep
+    folders = set(NAMES)
     assert {path.name for path in out.iterdir()} == folders | {"checkpoints", "runs.csv"}
     for name in folders:
         assert {path.name for path in (out / name).iterdir()} == {
@@ -97,15 +98,15 @@ def test_the_folder_holds_each_run_one_kind_of_checkpoint_and_the_table(grid):
     assert len(rows) == 4
 
 
-def test_measuring_does_not_touch_training(grid, tmp_path):
+def test_measuring_does_not_touch_training(sweep, tmp_path):
     """Nor where it logs and saves."""
-    out, *_ = grid
+    out, *_ = sweep
     other = settings(
-        tmp_path / "run", dataclasses.replace(GRID, expansion=2, k=8), eval_every=None,
+        tmp_path / "run", dataclasses.replace(SWEEP, expansion=(2,), k=(8,)), eval_every=None,
         eval_tokens=1024, log_tokens=500, checkpoint_tokens=None, keep_checkpoints=1,
     )  # fmt: skip
-    train(other)
-    weights = (out / "x2-k8" / "model.safetensors", other.out / "model.safetensors")
+    train(*other)
+    weights = (out / "x2-k8" / "model.safetensors", tmp_path / "run" / "model.safetensors")
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -113,10 +114,10 @@ class PowerCutError(Exception):
     pass
 
 
-def test_a_grid_resumes_to_the_same_bits(grid, tmp_path, monkeypatch):
+def test_a_sweep_resumes_to_the_same_bits(sweep, tmp_path, monkeypatch):
     """Cut in the middle, where some runs' logs are ahead of the checkpoint."""
-    out, *_ = grid
-    write, written = run.Run.write_line, []
+    out, *_ = sweep
+    write, written = RunDir.log_metrics, []
 
     def cut(*arguments):
         written.append(1)
@@ -124,13 +125,13 @@ def test_a_grid_resumes_to_the_same_bits(grid, tmp_path, monkeypatch):
             raise PowerCutError
         return write(*arguments)
 
-    monkeypatch.setattr(run.Run, "write_line", cut)
+    monkeypatch.setattr(RunDir, "log_metrics", cut)
     with pytest.raises(PowerCutError):
-        train(settings(tmp_path / "cut"))
+        train(*settings(tmp_path / "cut"))
     monkeypatch.undo()
     assert len(metrics(tmp_path / "cut" / "x2-k4")) > len(metrics(tmp_path / "cut" / "x3-k8"))
-    train(settings(tmp_path / "cut", resume=True))
-    for name in runs_of(settings(out)):
+    train(*settings(tmp_path / "cut", resume=True))
+    for name in NAMES:
         assert differences(out / name, tmp_path / "cut" / name) == []
 
 
@@ -141,18 +142,18 @@ def test_a_signal_leaves_a_checkpoint_and_a_model_of_each(tmp_path, monkeypatch,
         signal.raise_signal(signal.SIGTERM)
         return residuals(*arguments)
 
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while the first batch is surveyed
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while the first batch is measured
     monkeypatch.setattr(DataStream, "residuals", signalled)
     try:
         with pytest.raises(SystemExit) as stopped:
-            train(settings(tmp_path / "run"))
+            train(*settings(tmp_path / "run"))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in capsys.readouterr().err
     state = checkpoint.load(checkpoint.newest(tmp_path / "run", print))
-    for name, config in runs_of(settings(tmp_path / "run")).items():
-        weights = MLSAE.from_pretrained(config.out).sae.W_enc
+    for name in NAMES:
+        weights = MLSAE.from_pretrained(tmp_path / "run" / name).sae.W_enc
         assert weights.equal(state["runs"][name]["trainer"]["weights"]["W_enc"])
 
 
@@ -170,11 +171,11 @@ def test_what_is_not_finite_stops_all_and_names_whose_it_is(tmp_path, monkeypatc
 
     monkeypatch.setattr(run, "learning_rate", too_high)
     with pytest.raises(NonFiniteError, match=f"in .*x3-k4, ({message})") as stopped:
-        train(settings(tmp_path / "run"))
+        train(*settings(tmp_path / "run"))
     path = checkpoint.newest(tmp_path / "run", print)
     state = checkpoint.load(path)
     assert str(stopped.value).endswith(f"; the last good checkpoint is {path}")
-    for name in runs_of(settings(tmp_path / "run")):
+    for name in NAMES:
         for weight in state["runs"][name]["trainer"]["weights"].values():
             assert weight.isfinite().all()
 
@@ -182,43 +183,43 @@ def test_what_is_not_finite_stops_all_and_names_whose_it_is(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("sae", "message"),
     [
-        (SAEConfig(k=(8, 0)), "--sae.k must be at least 1, got 0"),
-        (SAEConfig(k=(8, 4, 8)), "--sae.k must have one value or several different ones"),
-        (SAEConfig(k=()), "--sae.k must have one value .* got none"),
-        (SAEConfig(n_latents=512, expansion=(2, 3)), "--sae.n_latents is instead of"),
+        (SAESweep(k=(8, 0)), "--sae.k must be at least 1, got 0"),
+        (SAESweep(k=(8, 4, 8)), "--sae.k must have one value or several different ones"),
+        (SAESweep(k=()), "--sae.k must have one value .* got none"),
+        (SAESweep(n_latents=(512,), expansion=(2, 3)), "--sae.n_latents is instead of"),
     ],
 )
-def test_a_grid_that_is_none_is_named(tmp_path, sae, message):
+def test_a_sweep_that_is_none_is_named(tmp_path, sae, message):
     with pytest.raises(InputError, match=message):
-        check_config(settings(tmp_path, sae))
+        for config in settings(tmp_path, sae):
+            check_config(config)
 
 
 def test_the_command_line_takes_one_value_or_several(tmp_path):
-    one = parse(["--sae.k", "16", "--out", "runs/a"])
-    assert [(name, str(c.out), c.sae.k) for name, c in runs_of(one).items()] == [
-        ("x16-k16", "runs/a", 16)
-    ]
+    (one,) = parse(["--sae.k", "16", "--out", "runs/a"])
+    assert (one.sae.name, str(one.out), one.sae.k) == ("x16-k16", "runs/a", 16)
     several = parse("--sae.k 16 32 --sae.n_latents 512 1024 --out runs/a".split())
-    assert {name: str(c.out) for name, c in runs_of(several).items()} == {
+    assert {config.sae.name: str(config.out) for config in several} == {
         f"n{n}-k{k}": f"runs/a/n{n}-k{k}" for n in (512, 1024) for k in (16, 32)
     }
-    assert parse(["--preset", "paper"]).sae.expansion == 64
+    (paper,) = parse(["--preset", "paper"])
+    assert paper.sae.expansion == 64
 
 
-def test_another_grid_does_not_continue_it(grid):
-    out, *_ = grid
-    fewer = dataclasses.replace(GRID, k=4)
+def test_another_sweep_does_not_continue_it(sweep):
+    out, *_ = sweep
+    fewer = dataclasses.replace(SWEEP, k=(4,))
     with pytest.raises(InputError, match=r"--sae.k must be 4 8 to resume .* got 4;"):
-        train(settings(out, fewer, resume=True))
+        train(*settings(out, fewer, resume=True))
 
 
-def test_what_is_no_run_in_a_run_s_folder_is_not_lost(grid):
-    out, *_ = grid
+def test_what_is_no_run_in_a_run_s_folder_is_not_lost(sweep):
+    out, *_ = sweep
     note = out / "x2-k4" / "note.txt"
     note.write_text("kept")
     try:
         with pytest.raises(InputError, match=r"x2-k4 has note\.txt in it"):
-            train(settings(out, overwrite=True))
+            train(*settings(out, overwrite=True))
         assert note.exists()
     finally:
         note.unlink()

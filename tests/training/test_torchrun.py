@@ -8,8 +8,8 @@ import time
 import pytest
 import safetensors.torch
 
-from mlsae.config import SAEConfig, TrainConfig
-from mlsae.train import train
+from mlsae.config import DataConfig, SAEConfig, TrainConfig
+from mlsae.training.run import train
 from tests.helpers.torchrun import SAE, SETTINGS, metrics, process_of, torchrun
 
 
@@ -35,7 +35,9 @@ def test_a_rank_is_killed_and_the_run_goes_on_as_one_process_would(tmp_path):
     assert "2 processes: 1 × tokens, 2 × latents" in output
 
     one = tmp_path / "one"
-    train(TrainConfig(sae=SAEConfig(**SAE), out=one, **SETTINGS))
+    settings = dict(SETTINGS)
+    data = DataConfig(seq_len=settings.pop("seq_len"))
+    train(TrainConfig(data, sae=SAEConfig(**SAE), out=one, **settings))
     assert {path.name for path in one.iterdir()} == {path.name for path in out.iterdir()}
     for name in ("model.safetensors", "latents.safetensors"):
         tensors, others = (safetensors.torch.load_file(folder / name) for folder in (one, out))

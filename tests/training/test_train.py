@@ -127,12 +127,12 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(tmp_path)
 
 
 def test_a_preset_sets_what_is_not_given():
-    paper = parse(["--preset", "paper", "--sae.k", "16"])
+    (paper,) = parse(["--preset", "paper", "--sae.k", "16"])
     assert (paper.sae.expansion, paper.sae.k, paper.lr) == (64, 16, 1e-4)
     assert (paper.tokens, paper.batch_tokens) == (10**9, 64 * 2048)
     assert learning_rate(paper, 32768, 0) == learning_rate(paper, 32768, 10**9) == 1e-4
-    assert parse(["--preset=paper"]).sae.dead_tokens == 10**7
-    assert parse([]).preset == "default"
+    assert parse(["--preset=paper"])[0].sae.dead_tokens == 10**7
+    assert parse([])[0].preset == "default"
 
 
 def test_help_teaches():
