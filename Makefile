@@ -1,11 +1,11 @@
-# make train    train a multi-layer SAE of the built-in model, offline: runs/demo/report.html
-# make test     the tests
-# make check    ruff and mypy
-# make bench    the benchmarks
+# make train            train an MLSAE of the built-in model, offline: runs/demo/report.html
+# make test             run the tests
+# make check            run ruff, ruff format and mypy
+# make bench            run the benchmarks
 # make check-install    install beside the Hugging Face package `kernels`, and uninstall again
 #
-# Each sets up .venv first, with the versions of constraints.txt. PYTHON=python3.12 make … picks
-# another Python for it.
+# All but the last set up .venv first, with the versions of constraints.txt. To use another Python:
+# PYTHON=python3.12 make …
 
 PYTHON ?= python3
 
