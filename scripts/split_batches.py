@@ -66,9 +66,7 @@ def compare(steps: int, splits: Sequence[int]) -> tuple[dict[str, dict[str, floa
     steps AuxK was at work."""
     shape = read_shape(CONFIG.data)
     batch_rows = BATCH_TOKENS // SEQ_LEN
-    stream = DataStream(
-        CONFIG.data, shape, torch.device("cpu"), micro_rows=batch_rows, whole=False
-    )
+    stream = DataStream(CONFIG.data, shape, torch.device("cpu"), micro_rows=batch_rows, whole=False)
     torch.manual_seed(0)
     mlsae = MLSAE(mlsae_config(CONFIG, shape))
     state = TrainState(

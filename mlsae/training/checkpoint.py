@@ -1,9 +1,8 @@
-"""Checkpoints of a training run: whole or not there, and known to be undamaged when read.
+"""Checkpoints of a training run: written whole or not at all, and checked for damage when read.
 
 A checkpoint is `checkpoints/<tokens>.safetensors`: the tensors of a nested dict under their path
-("trainer/optimizer/…"), and its other values as JSON in the metadata. Beside it lies its
-`.sha256`, in the format of `sha256sum --check`, written last: a checkpoint without one is not
-whole.
+("trainer/optimizer/…"), and its other values as JSON in the metadata. Beside it is its `.sha256`,
+in the format of `sha256sum --check`, written last: a checkpoint without one is not whole.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ..files import sync_folder, write_file
+from ..files import replacing, sync_folder, write_file
 
 
 def save(run: Path, tokens: int, state: dict[str, Any], keep: int) -> Path:
@@ -32,16 +31,9 @@ def save(run: Path, tokens: int, state: dict[str, Any], keep: int) -> Path:
         unfinished.unlink()
     tensors, rest = _split(state)
     path = folder / f"{tokens:015}.safetensors"
-    aside = path.with_suffix(".partial")
-    try:
-        _write(tensors, aside, {"state": json.dumps(rest)})
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
+    with replacing(path) as partial:
+        _write(tensors, partial, {"state": json.dumps(rest)})
         _digest_path(path).unlink(missing_ok=True)  # of an earlier one after as many tokens
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
     sync_folder(folder)
     write_file(_digest_path(path), f"{_digest(path)}  {path.name}\n".encode())
     sync_folder(folder)
@@ -52,8 +44,8 @@ def save(run: Path, tokens: int, state: dict[str, Any], keep: int) -> Path:
 
 
 def newest(run: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint of a run; None where there is none.
-    `report` is told of each that is damaged."""
+    """The newest undamaged checkpoint of a run, or None if there is none. `report` is called with
+    a message for each damaged one."""
     for path in _newest_first(run / "checkpoints"):
         try:
             expected = _digest_path(path).read_text().split()[0]
@@ -76,7 +68,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def any_written(run: Path) -> bool:
-    """Whether the run has come to a checkpoint that was written to its end."""
+    """Whether a checkpoint of the run was ever written to its end."""
     return any((run / "checkpoints").glob("*.sha256"))
 
 
@@ -88,7 +80,7 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
     try:
         safetensors.torch.save_file(tensors, path, metadata)
     except safetensors.SafetensorError as error:
-        # The library hides the system's error, a full disk for one, in its message.
+        # The library hides the system's error, such as a full disk, in its message.
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -106,7 +98,7 @@ def _digest(path: Path) -> str:
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a nested dict, by path, and the dict without them."""
+    """The tensors of a nested dict by path, and the dict without them."""
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
     for key, value in state.items():
@@ -121,7 +113,7 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """What `_split` took apart."""
+    """The nested dict that `_split` took apart."""
     for path, tensor in tensors.items():
         *keys, last = path.split("/")
         place = rest

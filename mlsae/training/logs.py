@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl; on request, TensorBoard, Weights & Biases."""
+"""What a run logs while it trains: metrics.jsonl; on request, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..errors import InputError
 
 
 class MetricsLog:
-    """Writes lines of metrics to `metrics.jsonl` in the run's folder, and to each of `names`.
+    """Writes lines of metrics to `metrics.jsonl` in the run's folder, and to the loggers `names`.
 
-    `position` is where the file ends now; given one, a log goes on from there, after `tokens`
-    tokens, and what an interrupted run wrote after it is cut off. `run_id` is the Weights & Biases
-    run to go on with.
+    `position` is where the file ended at the checkpoint that the run resumes from, after `tokens`
+    tokens: what was written after it is cut off. `run_id` names the Weights & Biases run, which a
+    resumed run continues.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class MetricsLog:
                 config=settings,
                 id=run_id,
                 resume="allow",
-                reinit="create_new",  # beside those of the other runs of this process
+                reinit="create_new",  # beside the other SAEs' runs in this process
             )
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write a line; its "tokens" are the step of the loggers that draw curves."""
+        """Write a line. Its "tokens" are the step of TensorBoard's and Weights & Biases' curves."""
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         scalars = _scalars(line)
@@ -68,13 +68,13 @@ class MetricsLog:
             self._wandb.log(scalars, step=line["tokens"])
 
     def position(self) -> int:
-        """Where the file ends: synced to the disk up to there."""
+        """Where the file ends, synced to the disk up to there."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        """Close the file, and end the others."""
+        """Close the file and the loggers."""
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -83,7 +83,7 @@ class MetricsLog:
 
 
 def _scalars(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a line by path; a list's by position: "fvu_layers/3"."""
+    """The numbers of a line by path; those of a list by position: "fvu_layers/3"."""
     scalars: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, remembered while a step ends."""
+"""SIGINT and SIGTERM: remembered, so that a step can end first."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ _WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 
 class Signals:
-    """Within it, a first SIGINT or SIGTERM only sets `caught`; a second one ends the process as
-    usual, for those who cannot wait; with `only_remember` it is not, as a launcher of processes
-    may send its own after the user's. Outside the main thread, where Python has no signals, it
-    does nothing."""
+    """A context in which the first SIGINT or SIGTERM only sets `caught`, and a second one
+    terminates the process. With `only_remember` it does not, because launchers forward a signal
+    of their own. Outside the main thread, where Python has no signals, it does nothing."""
 
     def __init__(self, only_remember: bool = False) -> None:
         self.only_remember = only_remember

@@ -6,14 +6,15 @@ import time
 
 import torch
 
-_EVENTS_AT_ONCE = 512  # on a GPU: more than a log step has, few enough to hold
+_EVENTS_AT_ONCE = 512  # on a GPU: more than between two log lines, and few enough to hold
 
 
 class StageTimer:
-    """Seconds spent in each stage. `lap(stage)` ends a stage: the time since the last lap is its.
+    """Seconds spent in each stage. `lap(stage)` ends a stage, which is given the time since the
+    last lap.
 
-    On a GPU the laps are events in its stream, so that nothing waits for them; time in which the
-    GPU had nothing to do falls to the stage that let it wait.
+    On a GPU, laps are events in its stream, so that nothing waits for them; the GPU's idle time
+    counts for the stage that let it wait.
     """
 
     def __init__(self, device: torch.device) -> None:
