@@ -54,6 +54,26 @@ def test_forward_is_the_papers_formula(standardize):
             torch.testing.assert_close(x_hat[layer, n], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("standardize", [True, False])
+def test_a_reconstruction_is_its_output_error_and_codes(standardize):
+    """In one pass what `forward` and `encode` give one by one, and differentiable."""
+    mlsae, x = make(standardize), residuals().double()
+    reconstruction = mlsae.reconstruct(x)
+    torch.testing.assert_close(reconstruction.x_hat, mlsae(x), rtol=0, atol=0)
+    torch.testing.assert_close(reconstruction.error, x - mlsae(x))
+    for part, expected in zip(reconstruction.codes, mlsae.encode(x), strict=True):
+        torch.testing.assert_close(part, expected, rtol=0, atol=0)
+    scale = mlsae.standardize(x).std if standardize else 1.0
+    torch.testing.assert_close(
+        reconstruction.standardized_error * scale, x - mlsae(x), rtol=1e-4, atol=1e-4
+    )
+    gradient, expected = (
+        torch.autograd.grad(out.square().sum(), mlsae.sae.W_dec)[0]
+        for out in (reconstruction.error, x - mlsae(x))
+    )
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_a_constant_vector_stays_finite():
     mlsae = make()
     assert torch.isfinite(mlsae(torch.full((2, D), 7.0))).all()

@@ -1,0 +1,46 @@
+"""The settings of a run, as its files and its command line name them."""
+
+import dataclasses
+
+import pytest
+
+from mlsae.config import DataConfig, SAEConfig, SAESweep, TrainArguments, TrainConfig
+from mlsae.errors import InputError
+from mlsae.train import parse
+from mlsae.training.settings import check_same, joint_settings, settings_of
+
+
+def test_settings_have_the_names_of_the_flags():
+    """So that a file tells how to give the command again, and files of 0.1 stay readable."""
+    settings = settings_of(TrainConfig(DataConfig(layers=(0, 2)), sae=SAEConfig(k=8)))
+    assert settings["model"] == settings["dataset"] == "builtin"
+    assert settings["layers"] == [0, 2]
+    assert settings["sae"]["k"] == 8
+    flags = {f"--{name}" for name in settings if name not in ("model", "dataset", "sae")}
+    values = {"--layers": ["0", "2"], "--log": ["wandb"], "--overwrite": [], "--resume": []}
+    for flag in sorted(flags - {"--overwrite", "--resume"}):
+        value = settings[flag.removeprefix("--")]
+        given = values.get(flag, [str(value)] if value not in (None, []) else ["1"])
+        if flag.startswith("--model_") or flag == "--push_to_hub":
+            continue  # names, tried elsewhere
+        assert parse([flag, *given]), flag
+
+
+def test_one_sae_is_a_sweep_of_one():
+    config = TrainConfig(sae=SAEConfig(expansion=4, k=8, dead_tokens=7), tokens=1000)
+    assert TrainArguments.defaults(config).configs() == [config]
+    sized = dataclasses.replace(config, sae=SAEConfig(n_latents=512))
+    assert TrainArguments.defaults(sized).configs() == [sized]
+
+
+def test_only_what_changes_the_result_must_be_the_same():
+    configs = TrainArguments(sae=SAESweep(expansion=(2, 3), k=(8,))).configs()
+    saved = joint_settings(configs)
+    assert saved["sae"]["expansion"] == [2, 3]
+    assert saved["sae"]["k"] == 8
+    free = [dataclasses.replace(c, device="cpu", micro_tokens=512, resume=True) for c in configs]
+    check_same(free, saved)
+    with pytest.raises(InputError, match=r"--seed must be 0 to resume this run.* got 1"):
+        check_same([dataclasses.replace(c, seed=1) for c in configs], saved)
+    with pytest.raises(InputError, match=r"--sae.expansion must be 2 3 to resume"):
+        check_same(configs[:1], saved)
