@@ -1,8 +1,9 @@
-"""What the compiler makes of every Triton kernel, for three chips, on a machine without a GPU.
+"""Compile every Triton kernel for three chips, without a GPU, and check registers, spills, shared
+memory and instructions.
 
-    python -m bench.compiled        prints the table, then each fault; ends with 1 if there is one
+    python -m bench.compiled        prints a table and the faults; exits with 1 if there is a fault
 
-It shows no time: a kernel that compiles well may still be slow.
+It measures no time: a kernel that compiles well may still be slow.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 
 
 def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
-    """The kernels of `triton_ops.sparse` at one width, K and dtype of all arguments."""
+    """The kernels of `triton_ops.sparse` for one D, K and dtype."""
     name = f"{str(dtype).removeprefix('torch.')} D={d} K={k}"
     some = torch.empty(0, dtype=dtype)
     data, ids = TYPES[dtype], "*i64"
@@ -32,11 +33,11 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
     divisible = aligned + (("K",) if k % 16 == 0 else ())
 
     def build(
-        verb: str, kernel: Any, arguments: dict[str, str], tile: tuple[int, int, int], **more: int
+        op: str, kernel: Any, arguments: dict[str, str], tile: tuple[int, int, int], **more: int
     ) -> Build:
         block, rows, warps = tile
         return Build(
-            f"{verb} {name}",
+            f"{op} {name}",
             kernel,
             arguments | {"D": "i32", "K": "i32"},
             {"BLOCK_D": block, "ROWS": rows, "SUM": sums, **more},
@@ -79,19 +80,19 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
 
 
 def dense_builds(dtype: torch.dtype) -> list[Build]:
-    """What writes the codes that the products of few latents need."""
+    """The kernels that write dense codes, for products with few latents."""
     data, ids = TYPES[dtype], "*i64"
     block, warps = dense.codes_tile()
     return [
         Build(
-            f"{verb} {data[1:]}",
+            f"{name} {data[1:]}",
             kernel,
             {"values": data, "codes": data, "K": "i32", size: "i32"} | dict.fromkeys(places, ids),
             {"BLOCK": block},
             num_warps=warps,
             divisible=("K", size),
         )
-        for verb, kernel, size, places in (
+        for name, kernel, size, places in (
             ("codes_of_token", dense.codes_of_token_kernel, "M", ("indices",)),
             ("codes_of_latent", dense.codes_of_latent_kernel, "N", ("order", "offsets")),
         )
@@ -99,8 +100,8 @@ def dense_builds(dtype: torch.dtype) -> list[Build]:
 
 
 def adam_build(d: int | None, clip: bool) -> Build:
-    """Adam on rows of D float32 weights, or off the sphere where D is None; with `clip`, scaled
-    by a factor and with a bfloat16 shadow."""
+    """Adam on rows of D float32 weights, or without the unit norm if D is None. With `clip`, the
+    gradient is scaled by a factor, and a bfloat16 shadow is written."""
     arguments = dict.fromkeys(("weight", "grad", "exp_avg", "exp_avg_sq"), "*fp32")
     arguments |= {"rate": "fp32", "eps": "fp32", "c1": "fp32", "c2": "fp32"}
     constants: dict[str, Any] = {"SUM": sparse.sum_type()}
@@ -110,7 +111,7 @@ def adam_build(d: int | None, clip: bool) -> Build:
         constants |= {"shadow": None, "grad_scale": None}
     block, warps = adam.adam_flat_tile() if d is None else adam.adam_rows_tile(d)
     size, width = ("size", "BLOCK") if d is None else ("D", "BLOCK_D")
-    vectors = block // (warps * 32 * 4)  # of 16 bytes a thread
+    vectors = block // (warps * 32 * 4)  # of 16 bytes per thread
     return Build(
         "adam" + ("" if d is None else f" unit_norm D={d}") + (" clip shadow" if clip else ""),
         adam.adam_flat_kernel if d is None else adam.adam_rows_kernel,
@@ -148,12 +149,12 @@ def builds() -> list[Build]:
 
 
 def compile_all() -> Iterator[tuple[Build, int, Compiled]]:
-    """Compile every build for every chip of its own, on all cores."""
-    every = builds()
-    tasks = [(i, chip) for i, build in enumerate(every) for chip in build.chips]
+    """Compile every build for each of its chips, on all cores."""
+    all_builds = builds()
+    tasks = [(i, chip) for i, build in enumerate(all_builds) for chip in build.chips]
     with ProcessPoolExecutor() as pool:
-        for (i, chip), made in zip(tasks, pool.map(_compile, tasks), strict=True):
-            yield every[i], chip, made
+        for (i, chip), compiled in zip(tasks, pool.map(_compile, tasks), strict=True):
+            yield all_builds[i], chip, compiled
 
 
 def _compile(task: tuple[int, int]) -> Compiled:
@@ -162,19 +163,21 @@ def _compile(task: tuple[int, int]) -> Compiled:
 
 
 def check() -> list[str]:
-    """What is wrong with the kernels, one sentence a fault; empty where nothing is."""
-    return [fault for made in compile_all() for fault in violations(*made)]
+    """The faults of all kernels, one sentence each."""
+    return [fault for result in compile_all() for fault in violations(*result)]
 
 
 def main() -> int:
+    """The program; returns its exit code."""
     line = "{:<44} {:>6} {:>5} {:>6} {:>7} {:>6} {:>6} {:>6} {:>7} {:>6}"
     print(line.format(*"kernel chip regs spills shared instr tensor 16B-ld <16B-ld 16B-st".split()))
     faults = []
-    for build, chip, made in compile_all():
-        sizes = (made.registers, made.spills, made.shared, made.instructions)
-        kinds = (made.tensor_core, made.wide_loads, made.narrow_loads, made.wide_stores)
+    for build, chip, compiled in compile_all():
+        sizes = (compiled.registers, compiled.spills, compiled.shared, compiled.instructions)
+        loads = (compiled.wide_loads, compiled.narrow_loads)
+        kinds = (compiled.tensor_core, *loads, compiled.wide_stores)
         print(line.format(build.name, f"sm_{chip}", *sizes, *kinds))
-        faults += violations(build, chip, made)
+        faults += violations(build, chip, compiled)
     print(*faults, sep="\n")
     return bool(faults)
 

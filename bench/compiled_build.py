@@ -1,8 +1,8 @@
-"""Compile one kernel for one chip, without a GPU, and read what the compiler made of it.
+"""Compile one kernel for one chip, without a GPU, and read the result: registers, spills, shared
+memory and instructions, but no time.
 
 A `Build` is a kernel with the types, constants and warps that its launcher would give it. Triton's
-wheel holds the assembler and the disassembler; no driver is needed. What this shows is registers,
-spills, shared memory and instructions; it shows no time.
+wheel has the assembler and the disassembler, so no driver is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHIPS = (80, 90, 100)
 SHARED_LIMIT = {
     chip: kib * 1024 for chip, kib in {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}.items()
 }
-"""Bytes of shared memory that one program may have (CUDA Programming Guide, compute
+"""Bytes of shared memory that one program may use (CUDA Programming Guide, compute
 capabilities)."""
 
 _TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
@@ -34,7 +34,7 @@ class Build:
     """One kernel as one of its launches would compile it."""
 
     name: str
-    """What the table and the violations call it."""
+    """Its name in the table and in the faults."""
     kernel: Any
     """The `triton.jit` function."""
     signature: Mapping[str, str]
@@ -47,45 +47,45 @@ class Build:
     chips: tuple[int, ...] = CHIPS
     """Compute capabilities to build for, as 80 for sm_80."""
     divisible: tuple[str, ...] = ()
-    """Integer arguments that are multiples of 16 at the launch, which the compiler is then told.
-    Pointers always are."""
+    """Integer arguments that are multiples of 16 at the launch, as the compiler is told. Pointers
+    always are."""
     needs: Mapping[str, int] = field(default_factory=dict)
-    """Least values of `Compiled`'s fields: {"tensor_core": 1, "wide_loads": 8}."""
+    """Minimum values of `Compiled`'s fields: {"tensor_core": 1, "wide_loads": 8}."""
     allows: Mapping[str, int] = field(default_factory=dict)
-    """Largest values of `Compiled`'s fields: {"narrow_loads": 2}. Spills are never allowed, and
-    `int32_products` only where this says so."""
+    """Maximum values of `Compiled`'s fields: {"narrow_loads": 2}. Spills are never allowed, and
+    `int32_products` only if they are named here."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one `Build` on one chip."""
+    """One `Build`, compiled for one chip."""
 
     registers: int
-    """Of one thread."""
+    """Per thread."""
     spills: int
-    """Bytes of stack and local memory of one thread, or where the compiler reports none of either,
-    the instructions that touch such memory."""
+    """Bytes of stack and local memory per thread, or, if the compiler reports none, the number of
+    instructions that access such memory."""
     shared: int
-    """Bytes of one program."""
+    """Bytes per program."""
     instructions: int
-    """Static, in one warp's code."""
+    """In the code of one warp, not counting repetitions."""
     tensor_core: int
-    """Matrix instructions of the kind that the chip is fast with: HMMA, wgmma, tcgen05."""
+    """Matrix instructions of the chip's fastest kind: HMMA, wgmma, tcgen05."""
     wide_loads: int
-    """Global loads of at least 16 bytes a thread: LDG, LDGSTS, or the bulk copies of TMA."""
+    """Global loads of at least 16 bytes per thread: LDG, LDGSTS, or the bulk copies of TMA."""
     wide_stores: int
-    """Global stores of at least 16 bytes a thread, or TMA's."""
+    """Global stores of at least 16 bytes per thread, or TMA's."""
     narrow_loads: int
-    """Global loads of less."""
+    """Global loads of fewer bytes."""
     int32_products: int
-    """32-bit products of two run-time values: one such in an address is wrong past 2³¹."""
+    """32-bit products of two run-time values, which are wrong past 2³¹ in an address."""
 
 
 def compile_for(build: Build, chip: int) -> Compiled:
     """Compile `build` for compute capability `chip`.
 
-    Raises RuntimeError if Triton's interpreter is on, which leaves nothing to compile; passes
-    on what the compiler raises, with the build's name added.
+    Raises RuntimeError if Triton's interpreter is on, because it leaves nothing to compile. The
+    compiler's own errors get a note with the build's name.
     """
     if not isinstance(build.kernel, triton.JITFunction):
         raise RuntimeError(
@@ -106,31 +106,33 @@ def compile_for(build: Build, chip: int) -> Compiled:
     )
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     try:
-        made = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+        kernel = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     except Exception as error:
         error.add_note(f"while compiling {build.name} for sm_{chip}")
         raise
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         usage = _cuobjdump("-res-usage", file.name)
         sass = _cuobjdump("-sass", file.name)
-    return _read(usage, sass, made.asm["ttir"], made.metadata.shared, chip)
+    return _read(usage, sass, kernel.asm["ttir"], kernel.metadata.shared, chip)
 
 
-def violations(build: Build, chip: int, made: Compiled) -> list[str]:
-    """What is wrong with `made`, one sentence a fault; empty where nothing is."""
+def violations(build: Build, chip: int, compiled: Compiled) -> list[str]:
+    """The faults of `compiled`, one sentence each."""
     faults = []
-    if made.spills:
-        faults.append(f"spills {made.spills} bytes a thread")
-    if made.shared > SHARED_LIMIT[chip]:
-        faults.append(f"takes {made.shared} bytes of shared memory, more than {SHARED_LIMIT[chip]}")
-    for what, least in build.needs.items():
-        if getattr(made, what) < least:
-            faults.append(f"has {getattr(made, what)} {what}, needs at least {least}")
-    for what, most in ({"int32_products": 0} | dict(build.allows)).items():
-        if getattr(made, what) > most:
-            faults.append(f"has {getattr(made, what)} {what}, may have at most {most}")
+    if compiled.spills:
+        faults.append(f"spills {compiled.spills} bytes per thread")
+    if compiled.shared > SHARED_LIMIT[chip]:
+        faults.append(
+            f"takes {compiled.shared} bytes of shared memory, more than {SHARED_LIMIT[chip]}"
+        )
+    for name, least in build.needs.items():
+        if getattr(compiled, name) < least:
+            faults.append(f"has {getattr(compiled, name)} {name}, needs at least {least}")
+    for name, most in ({"int32_products": 0} | dict(build.allows)).items():
+        if getattr(compiled, name) > most:
+            faults.append(f"has {getattr(compiled, name)} {name}, may have at most {most}")
     return [f"{build.name} on sm_{chip} {fault}" for fault in faults]
 
 
@@ -140,7 +142,7 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def _read(usage: str, sass: str, ttir: str, shared: int, chip: int) -> Compiled:
-    """The figures in cuobjdump's two texts and Triton's own."""
+    """Parse cuobjdump's resource usage and SASS, and Triton's IR."""
     registers = [int(n) for n in re.findall(r"\bREG:(\d+)", usage)]
     spilled = [int(n) for n in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)]
     # "/*0010*/  @!P0 LDG.E.128.CONSTANT R4, …": the opcode with its dotted parts

@@ -1,6 +1,7 @@
 """The builds of `topk_encode`'s kernels, with the constants that its launchers would give them.
 
-Legend: N tokens, D inputs, M latents, K active latents a token, G latents a group, J groups.
+Legend: N tokens, D inputs, M latents, K active latents per token, G latents per group,
+J groups.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def product_build(
 
 
 def producer_builds(m: int, k: int, dtype: torch.dtype) -> list[Build]:
-    """What reads or makes scores outside the product."""
+    """The kernels that read or compute scores outside the product."""
     data, group = f"*{_TYPES[dtype]}", fused.fused_group(m, k)
     wide = encode.chunked_group(m, k)
     return [

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes while it runs, beyond what was there before."""
+"""How much memory a piece of work takes while it runs, beyond what was allocated before."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that `work` had allocated at once, its results among them. On a GPU the
-    allocator counts them, on a CPU torch's profiler."""
+    """The most bytes that `work` had allocated at once, including its results. Torch's allocator
+    counts them on a GPU, torch's profiler on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -20,11 +20,11 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
-    now = most = 0
+    allocated = peak = 0
     events = recorded.profiler.kineto_results.events()
     for event in sorted(
         (e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()
     ):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak

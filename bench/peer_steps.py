@@ -1,12 +1,12 @@
-"""The training steps that are compared, each by its own library, and their timing. Run by
-`bench.peers` in each library's environment, so it imports a library only in its function.
+"""One training step per library, and its timing. `bench.peers` runs this file in each library's
+environment, so each function imports only its own library.
 
     python -m bench.peer_steps NAME < jobs.json > rows.json
 
-A step is forward, loss, backward, the optimizer and the decoder's norm, no latent dead: each
-library's own trainer's lines, with its fastest settings and torch's fused Adam.
+A step is forward, loss, backward, optimizer and decoder norm, with no latent dead. It has the lines
+of the library's own trainer, the library's fastest settings, and torch's fused Adam.
 
-Legend: N tokens, D inputs, M latents, K active latents a token.
+Legend: N tokens, D inputs, M latents, K active latents per token.
 """
 
 from __future__ import annotations
@@ -20,87 +20,77 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparse_topk import SparseTopKSAE, UnitNormAdam, keep_freed_memory, reference
+from sparse_topk import SparseTopKSAE, keep_freed_memory, reference
 
 from . import costs
-from .limits import copy_bandwidth, matmul_rate, sync
+from .impls import DENSE, OURS, fused_adam
 from .memory import peak_bytes
-from .results import Row
-from .shapes import Shape
+from .rates import copy_bandwidth, matmul_rate, sync
+from .results import Timing
+from .shapes import ProblemShape
 
 Step = Callable[[Tensor], object]
 _ROUNDS = {"cpu": 7, "cuda": 30}
 
 
-class Side(NamedTuple):
-    """One library."""
+class Library(NamedTuple):
+    """One library, and how to build its training step."""
 
     package: str | None
-    """Its name on the package index; None for what is in this repository."""
-    build: Callable[[Shape, torch.dtype, torch.device], Step]
+    """Its name on the package index; None for the code of this repository."""
+    build: Callable[[ProblemShape, torch.dtype, torch.device], Step]
     differs: str
-    """What its step does more or less than ours."""
+    """What its step does that ours does not, or the reverse."""
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def _fused_adam(parameters: Any) -> torch.optim.Adam:
-    return torch.optim.Adam(parameters, lr=1e-4, eps=6.25e-10, fused=True)
-
-
-def ours(shape: Shape, dtype: torch.dtype, device: torch.device) -> Step:
+def ours(shape: ProblemShape, dtype: torch.dtype, device: torch.device) -> Step:
     """This package."""
     sae = SparseTopKSAE(shape.d, shape.m, shape.k, device=device)
-    optimizer = UnitNormAdam(sae.parameter_groups())
+    update = OURS.optimizer(sae)
 
     def step(x: Tensor) -> None:
         with _autocast(device, dtype):
             loss = (sae(x) - x).square().mean()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
 
     return step
 
 
-def dense(shape: Shape, dtype: torch.dtype, device: torch.device) -> Step:
+def dense(shape: ProblemShape, dtype: torch.dtype, device: torch.device) -> Step:
     """The same mathematics through autograd."""
     sae = SparseTopKSAE(shape.d, shape.m, shape.k, device=device)
-    optimizer = _fused_adam(sae.parameters())
+    update = DENSE.optimizer(sae)
 
     def step(x: Tensor) -> None:
         with _autocast(device, dtype):
             x_hat = reference.topk_sae(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
             loss = (x_hat - x).square().mean()
         loss.backward()
-        with torch.no_grad():
-            grad = sae.W_dec.grad
-            assert grad is not None
-            grad -= (grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
-            optimizer.step()
-            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-        optimizer.zero_grad()
+        update()
 
     return step
 
 
-def sparsify(shape: Shape, dtype: torch.dtype, device: torch.device) -> Step:
-    """`SparseCoder` and the lines of `Trainer.fit`. Its forward turns autocast on by itself on
-    CUDA, so its float32 row there is computed in bfloat16 too."""
+def sparsify(shape: ProblemShape, dtype: torch.dtype, device: torch.device) -> Step:
+    """`SparseCoder` and the lines of `Trainer.fit`. On CUDA its forward turns on autocast, so its
+    float32 row is computed in bfloat16 there."""
     if device.type == "cpu":
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # else it calls its kernels there too
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # else it calls Triton kernels on a CPU too
     from sparsify import SparseCoder, SparseCoderConfig
 
     config = SparseCoderConfig(num_latents=shape.m, k=shape.k)
     sae = SparseCoder(shape.d, config, device=device)
-    optimizer = _fused_adam(sae.parameters())
+    optimizer = fused_adam(sae.parameters())
 
     def step(x: Tensor) -> None:
         sae.set_decoder_norm_to_unit_norm()
@@ -114,10 +104,10 @@ def sparsify(shape: Shape, dtype: torch.dtype, device: torch.device) -> Step:
     return step
 
 
-def sae_lens(shape: Shape, dtype: torch.dtype, device: torch.device) -> Step:
-    """`TopKTrainingSAE` and the lines of `SAETrainer._train_step`; sparse activations in float32,
-    where its documentation says that they pay, and no scaling by the decoder's norms, whose
-    backward has no sparse form on a CPU."""
+def sae_lens(shape: ProblemShape, dtype: torch.dtype, device: torch.device) -> Step:
+    """`TopKTrainingSAE` and the lines of `SAETrainer._train_step`. Activations are sparse only in
+    float32, as its documentation advises, and not scaled by the decoder's norms, because the
+    backward of that has no sparse form on a CPU."""
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
 
@@ -130,7 +120,7 @@ def sae_lens(shape: Shape, dtype: torch.dtype, device: torch.device) -> Step:
         rescale_acts_by_decoder_norm=False,
     )
     sae = TopKTrainingSAE(config)
-    optimizer = _fused_adam(sae.parameters())
+    optimizer = fused_adam(sae.parameters())
 
     def step(x: Tensor) -> None:
         with _autocast(device, dtype):
@@ -143,14 +133,14 @@ def sae_lens(shape: Shape, dtype: torch.dtype, device: torch.device) -> Step:
     return step
 
 
-def dictionary_learning(shape: Shape, dtype: torch.dtype, device: torch.device) -> Step:
-    """`TopKTrainer.update`, whole."""
+def dictionary_learning(shape: ProblemShape, dtype: torch.dtype, device: torch.device) -> Step:
+    """The whole of `TopKTrainer.update`."""
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     trainer = TopKTrainer(
         10**6, shape.d, shape.m, shape.k, layer=0, lm_name="none", device=str(device)
     )
-    trainer.optimizer = _fused_adam(trainer.ae.parameters())
+    trainer.optimizer = fused_adam(trainer.ae.parameters())
 
     def step(x: Tensor) -> None:
         with _autocast(device, dtype):
@@ -159,16 +149,16 @@ def dictionary_learning(shape: Shape, dtype: torch.dtype, device: torch.device) 
     return step
 
 
-SIDES = {
-    "ours": Side(None, ours, ""),
-    "dense": Side(None, dense, "nothing: the same mathematics through autograd"),
-    "eai-sparsify": Side("eai-sparsify", sparsify, "ReLU before TopK"),
-    "sae-lens": Side(
+LIBRARIES = {
+    "ours": Library(None, ours, ""),
+    "dense": Library(None, dense, "nothing: the same mathematics through autograd"),
+    "eai-sparsify": Library("eai-sparsify", sparsify, "ReLU before TopK"),
+    "sae-lens": Library(
         "sae-lens",
         sae_lens,
         "clips the gradient; leaves the decoder's norms free; sparse activations in float32",
     ),
-    "dictionary-learning": Side(
+    "dictionary-learning": Library(
         "dictionary-learning",
         dictionary_learning,
         "ReLU before TopK; clips the gradient; counts dead latents; backward inside autocast",
@@ -176,24 +166,26 @@ SIDES = {
 }
 
 
-def time_step(side: str, shape: Shape, dtype: torch.dtype, axis: str | None) -> Row | None:
-    """The row of one step, timed in turn with the encoder's bare float32 product; None where it
+def time_step(
+    library: str, shape: ProblemShape, dtype: torch.dtype, axis: str | None
+) -> Timing | None:
+    """Time one library's step, in turn with the encoder's bare float32 matrix product. None if it
     does not fit in the GPU's memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    some = [torch.randn(shape.n, shape.d, device=device) for _ in range(4)]
+    batches = [torch.randn(shape.n, shape.d, device=device) for _ in range(4)]
     W = torch.randn(shape.m, shape.d, device=device)
     rate, bandwidth = matmul_rate(shape, dtype, device), copy_bandwidth(device)
     steps: list[float] = []
     products: list[float] = []
     try:
         out = torch.empty(shape.n, shape.m, device=device)
-        step = SIDES[side].build(shape, dtype, device)
-        for x in some[:2]:  # compiles, allocates, makes the optimizer's state
+        step = LIBRARIES[library].build(shape, dtype, device)
+        for x in batches[:2]:  # compiles, allocates, creates the optimizer's state
             step(x)
-        peak = peak_bytes(lambda: step(some[2]), device)
+        peak = peak_bytes(lambda: step(batches[2]), device)
         for i in range(_ROUNDS[device.type]):
-            x = some[i % 4]
+            x = batches[i % 4]
             for work, times in ((lambda x: torch.mm(x, W.T, out=out), products), (step, steps)):
                 sync(device)
                 started = time.perf_counter()
@@ -203,9 +195,9 @@ def time_step(side: str, shape: Shape, dtype: torch.dtype, axis: str | None) -> 
     except torch.OutOfMemoryError:
         return None
     parts = costs.step(shape, dtype.itemsize)
-    return Row(
+    return Timing(
         "step",
-        side,
+        library,
         *shape,
         str(dtype).removeprefix("torch."),
         statistics.median(steps),
@@ -213,7 +205,7 @@ def time_step(side: str, shape: Shape, dtype: torch.dtype, axis: str | None) -> 
         len(steps),
         sum(c.flop for c in parts),
         sum(c.bytes for c in parts),
-        sum(c.floor(rate, bandwidth) for c in parts),
+        sum(c.roofline(rate, bandwidth) for c in parts),
         peak,
         axis,
         statistics.median(products),
@@ -221,15 +213,16 @@ def time_step(side: str, shape: Shape, dtype: torch.dtype, axis: str | None) -> 
 
 
 def main() -> None:
-    """Time the jobs, [shape, dtype, axis] each, that come in, and print rows and version."""
+    """Read jobs of [shape, dtype, axis] from stdin, and print their timings and the version."""
     keep_freed_memory()
     name = sys.argv[1]
     rows = []
-    with redirect_stdout(sys.stderr):  # libraries print
+    with redirect_stdout(sys.stderr):  # libraries print to stdout
         for shape, dtype, axis in json.load(sys.stdin):
-            row = time_step(name, Shape(*shape), getattr(torch, dtype), axis)
-            rows += [] if row is None else [asdict(row)]
-    package = SIDES[name].package
+            timing = time_step(name, ProblemShape(*shape), getattr(torch, dtype), axis)
+            if timing is not None:
+                rows.append(asdict(timing))
+    package = LIBRARIES[name].package
     print(json.dumps({"rows": rows, "version": version(package) if package else None}))
 
 

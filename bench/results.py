@@ -1,4 +1,4 @@
-"""What a run of the benchmarks found: rows, and the machine they are from, kept as JSON."""
+"""The results of a bench run, kept as JSON: timings, and the machine that they are from."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ FOLDER = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One piece of work, timed."""
+class Timing:
+    """The time and memory of one piece of work by one implementation."""
 
     work: str
     """What was done: "encode", "decode", "adam", "step", …"""
-    side: str
-    """Who did it: "ours", "dense", or a peer's name."""
+    impl: str
+    """What did it: "ours", "dense", or another library's name."""
     shape: str
+    """The name of the `ProblemShape`; n, d, m and k are its sizes."""
     n: int
     d: int
     m: int
@@ -33,35 +34,35 @@ class Row:
     seconds: float
     """The median of the rounds."""
     fastest: float
-    """The least of the rounds, seconds."""
+    """The minimum of the rounds, in seconds."""
     rounds: int
     flop: float
     bytes: float
-    floor: float
-    """Seconds below which no implementation can go, by this machine's rates in this run."""
+    roofline: float
+    """The least seconds that any implementation takes, at this machine's rates in this run."""
     peak_bytes: int
-    """Memory beyond inputs and what was there before; results are counted."""
+    """Memory beyond the inputs and what was allocated before; includes the results."""
     axis: str | None = None
-    """Of a scaling row, what is varied: "n", "d", "m" or "k"."""
+    """In a scaling row, the size that is varied: "n", "d", "m" or "k"."""
     matmul: float | None = None
     """Median seconds of the encoder's bare float32 product, timed in turn with the work."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """The rows of one run of one program, on one machine."""
+class BenchRun:
+    """The timings of one program on one machine."""
 
     machine: dict[str, Any]
-    limits: dict[str, float]
-    """What the machine was measured to do at best, by name and unit."""
-    rows: list[Row]
+    rates: dict[str, float]
+    """The machine's measured rates, by name and unit."""
+    rows: list[Timing]
     notes: dict[str, str]
-    """By side: version, and what differs in its work."""
+    """For each implementation: its version, and how its work differs from ours."""
 
 
-def save(section: str, run: Run, path: Path | None = None) -> Path:
+def save(section: str, run: BenchRun, path: Path | None = None) -> Path:
     """Write a run as the `section` ("suite" or "peers") of bench/results/<device>.json, or of
-    `path`; another section in that file stays."""
+    `path`. The other section of the file is kept."""
     name = re.sub(r"[^a-z0-9]+", "-", run.machine["device"].lower()).strip("-")
     path = path or FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,35 +72,35 @@ def save(section: str, run: Run, path: Path | None = None) -> Path:
     return path
 
 
-def load(path: Path) -> dict[str, Run]:
+def load(path: Path) -> dict[str, BenchRun]:
     """The sections of a file that `save` wrote."""
     return {
-        section: Run(**run | {"rows": [Row(**row) for row in run["rows"]]})
+        section: BenchRun(**run | {"rows": [Timing(**row) for row in run["rows"]]})
         for section, run in json.loads(path.read_text()).items()
     }
 
 
 def describe_machine() -> dict[str, Any]:
     """Device, driver, versions, commit and date."""
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "device": _processor(),
         "threads": torch.get_num_threads(),
         "driver": None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "commit": _output("git", "describe", "--always", "--dirty"),
+        "commit": _first_line_of("git", "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found["driver"] = _output(*query)
-    return found
+        machine["device"] = torch.cuda.get_device_name()
+        query = ("--query-gpu=driver_version", "--format=csv,noheader")
+        machine["driver"] = _first_line_of("nvidia-smi", *query)
+    return machine
 
 
 def _processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, or only its architecture if the system does not report a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -117,12 +118,12 @@ def _triton_version() -> str | None:
     return version
 
 
-def _output(*command: str) -> str | None:
-    """The first line that a command prints; None where it cannot be had."""
+def _first_line_of(*command: str) -> str | None:
+    """The first line that a command prints; None if it fails or prints nothing."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+    return process.stdout.strip().splitlines()[0] if process.stdout.strip() else None

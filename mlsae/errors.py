@@ -1,5 +1,5 @@
-"""What a program says when its input is bad, and how it ends. Every program shares it, so it
-stands on its own."""
+"""Errors of the user's making, and how a program ends on them. Every package uses this file, so it
+imports none of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """Bad input from the user: the message names the argument, the rule, the value, the way out."""
+    """Bad input from the user. The message names the argument, the rule, the value that breaks it,
+    and what to do instead."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -35,7 +36,7 @@ def check_installed(package: str, argument: str) -> None:
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """End the program with one line and exit code 2 on bad input or a disk that takes no more."""
+    """On bad input, or a disk that is full or read-only, print one line and exit with code 2."""
     try:
         yield
     except InputError as error:

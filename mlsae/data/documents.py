@@ -1,4 +1,4 @@
-"""Where text comes from: the built-in corpus, local files, a dataset on the hub."""
+"""Read documents from the built-in corpus, local files, or a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from ..errors import InputError, first_line
 
 Split = Literal["train", "heldout"]
 
-_FORMATS = {
+_LOADERS = {
     ".txt": "text",
     ".jsonl": "json",
     ".json": "json",
     ".jsonl.zst": "json",
     ".parquet": "parquet",
 }
+"""The loader of `datasets` by the end of a file's name."""
 
 
 class Documents:
-    """The documents of `dataset`, in order: "builtin", a local file or folder, or a name on the
-    hub. Iterating again goes on where it stopped, also from a `state_dict`.
+    """The documents of `dataset`, in order. `dataset` is "builtin", a local file or folder, or the
+    name of a dataset on the hub. Iterating again resumes where the last iteration stopped, or
+    where a loaded `state_dict` was taken.
 
-    A local .txt file is one document; .jsonl, .jsonl.zst and .parquet files, and datasets of the
-    hub (streamed, their "train" split), have one in `column` of each record. Only the built-in
-    corpus has files that are held out as such; of the others `data.Rows` holds out rows.
+    A local .txt file is one document. Files in .jsonl, .jsonl.zst and .parquet, and datasets on the
+    hub (streamed, their "train" split), have one document per record, in `column`. `split` matters
+    to the built-in corpus only, which holds out whole files; of other datasets, `tokens.Rows` holds
+    out rows.
 
-    Raises InputError for a dataset that does not exist or is empty, an unknown kind of file, or,
-    while iterating, a missing column.
+    Raises InputError if the dataset does not exist or is empty, if a file is of an unknown kind,
+    and, while iterating, if a record has no such column.
     """
 
     def __init__(self, dataset: str, split: Split, column: str = "text") -> None:
@@ -41,25 +44,27 @@ class Documents:
         path = Path(dataset).expanduser()
         if dataset == builtin.NAME:
             self.column = "text"
-            self._records = IterableDataset.from_generator(_corpus, gen_kwargs={"split": split})
+            self._records = IterableDataset.from_generator(
+                _builtin_records, gen_kwargs={"split": split}
+            )
         elif path.exists():
-            kind, files = _local_files(path)
-            options = {"sample_by": "document"} if kind == "text" else {}
-            self.column = "text" if kind == "text" else column
+            loader, files = _local_files(path)
+            options = {"sample_by": "document"} if loader == "text" else {}
+            self.column = "text" if loader == "text" else column
             self._records = load_dataset(
-                kind, data_files=files, split="train", streaming=True, **options
+                loader, data_files=files, split="train", streaming=True, **options
             )
         else:
             self._records = _hub_records(dataset)
 
     def __iter__(self) -> Iterator[str]:
-        for record in self._readable():
+        for record in self._read_records():
             text = record.get(self.column)
             if not isinstance(text, str):
-                names = [name for name, value in record.items() if isinstance(value, str)]
+                columns = [name for name, value in record.items() if isinstance(value, str)]
                 raise InputError(
                     f"--column must name a column of text in {self.dataset}, got {self.column!r}; "
-                    f"its columns of text are: {', '.join(names) or 'none'}"
+                    f"its columns of text are: {', '.join(columns) or 'none'}"
                 )
             if text:
                 self._empty = False
@@ -70,16 +75,16 @@ class Documents:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the iteration has come, as JSON has it."""
+        """The position of the iteration, JSON-serializable."""
         return {"records": self._records.state_dict(), "empty": self._empty}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there at the next iteration."""
+        """Restore a position; the next iteration starts there."""
         self._records.load_state_dict(state["records"])
         self._empty = state["empty"]
 
-    def _readable(self) -> Iterator[dict[str, Any]]:
-        """The records; what a damaged file raises becomes one clear line."""
+    def _read_records(self) -> Iterator[dict[str, Any]]:
+        """Yield the records. Raises InputError if a file is damaged."""
         try:
             yield from self._records
         except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
@@ -91,37 +96,37 @@ class Documents:
             ) from error
 
 
-def _corpus(split: Split) -> Iterator[dict[str, str]]:
+def _builtin_records(split: Split) -> Iterator[dict[str, str]]:
     for text in builtin.corpus(split):
         yield {"text": text}
 
 
-def _format(path: Path) -> str | None:
-    """Which of `datasets`' loaders reads a file of this name."""
-    return _FORMATS.get("".join(path.suffixes[-2:]).lower()) or _FORMATS.get(path.suffix.lower())
+def _loader_of(path: Path) -> str | None:
+    """The loader of `datasets` that reads a file of this name, or None."""
+    return _LOADERS.get("".join(path.suffixes[-2:]).lower()) or _LOADERS.get(path.suffix.lower())
 
 
 def _local_files(path: Path) -> tuple[str, list[str]]:
-    """The loader's name and the files to read, of a file or a folder."""
+    """The loader and the files it reads, for `path`, a file or a folder."""
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    kinds = sorted({kind for file in files if (kind := _format(file))})
-    if len(kinds) != 1:
+    loaders = sorted({loader for file in files if (loader := _loader_of(file))})
+    if len(loaders) != 1:
         raise InputError(
-            f"DATASET must be a file or a folder of one kind of {', '.join(_FORMATS)}, "
-            f"got {path}, which has {' and '.join(kinds) or 'none of them'}; "
+            f"DATASET must be a file or a folder of one kind of {', '.join(_LOADERS)}, "
+            f"got {path}, which has {' and '.join(loaders) or 'none of them'}; "
             "convert it, or give the name of a dataset on the hub"
         )
-    chosen = [str(file) for file in files if _format(file)]
-    if not any(Path(file).stat().st_size for file in chosen):
+    readable = [str(file) for file in files if _loader_of(file)]
+    if not any(Path(file).stat().st_size for file in readable):
         raise InputError(f"DATASET {path} is empty; give one with at least one document")
-    return kinds[0], chosen
+    return loaders[0], readable
 
 
 def _hub_records(name: str) -> IterableDataset:
     try:
         return load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # the hub's many: not found, gated, offline, no such split
+    except Exception as error:  # the hub raises many kinds: not found, gated, offline, no split
         raise InputError(
             f"DATASET must be {builtin.NAME!r}, a local file or folder, or a dataset on the hub "
-            f"with a train split, and {name!r} cannot be had: {first_line(error)}"
+            f"with a train split, and {name!r} cannot be loaded: {first_line(error)}"
         ) from error

@@ -16,7 +16,7 @@ from ..errors import InputError
 
 
 class _AllReadError(Exception):
-    """Raised by the last hook to end the forward pass: nothing above it is token_mask."""
+    """Raised by the last hook, to end the forward pass above the last block that is read."""
 
 
 class ResidualReader:
@@ -26,9 +26,9 @@ class ResidualReader:
         residuals = reader(input_ids)  # (L, B, T, D), in the model's dtype, on input_ids' device
 
     Layer ℓ is the residual stream after block ℓ, ℓ = 0 … n_layers − 1; the embeddings are not a
-    layer. The last one is taken before the final norm, unlike `hidden_states[-1]` of Hugging
-    Face, which is after it. The forward pass ends behind the last token_mask block, so that neither
-    the blocks above nor the unembedding are computed.
+    layer. The last layer is read before the final norm, whereas Hugging Face's `hidden_states[-1]`
+    comes after it. The forward pass ends after the last block that is read, so neither the blocks
+    above it nor the unembedding are computed.
 
     Raises InputError if the model has no single list of blocks, or a layer is out of range.
     """
@@ -36,49 +36,55 @@ class ResidualReader:
     def __init__(self, model: nn.Module, layers: Sequence[int] | None = None) -> None:
         self.model = model
         self.blocks = find_blocks(model)
-        self.others: tuple[None, ...] | None = None
-        """What blocks return beside the residual, as Nones; None where they return it alone.
-        Known after the first pass."""
-        self.devices: dict[int, torch.device] = {}
-        """Where each read block leaves the residual. Known after the first pass."""
         self.layers = chosen_layers(layers, len(self.blocks))
+        self._block_devices: dict[int, torch.device] = {}  # of each residual, by layer
+        self._n_extra_outputs: int | None = None  # in a block's tuple; None: the residual is alone
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) → residuals (L, B, T, D)."""
-        found: dict[int, Tensor] = {}
+        residuals: dict[int, Tensor] = {}
         with suppress(_AllReadError):
-            self._run(input_ids, found, stop=True)
-        return torch.stack([found[layer] for layer in self.layers])
+            self._run(input_ids, residuals, stop=True)
+        return torch.stack([residuals[layer] for layer in self.layers])
 
     @torch.no_grad()
     def with_logits(self, input_ids: Tensor) -> tuple[list[Tensor], Tensor]:
-        """input_ids (B, T) → residuals, L of (B, T, D), and the model's logits (B, T, V): one
+        """input_ids (B, T) → L residuals of (B, T, D), and the model's logits (B, T, V), in one
         whole forward pass."""
-        found: dict[int, Tensor] = {}
-        logits = self._run(input_ids, found, stop=False)
-        return [found[layer] for layer in self.layers], logits
+        residuals: dict[int, Tensor] = {}
+        logits = self._run(input_ids, residuals, stop=False)
+        return [residuals[layer] for layer in self.layers], logits
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) → the model's logits (B, T, V)."""
-        # Parts of a model on several devices have hooks that move what they are given, its first
-        # part among them; a whole one must be given it there.
-        place = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        there = input_ids if place.type == "meta" else input_ids.to(place)
-        return self.model(input_ids=there, use_cache=False).logits.to(input_ids.device)
+        # A model on several devices has hooks that move its inputs, the first part's included; its
+        # weights may be on "meta" then. A model on one device needs its inputs on that device.
+        weights_device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        on_meta = weights_device.type == "meta"
+        moved = input_ids if on_meta else input_ids.to(weights_device)
+        return self.model(input_ids=moved, use_cache=False).logits.to(input_ids.device)
 
-    def _run(self, input_ids: Tensor, found: dict[int, Tensor], stop: bool) -> Tensor:
-        """The model's logits, and in `found` the residuals by layer. Raises _AllReadError behind
-        the last token_mask block, if it is to `stop` there."""
+    def block_output(self, layer: int, residual: Tensor) -> Any:
+        """What block `layer` would return for `residual` (B, T, D): on the block's device, alone or
+        first in a tuple of Nones. The reader learns both in a forward pass, so run one before."""
+        residual = residual.to(self._block_devices[layer])
+        if self._n_extra_outputs is None:
+            return residual
+        return (residual, *[None] * self._n_extra_outputs)
+
+    def _run(self, input_ids: Tensor, residuals: dict[int, Tensor], stop: bool) -> Tensor:
+        """Run the model, fill `residuals` by layer, and return the logits. With `stop`, raise
+        _AllReadError after the last block that is read."""
 
         def hook_for(layer: int) -> Any:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
                 # A block returns its hidden states, alone or first in a tuple.
                 alone = isinstance(output, Tensor)
                 residual = output if alone else output[0]
-                found[layer] = residual.to(input_ids.device)
-                self.devices[layer] = residual.device
-                self.others = None if alone else (None,) * (len(output) - 1)
+                residuals[layer] = residual.to(input_ids.device)
+                self._block_devices[layer] = residual.device
+                self._n_extra_outputs = None if alone else len(output) - 1
                 if stop and layer == self.layers[-1]:
                     raise _AllReadError
 
@@ -93,9 +99,9 @@ class ResidualReader:
 
 
 def chosen_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
-    """The layers to read of a model of `n_layers`: all of them for None.
+    """The layers to read of a model of `n_layers`; None chooses all of them.
 
-    Raises InputError if one is out of range, or they do not ascend.
+    Raises InputError if a layer is out of range, or if they do not ascend.
     """
     chosen = tuple(range(n_layers)) if layers is None else tuple(layers)
     shown = " ".join(map(str, chosen)) or "none"
@@ -116,15 +122,15 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     """
     config: Any = model.config
     n_layers = config.get_text_config().num_hidden_layers
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in found)
+        inside = any(name.startswith(outer + ".") for outer in lists)
         if isinstance(module, nn.ModuleList) and len(module) == n_layers and not inside:
-            found[name] = module
-    if len(found) != 1:
+            lists[name] = module
+    if len(lists) != 1:
         raise InputError(
             f"MODEL must have one list of {n_layers} transformer blocks, and "
-            f"{type(model).__name__} has {len(found)} ({', '.join(found) or 'none'}); "
-            "it is not a decoder-only language model that can be read here"
+            f"{type(model).__name__} has {len(lists)} ({', '.join(lists) or 'none'}); "
+            "only decoder-only language models can be read"
         )
-    return next(iter(found.values()))
+    return next(iter(lists.values()))

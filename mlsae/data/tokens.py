@@ -20,24 +20,23 @@ from ..distributed import ALONE, Group
 from ..errors import InputError
 from .documents import Documents, Split
 
-_HELDOUT_EVERY = 20  # of a user's dataset, every 20th row is held out
-_DOCUMENTS_AT_ONCE = 256  # tokenized together, so that the tokenizer's threads have work
+_HELDOUT_EVERY = 20  # of a dataset other than the built-in one, every 20th row is held out
+_DOCUMENTS_AT_ONCE = 256  # tokenized together, which keeps the tokenizer's threads busy
 
 
 class Rows:
-    """Rows of `seq_len` token ids, (T,) int64: one pass over the split's documents, or, with
-    `endless`, pass after pass, each in an order of its own.
+    """Iterate over rows of `seq_len` token ids, (T,) int64: one pass over the documents of `split`,
+    or, with `endless`, pass after pass, each in its own order.
 
-    Documents are joined by EOS and cut into rows; what is left at the end of a pass is shorter
-    than a row and dropped. A tokenizer that begins every text with BOS has it at the start of
-    every row, as the model saw it in training. With a seed, rows leave a buffer of `buffer_rows`
-    in random order: pass i draws from `seed` + i. A `state_dict` taken between two rows goes on
-    with the very next one.
+    Documents are joined by EOS and cut into rows; the tokens left at the end of a pass, fewer than
+    a row, are dropped. If the tokenizer begins every text with BOS, every row begins with it, as
+    the model saw it in training. With a seed, rows are shuffled in a buffer of `buffer_rows`; pass
+    i draws from `seed` + i. A `state_dict` taken between two rows resumes with the very next one.
 
-    Raises InputError if the whole split is shorter than one row.
+    Raises InputError if the tokenizer has no EOS, or if the whole split is shorter than one row.
     """
 
-    _rest: list[int]  # tokens of the texts read, used up to `_at`
+    _tokens: list[int]  # of the documents read so far, used up to `_used`
     _buffer: list[Tensor]
 
     def __init__(
@@ -62,28 +61,28 @@ class Rows:
                 "none; set tokenizer.eos_token and save it with the model"
             )
         bos = tokenizer.bos_token_id
-        starts = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-        self._begin: list[int] = [bos] if starts else []
+        adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+        self._row_start: list[int] = [bos] if adds_bos else []
         self._start_pass(0)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Tensor:
-        row = self._next_of_pass()
+        row = self._next_in_pass()
         if row is None and self.endless:
             self._start_pass(self._pass + 1)
-            row = self._next_of_pass()
+            row = self._next_in_pass()
         if row is None:
             raise StopIteration
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next row depends on: tensors, and values as JSON has them."""
+        """All that the next row depends on: tensors, and JSON-serializable values."""
         return {
             "pass": self._pass,
             "documents": self._documents.state_dict(),
-            "rest": torch.tensor(self._rest[self._at :], dtype=torch.int32),
+            "rest": torch.tensor(self._tokens[self._used :], dtype=torch.int32),
             "packed": self._packed,
             "filled": self._filled,
             "buffer": torch.stack(self._buffer).int() if self._buffer else torch.empty(0, 0),
@@ -91,10 +90,10 @@ class Rows:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore a state; the next row is the one that would have followed it."""
         self._start_pass(state["pass"])
         self._documents.load_state_dict(state["documents"])
-        self._rest = state["rest"].tolist()
+        self._tokens = state["rest"].tolist()
         self._packed, self._filled = state["packed"], state["filled"]
         self._buffer = list(state["buffer"].long())
         version, internal, gauss = state["random"]
@@ -104,14 +103,15 @@ class Rows:
         self._pass = number
         self._documents = Documents(self.dataset, self.split, self.column)
         self._texts = iter(self._documents)
-        self._rest, self._at = [], 0
+        self._tokens, self._used = [], 0
         self._packed = 0  # rows packed in this pass, of both splits
-        self._filled = False
+        self._filled = False  # whether the buffer has been filled in this pass
         self._buffer = []
         self._random = random.Random((self.seed or 0) + number)
 
-    def _next_of_pass(self) -> Tensor | None:
-        """The next row; from a random place of the buffer, which the next packed one takes."""
+    def _next_in_pass(self) -> Tensor | None:
+        """The next row, or None at the end of the pass. With a seed, it leaves a random slot of the
+        buffer, which the next packed row fills."""
         if self.seed is None:
             return self._pack()
         if not self._filled:
@@ -123,36 +123,37 @@ class Rows:
         incoming = self._pack()
         if incoming is None:
             return self._buffer.pop()
-        place = self._random.randrange(len(self._buffer))
-        row, self._buffer[place] = self._buffer[place], incoming
+        slot = self._random.randrange(len(self._buffer))
+        row, self._buffer[slot] = self._buffer[slot], incoming
         return row
 
     def _pack(self) -> Tensor | None:
-        """The next row of the split in the order of the text; None at the end of the pass."""
-        length = self.seq_len - len(self._begin)
+        """The next row of the split in the order of the text, or None at the end of the pass."""
+        length = self.seq_len - len(self._row_start)
         while True:
-            while self._at + length <= len(self._rest):
-                ids = self._rest[self._at : self._at + length]
-                self._at += length
+            while self._used + length <= len(self._tokens):
+                ids = self._tokens[self._used : self._used + length]
+                self._used += length
                 self._packed += 1
-                if self._is_wanted(self._packed - 1):
-                    return torch.tensor(self._begin + ids)
-            some = list(islice(self._texts, _DOCUMENTS_AT_ONCE))
-            if not some:
+                if self._in_split(self._packed - 1):
+                    return torch.tensor(self._row_start + ids)
+            texts = list(islice(self._texts, _DOCUMENTS_AT_ONCE))
+            if not texts:
                 self._check_not_short()
                 return None
-            encoded = self.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
-            new = chain.from_iterable([*ids, self._eos] for ids in encoded)
-            self._rest = [*self._rest[self._at :], *new]
-            self._at = 0
+            encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            joined = chain.from_iterable([*ids, self._eos] for ids in encoded)
+            self._tokens = [*self._tokens[self._used :], *joined]
+            self._used = 0
 
-    def _is_wanted(self, packed: int) -> bool:
-        """Whether the split has this one of the packed rows."""
+    def _in_split(self, number: int) -> bool:
+        """Whether the packed row of this number belongs to the split."""
         if self.dataset == builtin.NAME:
-            return True  # its files are split
-        return (packed % _HELDOUT_EVERY == 0) == (self.split == "heldout")
+            return True  # the built-in corpus is split by files
+        return (number % _HELDOUT_EVERY == 0) == (self.split == "heldout")
 
     def _check_not_short(self) -> None:
+        """Raise InputError if the pass that ends has no row of the split."""
         need = 1 if self.dataset == builtin.NAME or self.split == "heldout" else 2
         if self._packed < need:
             raise InputError(
@@ -163,10 +164,10 @@ class Rows:
 
 
 class Batches:
-    """Batches (B, T) of `batch_rows` rows without end, the next one prepared in a thread while
-    the one before is trained on. `rows` must be endless, and is no one else's from then on. With
-    a `state`, they go on from there. Each is sent to the other processes of `group`, if any, who
-    have it from `BroadcastBatches`."""
+    """Iterate without end over batches (B, T) of `batch_rows` rows. A thread prepares the next
+    batch during training on the current one, so nobody else may use `rows`, which must be endless.
+    With a `state`, resume from it. Rank 0 of `group` has this class and sends each batch to the
+    other ranks, which receive it with `BroadcastBatches`."""
 
     def __init__(
         self,
@@ -193,7 +194,7 @@ class Batches:
         return self.group.broadcast_(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows' state, and the batch that has been prepared but not handed out."""
+        """The state of the rows, and the batch that is prepared but not yet yielded."""
         pending = self._pending.result()
         return {"pending": pending.int(), "rows": self.rows.state_dict()}
 
@@ -209,13 +210,13 @@ class Batches:
 
 
 class BroadcastBatches:
-    """The batches, of a known `shape` (B, T), that the first process of `group` sends.
+    """Iterate over the batches of `shape` (B, T) that rank 0 of `group` sends.
 
-    Text is thus read and tokenized once, whatever the number of processes, and its order does not
-    depend on it. A batch is sent whole, as 8 B a token are next to nothing.
+    So text is read and tokenized once, and its order does not depend on the number of processes.
+    Batches are sent whole to every rank, since 8 B per token is negligible.
     """
 
-    seconds = 0.0
+    seconds = 0.0  # spent reading: rank 0 does it
 
     def __init__(self, shape: tuple[int, int], group: Group) -> None:
         self.shape, self.group = shape, group
@@ -227,18 +228,17 @@ class BroadcastBatches:
         return self.group.broadcast_(torch.empty(self.shape, dtype=torch.int64))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the first process has it."""
+        """Empty: rank 0 has the state."""
         return {}
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is no thread."""
 
 
 def not_special(input_ids: Tensor, tokenizer: Any) -> Tensor:
-    """Where `input_ids` (B, T) is not a special token (EOS, BOS, padding, …): (B, T) bool.
+    """The token mask of `input_ids` (B, T): (B, T) bool, False at special tokens (EOS, BOS, …).
 
-    The residuals at special tokens are dropped, not zeroed: as zeros they would stay in every
-    mean.
+    Residuals at special tokens are dropped, not zeroed, because zeros would count in every mean.
     """
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), device=input_ids.device)
     return ~torch.isin(input_ids, special)

@@ -31,9 +31,7 @@ def substituted_logits(
     """The logits (B, T, V) of input_ids (B, T) when `residual` (B, T, D), in the model's dtype, is
     the output of block `layer`. Only the blocks above it run. `reader` has read the model before,
     so that it knows how the blocks return it."""
-    residual = residual.to(reader.devices[layer])
-    output = residual if reader.others is None else (residual, *reader.others)
-    with _blocks_return(reader.blocks, layer, output):
+    with _blocks_return(reader.blocks, layer, reader.block_output(layer, residual)):
         return reader.logits(input_ids)
 
 

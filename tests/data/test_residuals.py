@@ -1,4 +1,4 @@
-"""The residual stream as read by hooks, against Hugging Face's own hidden states.
+"""The residual stream that hooks read, against Hugging Face's hidden states.
 
 Legend: L layers, B rows, T positions, D width of the residual stream.
 """
@@ -39,7 +39,7 @@ def test_every_layer_is_the_output_of_its_block(model):
     torch.testing.assert_close(norm(residuals[2]), hidden[3])
 
 
-def test_the_forward_ends_behind_the_last_wanted_layer(model):
+def test_the_forward_pass_ends_after_the_last_layer_that_is_read(model):
     ran = []
     for i, block in enumerate(find_blocks(model)):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
@@ -48,9 +48,9 @@ def test_the_forward_ends_behind_the_last_wanted_layer(model):
     all_layers = ResidualReader(model)(input_ids)
     assert "logits" not in ran
     ran.clear()
-    some = ResidualReader(model, [0, 1])(input_ids)
+    lower = ResidualReader(model, [0, 1])(input_ids)
     assert ran == [0, 1]
-    torch.testing.assert_close(some, all_layers[:2])
+    torch.testing.assert_close(lower, all_layers[:2])
     assert all(len(block._forward_hooks) == 1 for block in find_blocks(model)), "hooks left behind"
 
 

@@ -1,4 +1,4 @@
-"""Text to rows of tokens."""
+"""From text to rows of tokens."""
 
 import json
 from itertools import islice
@@ -19,7 +19,8 @@ def tokenizer():
 
 
 def write(path, texts):
-    """The texts in the format that the path's ending names; a folder gets a .txt file each."""
+    """Write the texts in the format of the path's suffix; a path without one becomes a folder with
+    a .txt file per text."""
     records = [{"text": text, "id": i} for i, text in enumerate(texts)]
     lines = "\n".join(json.dumps(record) for record in records)
     if path.suffix == "":
@@ -82,7 +83,7 @@ def test_shuffling_is_a_seeded_permutation(tmp_path, tokenizer):
     assert sorted(order(0)) == sorted(plain) == sorted(order(1, buffer_rows=10_000))
 
 
-def test_batches_go_on_past_the_end_in_another_order(tmp_path, tokenizer):
+def test_batches_continue_past_the_end_in_another_order(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [f"x{i} = {i}\n" * 9 for i in range(50)])
     n = len(list(Rows(path, tokenizer, 8, "train")))
     batches = Batches(Rows(path, tokenizer, 8, "train", seed=0, endless=True), 4)
@@ -94,8 +95,8 @@ def test_batches_go_on_past_the_end_in_another_order(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["folder", "a.jsonl", "a.jsonl.zst", "a.parquet", builtin.NAME])
-def test_a_resumed_stream_goes_on_with_the_next_row(tmp_path, tokenizer, name):
-    """From any point: while the buffer fills, between passes, with a batch in preparation."""
+def test_a_resumed_stream_starts_with_the_next_row(tmp_path, tokenizer, name):
+    """Resume from any point: while the buffer fills, between passes, with a batch prepared."""
     path, length, points = write_or_builtin(tmp_path, name)
 
     def batches(state=None):
@@ -122,7 +123,7 @@ def write_or_builtin(folder, name):
 
 
 def through_json(state):
-    """The state as a checkpoint keeps it: its tensors, and the rest as JSON."""
+    """The state as a checkpoint stores it: tensors as they are, all else as JSON."""
     if isinstance(state, dict):
         return {key: through_json(value) for key, value in state.items()}
     return state if isinstance(state, torch.Tensor) else json.loads(json.dumps(state))
@@ -154,7 +155,7 @@ def test_the_builtin_corpus_is_split_by_file():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda d: str(d / "missing.jsonl"), "DATASET must be 'builtin', .* cannot be had"),
+        (lambda d: str(d / "missing.jsonl"), "DATASET must be 'builtin', .* cannot be loaded"),
         (lambda d: write(d / "a.txt", [""]), "is empty"),
         (lambda d: write(d / "a.jsonl", ["", ""]), "holds no text"),
         (lambda d: write(d / "a.jsonl", ["short"]), "is shorter than the 128 tokens .* --seq_len"),
@@ -167,7 +168,7 @@ def test_bad_datasets_are_named(tmp_path, tokenizer, make, message, monkeypatch)
         next(Rows(make(tmp_path), tokenizer, 64, "train"))
 
 
-def test_a_missing_column_names_those_there_are(tmp_path):
+def test_the_error_for_a_missing_column_lists_the_columns(tmp_path):
     path = write(tmp_path / "a.parquet", ["one"])
     with pytest.raises(InputError, match=r"--column .* got 'body'; its columns of text are: text"):
         next(iter(Documents(path, "train", column="body")))

@@ -1,5 +1,5 @@
-"""Loading a transformer: a part of it, on several devices, in other dtypes; against loading it
-whole, on one, in float32."""
+"""Loading a transformer in part, on several devices, or in other dtypes, against loading it whole,
+on one device, in float32."""
 
 import dataclasses
 import sys
@@ -28,7 +28,7 @@ def quiet():
 
 
 def saved(config, folder):
-    """A random model of `config`, and the settings to load it from `folder`."""
+    """A random model of `config`, and the training config that loads it from `folder`."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(folder)
@@ -36,7 +36,7 @@ def saved(config, folder):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_blocks_above_the_last_wanted_one_are_not_loaded(name, tmp_path):
+def test_the_blocks_above_the_last_one_that_is_read_are_not_loaded(name, tmp_path):
     model, settings = saved(CONFIGS[name], tmp_path)
     part = load_transformer(settings, CPU, n_layers=2)
     assert len(find_blocks(part)) == 2
@@ -46,9 +46,9 @@ def test_the_blocks_above_the_last_wanted_one_are_not_loaded(name, tmp_path):
     assert torch.equal(whole(IDS).logits, model(IDS).logits)
 
 
-def test_blocks_that_depend_on_their_number_are_all_loaded(tmp_path):
-    """The last two blocks of this model take their keys from earlier ones. Of a shorter model the
-    last two would be others."""
+def test_all_blocks_are_loaded_if_they_depend_on_their_number(tmp_path):
+    """The last two blocks of this model share the keys of earlier ones; in a model cut short, the
+    last two would be different blocks."""
     config = transformers.Gemma4TextConfig(
         vocab_size=64, hidden_size=24, num_hidden_layers=6, num_attention_heads=2,
         num_key_value_heads=2, intermediate_size=32, max_position_embeddings=32, head_dim=12,
@@ -67,9 +67,9 @@ def builtin_settings(**options):
 
 
 def test_a_model_may_be_spread_over_devices():
-    """Over the CPU and the disk: each part is moved in for its turn, and the residuals out."""
+    """Here over the CPU and the disk. Each part is moved in when it runs, and residuals out."""
     plain = ResidualReader(load_transformer(builtin_settings(), CPU))
-    room = 6_000_000  # of the 13.8 MB that its weights are
+    room = 6_000_000  # the weights have 13.8 MB
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "_free_memory", lambda device, reserved: {"cpu": room})
         spread = load_transformer(builtin_settings(model_device_map="auto"), CPU)
@@ -82,15 +82,15 @@ def test_a_model_may_be_spread_over_devices():
     assert torch.equal(logits, plain.logits(IDS))
 
 
-def test_what_the_sae_needs_is_left_free():
+def test_reserved_memory_is_left_free():
     device_map = builtin_settings(model_device_map="auto")
     assert load_transformer(device_map, CPU).device == CPU
     free = transformer._free_memory(CPU, 0)["cpu"]
-    away = load_transformer(device_map, CPU, reserved=2 * free)
-    assert set(away.hf_device_map.values()) == {"disk"}
+    offloaded = load_transformer(device_map, CPU, reserved=2 * free)
+    assert set(offloaded.hf_device_map.values()) == {"disk"}
 
 
-def test_residuals_keep_the_model_s_dtype():
+def test_residuals_have_the_model_s_dtype():
     for name in ("bfloat16", "float16"):
         model = load_transformer(builtin_settings(model_dtype=name), CPU)
         assert ResidualReader(model)(IDS).dtype == getattr(torch, name)
@@ -112,12 +112,12 @@ def test_training_and_evaluation_are_the_same_on_a_spread_model(tmp_path, monkey
     train(spread)
     for name in ("model.safetensors", "latents.safetensors"):
         assert (spread.out / name).read_bytes() == (config.out / name).read_bytes()
-    figures = [
+    metrics = [
         evaluate(EvaluateConfig(out, tokens=512, resamples=2)).as_dict()["figures"]
         for out in (config.out, spread.out)
     ]
-    assert figures[0]["delta_ce"]["layers"][0] > 0
-    assert figures[0] == figures[1]
+    assert metrics[0]["delta_ce"]["layers"][0] > 0
+    assert metrics[0] == metrics[1]
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,13 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch, options, package)
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantized_model_is_smaller_and_near(bits):
-    """Where bitsandbytes is installed; its CPU backend serves."""
+    """Needs bitsandbytes, whose CPU backend is enough."""
     pytest.importorskip("bitsandbytes")
     plain = load_transformer(builtin_settings(), CPU)
     small = load_transformer(builtin_settings(model_quantize=bits), CPU)
     assert small.get_memory_footprint() < 0.5 * plain.get_memory_footprint()
-    true, found = ResidualReader(plain)(IDS), ResidualReader(small)(IDS).float()
-    error = (found - true).norm() / true.norm()
+    exact, quantized = ResidualReader(plain)(IDS), ResidualReader(small)(IDS).float()
+    error = (quantized - exact).norm() / exact.norm()
     assert 0 < error < (0.05 if bits == "8bit" else 0.3)
 
 
@@ -153,6 +153,6 @@ def test_an_unknown_model_is_named(tmp_path):
             load(str(tmp_path))
 
 
-def test_an_unknown_place_is_named():
+def test_an_unknown_device_map_is_named():
     with pytest.raises(InputError, match=r"--model_device_map must be auto, .* got 'nowhere'"):
         load_transformer(builtin_settings(model_device_map="nowhere"), CPU)

@@ -1,4 +1,4 @@
-"""What this machine can do, measured in the same run as what is compared with it.
+"""The machine's rates, FLOP/s and bytes/s, measured in the same run as the work they bound.
 
 Legend: N tokens, D inputs, M latents.
 """
@@ -12,13 +12,13 @@ from functools import cache
 
 import torch
 
-from .shapes import Shape
+from .shapes import ProblemShape
 
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
 def sync(device: torch.device) -> None:
-    """Wait until `device` has done all it was given."""
+    """Wait until `device` has finished all work queued on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -35,9 +35,9 @@ def median_seconds(work: Callable[[], object], device: torch.device, rounds: int
     return statistics.median(seconds[1:])
 
 
-def matmul_rate(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of torch's own matrix product of the encoder's size, (N, D) @ (D, M), into memory
-    that is there already. Measured anew at each call: a processor's clock changes with its load."""
+def matmul_rate(shape: ProblemShape, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of torch's matrix product of the encoder's size, (N, D) @ (D, M), into allocated
+    memory. Not cached, because a processor's clock changes with its load."""
     x = torch.randn(shape.n, shape.d, device=device, dtype=dtype)
     W = torch.randn(shape.m, shape.d, device=device, dtype=dtype)
     out = torch.empty(shape.n, shape.m, device=device, dtype=dtype)
@@ -47,7 +47,7 @@ def matmul_rate(shape: Shape, dtype: torch.dtype, device: torch.device) -> float
 
 @cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a copy far larger than the caches, read and written bytes both counted."""
+    """Bytes/s of a copy far larger than the caches, counting bytes read and bytes written."""
     source = torch.ones(_COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     seconds = median_seconds(lambda: target.copy_(source), device, rounds=9)

@@ -1,11 +1,12 @@
-"""The two that are compared: this package, and the same mathematics dense, through autograd.
+"""The two implementations that the suite compares: this package, and the same mathematics computed
+densely through autograd.
 
-Legend: N tokens, D inputs, M latents, K active latents a token, Q dead latents.
+Legend: N tokens, D inputs, M latents, K active latents per token, Q dead latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,20 +15,21 @@ from torch import Tensor
 from sparse_topk import SparseTopKSAE, TopK, UnitNormAdam, decode, encode, reference, topk_sae
 
 
-class Side(NamedTuple):
-    """One way to do the work."""
+class Impl(NamedTuple):
+    """One implementation of an SAE's ops and of its optimizer step."""
 
     name: str
     encode: Callable[[Tensor, Tensor, int], TopK | Tensor]
     """x (N, D), W_enc (M, D), k → codes, sparse or dense."""
     activations: Callable[[TopK | Tensor], Tensor]
-    """What of the codes is differentiable."""
+    """The differentiable part of the codes."""
     decode: Callable[[TopK | Tensor, Tensor], Tensor]
     """codes, W_dec (M, D) → (N, D)."""
     sae: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
     """x (N, D), W_enc, W_dec (M, D), b_dec (D,) or None, k → x̂ (N, D)."""
     optimizer: Callable[[SparseTopKSAE], Callable[[], None]]
-    """An optimizer step on all weights, W_dec kept on the unit sphere; it drops the gradients."""
+    """Build the function that updates all weights, keeps W_dec on the unit sphere, and drops the
+    gradients."""
 
 
 def _our_activations(codes: TopK | Tensor) -> Tensor:
@@ -37,6 +39,11 @@ def _our_activations(codes: TopK | Tensor) -> Tensor:
 def _our_decode(codes: TopK | Tensor, W_dec: Tensor) -> Tensor:
     assert isinstance(codes, TopK)
     return decode(codes, W_dec, None)
+
+
+def fused_adam(parameters: Iterable[Tensor]) -> torch.optim.Adam:
+    """Torch's fastest Adam, for every implementation that has none of its own."""
+    return torch.optim.Adam(parameters, lr=1e-4, eps=6.25e-10, fused=True)
 
 
 def _our_optimizer(sae: SparseTopKSAE) -> Callable[[], None]:
@@ -64,8 +71,8 @@ def _dense_sae(x: Tensor, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor | None, k:
 
 
 def _dense_optimizer(sae: SparseTopKSAE) -> Callable[[], None]:
-    """Torch's fused Adam, with the projection and the norm as one would write them."""
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, eps=6.25e-10, fused=True)
+    """Fused Adam, with the projection and the norm in plain torch."""
+    optimizer = fused_adam(sae.parameters())
 
     @torch.no_grad()
     def step() -> None:
@@ -79,7 +86,7 @@ def _dense_optimizer(sae: SparseTopKSAE) -> Callable[[], None]:
     return step
 
 
-OURS = Side(
+OURS = Impl(
     "ours",
     lambda x, W_enc, k: encode(x, W_enc, None, k),
     _our_activations,
@@ -87,7 +94,7 @@ OURS = Side(
     lambda x, W_enc, W_dec, b_dec, k: topk_sae(x, W_enc, None, W_dec, b_dec, k)[0],
     _our_optimizer,
 )
-DENSE = Side(
+DENSE = Impl(
     "dense",
     lambda x, W_enc, k: reference.encode(x, W_enc, None, k),
     _dense_activations,
@@ -95,25 +102,24 @@ DENSE = Side(
     _dense_sae,
     _dense_optimizer,
 )
-SIDES = (OURS, DENSE)
+IMPLS = (OURS, DENSE)
 
 
 def loss(
-    side: Side,
+    impl: Impl,
     sae: SparseTopKSAE,
     x: Tensor,
     dtype: torch.dtype,
     dead: Tensor | None = None,
     k_aux: int = 0,
 ) -> Tensor:
-    """mean (x − x̂)², and with `dead` latents (Q,) 1/32 of AuxK, mean (e − ê)² of the detached
-    error e: float32 weights, computed in `dtype` through autocast."""
-    half = dtype != torch.float32
-    with torch.autocast(x.device.type, dtype, enabled=half):
-        x_hat = side.sae(x, sae.W_enc, sae.W_dec, sae.b_dec, sae.k)
+    """mean (x − x̂)², plus, if `dead` latents (Q,) are given, 1/32 of AuxK's mean (e − ê)², where e
+    is the detached error x − x̂. The weights are float32; autocast computes in `dtype`."""
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        x_hat = impl.sae(x, sae.W_enc, sae.W_dec, sae.b_dec, sae.k)
         total = (x - x_hat).square().mean()
         if dead is not None:
             error, centered = (x - x_hat).detach(), (x - sae.b_dec).detach()
-            e_hat = side.sae(centered, sae.W_enc[dead], sae.W_dec[dead], None, k_aux)
+            e_hat = impl.sae(centered, sae.W_enc[dead], sae.W_dec[dead], None, k_aux)
             total = total + (error - e_hat).square().mean() / 32
     return total
