@@ -14,6 +14,11 @@ class InputError(ValueError):
     """Bad input from the user: the message names the argument, the rule, the value, the way out."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def check_installed(package: str, argument: str) -> None:
     """Raise InputError if `package`, which `argument` needs, cannot be imported."""
     try:
