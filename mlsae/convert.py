@@ -1,22 +1,22 @@
 """Convert an SAE between this project's format and those of other libraries.
 
-    python -m mlsae.convert theirs/layers.5 ours      # the files tell which format it is
+    python -m mlsae.convert theirs/layers.5 ours      # the format is detected from the files
     python -m mlsae.convert runs/demo for-saelens --to saelens
     python -m mlsae.convert autoencoders/6.pt ours
 
 The formats:
 
     mlsae                config.json, model.safetensors: `MLSAE.from_pretrained`, `load_sae`
-    released             the paper's own code (tim-lawson/mlsae), with its transformer or without
-    sparsify             EleutherAI's: cfg.json, sae.safetensors
+    released             the paper's own code (tim-lawson/mlsae), with or without the transformer
+    sparsify             EleutherAI's sparsify: cfg.json, sae.safetensors
     saelens              SAELens 6: cfg.json, sae_weights.safetensors
     dictionary_learning  ae.pt, config.json: AutoEncoderTopK
     openai               openai/sparse_autoencoder: autoencoder.pt
 
-Weights keep their bits, and computation its meaning: what the format asked for cannot compute is
-refused. What it has no word for (layers, model, settings, counters of dead latents) goes into
-mlsae.json and carried.safetensors beside its files, and is read from there on the way back. No
-pickled code is ever run.
+The weights stay bit-identical and the outputs the same; an SAE that the target format cannot
+express is an error. What it cannot store (layers, model, settings, counters of dead latents) is
+written beside its files, in mlsae.json and carried.safetensors, and read back from there. Pickled
+code is never run.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from .errors import InputError, exit_on_bad_input
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """What to convert, and into what."""
+    """What to convert, and to which format."""
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Folder, or .pt file, of an SAE."""
+    """The SAE: a folder, or a .pt file."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """Folder for the converted one; it must be new or empty."""
+    """Folder for the converted SAE; must be new or empty."""
     to: Literal["mlsae", "released", "sparsify", "saelens", "dictionary_learning", "openai"] = (
         "mlsae"
     )
@@ -48,26 +48,27 @@ class ConvertConfig:
 
 
 def convert(config: ConvertConfig) -> str:
-    """Convert as `config` says: what to tell the user.
+    """Convert as `config` says, and return a summary to print.
 
-    Raises InputError if SRC cannot be read or DST not take it, before anything is written.
+    Raises InputError, before anything is written, if SRC cannot be read, DST is not empty, or the
+    target format cannot express the SAE.
     """
     source = formats.detect(config.src)
-    found = formats.read(config.src)
+    sae = formats.read(config.src)
     if config.dst.exists() and (not config.dst.is_dir() or any(config.dst.iterdir())):
         raise InputError(
             f"DST must be a new or empty folder, and {config.dst} is not; choose another"
         )
-    written = formats.write(found, config.dst, config.to)
+    written = formats.write(sae, config.dst, config.to)
     lines = [
-        f"{source}: {found.d_in} inputs, {found.n_latents:,} latents, k = {found.k}, "
-        f"{'standardized' if found.standardize else 'plain'} inputs",
+        f"{source}: {sae.d_in} inputs, {sae.n_latents:,} latents, k = {sae.k}, "
+        f"{'standardized' if sae.standardize else 'plain'} inputs",
         f"{config.to}: {', '.join(str(path) for path in written)}",
     ]
     if (config.src / "checkpoints").is_dir():
         lines.append(
-            f"not converted: {config.src / 'checkpoints'}, the state of the training (optimizer, "
-            "counters of dead latents); only --resume reads it"
+            f"not converted: {config.src / 'checkpoints'}, the training state (optimizer, "
+            "counters of dead latents), which only --resume reads"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Converted SAEs against the real classes of sparsify, SAELens, dictionary_learning and SAEBench,
-# each in an environment of its own in the folder PEERS, which is kept.
-#     bash scripts/check_peers.sh [PYTHON of an environment that can run the tests]
+# Test converted SAEs against the real classes of sparsify, SAELens, dictionary_learning and SAEBench.
+#     bash scripts/check_peers.sh [PYTHON]
+# PYTHON belongs to an environment that can run the tests (default: .venv). Each library gets its own
+# environment in the folder $PEERS (default: .venv/peers), which is kept for the next run.
 set -euo pipefail
 here="$(cd "$(dirname "$0")/.." && pwd)"
 python="${1:-$here/.venv/bin/python}"
@@ -17,12 +18,13 @@ environment() { # NAME PACKAGE…
 environment sparsify eai-sparsify==1.3.3 && touch "$PEERS/sparsify/ready"
 
 environment saelens sae-lens==6.54.12 tabulate
-# SAEBench asks for an older numpy and datasets than SAELens; what is used of it needs neither.
+# SAEBench requires older versions of numpy and datasets than SAELens does; the parts tested here need
+# neither.
 "$PEERS/saelens/bin/python" -m pip install --quiet --no-deps sae-bench==0.6.0
 touch "$PEERS/saelens/ready"
 
 environment dictionary_learning dictionary-learning==0.1.0
-# Its transformers imports torchvision where it is there, and that one needs another torch.
+# Its transformers would import torchvision, which needs another version of torch.
 "$PEERS/dictionary_learning/bin/python" -m pip uninstall --quiet --yes torchvision
 touch "$PEERS/dictionary_learning/ready"
 

@@ -1,8 +1,8 @@
-"""The built-in language model and corpus, so that everything runs with no network.
+"""The built-in language model and corpus, so that everything runs without a network.
 
-The corpus is the source of the running Python's standard library: real text that lies on every
-machine. The model is a small GPT-NeoX with a byte-level BPE tokenizer, trained on that text by
-`python -m mlsae.builtin`; its card is `model/README.md`.
+The corpus is the source code of the running Python's standard library: real text that every
+machine has. The model is a small GPT-NeoX with a byte-level BPE tokenizer, trained on that text by
+`python -m mlsae.builtin`; its model card is `model/README.md`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 NAME = "builtin"
-"""What a user calls both the model and the corpus."""
+"""The name of both the model and the corpus on the command line."""
 
 MODEL_DIR = Path(__file__).parent / "model"
 """A Hugging Face model folder like any other: `AutoModelForCausalLM.from_pretrained(MODEL_DIR)`."""
@@ -25,10 +25,10 @@ SKIPPED_DIRS = {"site-packages", "dist-packages", "__pycache__", "test", "tests"
 
 
 def corpus(split: Split) -> Iterator[str]:
-    """Yield the standard library's source files, one document each, sorted by path.
+    """Yield the standard library's source files, one document per file, sorted by path.
 
-    A file is held out when the CRC-32 of its path relative to the library, modulo 10, is 0:
-    the rule depends on nothing but the name, so a file is on the same side in every Python.
+    A file is held out if the CRC-32 of its path relative to the library is 0 modulo 10. The rule
+    depends only on the name, so a file is in the same split in every version of Python.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -40,7 +40,7 @@ def corpus(split: Split) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """The file's text; empty where it is not UTF-8, as one or two of the library are not."""
+    """The file's text; empty if it is not UTF-8, like one or two files of the library."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

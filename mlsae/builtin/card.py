@@ -1,5 +1,5 @@
-"""The model card of the built-in model: a template that training fills in, kept apart from the
-code that measures what it says."""
+"""The model card of the built-in model: a template, kept apart from the code that measures its
+values."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ distributed with the model.
 """
 
 
-def write_card(folder: Path, figures: dict[str, Any]) -> None:
-    """Write `README.md` into the model's folder."""
-    text = _CARD.format(**figures)
+def write_card(folder: Path, values: dict[str, Any]) -> None:
+    """Write `README.md`, the template filled in with `values`, into the model's folder."""
+    text = _CARD.format(**values)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How well the built-in model, and a bigram as its yardstick, model the held-out files.
+"""The loss of the built-in model, and of a bigram as its baseline, on the held-out files.
 
 Legend: B rows, T positions, V vocabulary.
 """
@@ -17,11 +17,11 @@ Tokens = np.ndarray[Any, np.dtype[np.uint16]]
 
 
 def tokenize(tokenizer: Any, documents: Iterable[str], desc: str = "tokenizing") -> Tokens:
-    """All documents as one array, each behind an EOS. V must be at most 2¹⁶."""
+    """All documents as one array, with an EOS before each. V must be at most 2¹⁶."""
     parts = []
     bar = iter(tqdm(documents, desc=desc, unit=" files", disable=None))
-    while some := list(islice(bar, 64)):  # together, so that the tokenizer's threads have work
-        for encoded in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+    while batch := list(islice(bar, 64)):  # in batches, for the tokenizer's threads
+        for encoded in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             parts.append(np.array([tokenizer.eos_token_id, *encoded], dtype=np.uint16))
     return np.concatenate(parts)
 
@@ -29,8 +29,10 @@ def tokenize(tokenizer: Any, documents: Iterable[str], desc: str = "tokenizing")
 def bigram_loss(train: Tokens, heldout: Tokens, vocab_size: int) -> float:
     """Cross-entropy, in nats per token, of a bigram model interpolated with the unigram.
 
-    p(b|a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)), t(a) the number of types seen after a
-    (Witten and Bell, 1991); p(b) = (c(b) + 1) / (C + V).
+        p(b|a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)),   p(b) = (c(b) + 1) / (C + V)
+
+    c counts tokens and pairs in `train`, C is the number of tokens, and t(a) the number of
+    different tokens seen after a (Witten and Bell, 1991).
     """
     unigram = np.bincount(train, minlength=vocab_size) + 1.0
     unigram /= unigram.sum()
@@ -58,20 +60,20 @@ def heldout_loss(
 
 
 def near_copies(documents: list[str], others: Iterable[str]) -> list[bool]:
-    """Which of `documents` have most of their longer lines in a near-copy among `others`.
+    """For each of `documents`, whether near-copies among `others` hold most of its long lines.
 
-    One text is a near-copy when more than half of its lines of 30 characters or more stand in
-    `documents`: libraries carry modified copies of each other's modules, and a held-out file is
-    not held out where training text has such a copy.
+    A near-copy is a text of which more than half of the long lines are in `documents`. Libraries
+    contain modified copies of each other's modules, and a file with such a copy in the training
+    text is not truly held out. Long lines have 30 characters or more.
     """
-    lines = [_long_lines(text) for text in documents]
-    every = set().union(*lines)
+    documents_lines = [_long_lines(text) for text in documents]
+    all_lines = set().union(*documents_lines)
     copied: set[str] = set()
     for text in others:
-        own = _long_lines(text)
-        if len(own & every) > len(own) / 2:
-            copied |= own & every
-    return [len(own & copied) > len(own) / 2 for own in lines]
+        lines = _long_lines(text)
+        if len(lines & all_lines) > len(lines) / 2:
+            copied |= lines & all_lines
+    return [len(lines & copied) > len(lines) / 2 for lines in documents_lines]
 
 
 def _long_lines(text: str) -> set[str]:

@@ -1,12 +1,12 @@
-"""SAEs on disk, in this project's format and in others'. A file a format, with the facts on it.
+"""Read and write saved SAEs in this project's format and in those of other libraries.
 
-    found = read("theirs/layers.5")  # which format, the files tell
-    write(found, "ours", "mlsae")
+    sae = read("theirs/layers.5")  # the files tell which format it is
+    write(sae, "ours", "mlsae")
 
-What a format has no word for lies beside its files, which the other library does not read:
-`mlsae.json` (layers, model, whether latents have a bias, settings) and `carried.safetensors`
-(tensors that no output depends on). Reading takes them in again: nothing is lost on the way there
-and back.
+One module per format, with the format's specification at its top. What a format cannot express is
+written beside its files, where the other library does not look: `mlsae.json` (layers, model,
+whether latents have a bias, settings) and `carried.safetensors` (tensors that no output depends
+on). `read` reads both back, so a round trip loses nothing.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ SETTINGS, CARRIED = "mlsae.json", "carried.safetensors"
 
 
 class Format(Protocol):
-    """What each file here is."""
+    """What each module of this package provides."""
 
-    def found_in(self, path: Path, /) -> bool:
-        """Whether `path` holds this format."""
+    def matches(self, path: Path, /) -> bool:
+        """Whether `path` holds an SAE in this format."""
 
     def read(self, path: Path, /) -> SavedSAE:
-        """Read it."""
+        """Read the SAE at `path`."""
 
-    def files(self, found: SavedSAE, /) -> dict[str, bytes]:
-        """The files of it, by name."""
+    def files(self, sae: SavedSAE, /) -> dict[str, bytes]:
+        """The files of `sae` in this format, by name."""
 
 
 FORMATS: dict[str, Format] = {
@@ -52,61 +52,60 @@ FORMATS: dict[str, Format] = {
 
 
 def detect(path: Path) -> str:
-    """The name of the format at `path`. Raises InputError if there is none."""
+    """The name of the format at `path`. Raises InputError if it is none of `FORMATS`."""
     if path.exists():
         for name, form in FORMATS.items():
-            if form.found_in(path):
+            if form.matches(path):
                 return name
     inside = []
     if path.is_dir():
         folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
-        inside = [str(f) for f in folders if any(form.found_in(f) for form in FORMATS.values())]
+        inside = [str(f) for f in folders if any(form.matches(f) for form in FORMATS.values())]
     way_out = f"give one of its folders: {', '.join(inside[:4])}" if inside else "check the path"
     raise InputError(
         f"SRC must hold an SAE in one of the formats {', '.join(FORMATS)}, and {path} "
-        f"{'does not' if path.exists() else 'is not there'}; {way_out}"
+        f"{'does not' if path.exists() else 'does not exist'}; {way_out}"
     )
 
 
 def read(path: Path | str) -> SavedSAE:
-    """The SAE at `path`, a folder or a file. Raises InputError if it cannot be read."""
+    """Read the SAE at `path`, a folder or a file. Raises InputError if it cannot be read."""
     path = Path(path)
-    found = FORMATS[detect(path)].read(path)
+    sae = FORMATS[detect(path)].read(path)
     folder = path if path.is_dir() else path.parent
     if (folder / SETTINGS).is_file():
-        beside = read_json(folder / SETTINGS)
-        weights = dict(found.weights)
-        if beside.get("bias") is False and not found.b_enc().any():
-            weights.pop("b_enc", None)  # zeros, for a format that always has one
-        found = replace(
-            found,
+        settings = read_json(folder / SETTINGS)
+        weights = dict(sae.weights)
+        if settings.get("bias") is False and not sae.b_enc().any():
+            weights.pop("b_enc", None)  # zeros, written because the format always has a b_enc
+        sae = replace(
+            sae,
             weights=weights,
-            layers=tuple(beside.get("layers", found.layers)),
-            model=beside.get("model", found.model),
-            about=beside.get("about", {}) | found.about,
+            layers=tuple(settings.get("layers", sae.layers)),
+            model=settings.get("model", sae.model),
+            about=settings.get("about", {}) | sae.about,
         )
     if (folder / CARRIED).is_file():
-        found = replace(found, carried=read_tensors(folder / CARRIED) | found.carried)
-    return found
+        sae = replace(sae, carried=read_tensors(folder / CARRIED) | sae.carried)
+    return sae
 
 
-def write(found: SavedSAE, folder: Path | str, to: str) -> list[Path]:
-    """Write the SAE into `folder` in the format `to`, and beside it what that has no word for: the
-    files written. Each is replaced at once.
+def write(sae: SavedSAE, folder: Path | str, to: str) -> list[Path]:
+    """Write `sae` into `folder` in the format `to`, and beside it what the format cannot express.
 
-    Raises InputError if the format cannot say what the SAE computes; nothing is written then.
+    Returns the files written. Each is replaced whole or not at all. Raises InputError, and writes
+    nothing, if the format cannot express what the SAE computes.
     """
-    folder, files = Path(folder), FORMATS[to].files(found)
+    folder, files = Path(folder), FORMATS[to].files(sae)
     if to != "mlsae":
-        about = {name: value for name, value in found.about.items() if name != to}
-        beside: dict[str, Any] = {
-            "layers": found.layers,
-            "model": found.model,
-            "bias": "b_enc" in found.weights,
-            "about": about,
+        settings: dict[str, Any] = {
+            "layers": sae.layers,
+            "model": sae.model,
+            "bias": "b_enc" in sae.weights,
+            "about": {name: value for name, value in sae.about.items() if name != to},
         }
-        files[SETTINGS] = json.dumps(beside, indent=2).encode()
-    carried = {name: t for name, t in found.carried.items() if not name.startswith(to + ".")}
+        files[SETTINGS] = json.dumps(settings, indent=2).encode()
+    carried = {name: t for name, t in sae.carried.items() if not name.startswith(to + ".")}
     if carried:
         files[CARRIED] = safetensors.torch.save(carried)
     folder.mkdir(parents=True, exist_ok=True)

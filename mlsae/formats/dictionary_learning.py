@@ -5,10 +5,10 @@ ae.pt          torch.save of a state dict: encoder.weight (M, D), encoder.bias (
 config.json    {trainer: {dict_class: "AutoEncoderTopK", trainer_class: "TopKTrainer",
                activation_dim, dict_size, k, layer, lm_name, submodule_name, …}, …}
 
-It clips before it selects, as sparsify does. AutoEncoderTopK selects by k; `threshold` is a running
-mean that its `encode(use_threshold=True)` alone reads, so it is carried and no output depends on
-it. BatchTopKSAE has the same tensors, and does select by it: only config.json tells the two apart,
-so it must be there. Checked against dictionary-learning 0.1.0.
+It applies ReLU before it selects, as sparsify does. AutoEncoderTopK selects by k; `threshold` is a
+running mean that only its `encode(use_threshold=True)` reads, so no output depends on it and it is
+carried along. BatchTopKSAE has the same tensors but selects by `threshold`. Only config.json tells
+the two apart, so it is required. Checked against dictionary-learning 0.1.0.
 
 Legend: D inputs, M latents.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .saved import SavedSAE, read_json, read_pickle, refuse, take
+from .saved import SavedSAE, read_json, read_pickle, rename_weights, unsupported
 
 _NAMES = {
     "encoder.weight": "W_enc",
@@ -34,27 +34,27 @@ _NAMES = {
 _THRESHOLD = "dictionary_learning.threshold"
 
 
-def found_in(folder: Path) -> bool:
+def matches(folder: Path) -> bool:
     """Whether `folder` holds this format."""
     return (folder / "ae.pt").is_file()
 
 
 def read(folder: Path) -> SavedSAE:
-    """Read it. Raises InputError if it is damaged, or no AutoEncoderTopK."""
+    """Read the SAE. Raises InputError if it is damaged, or not an AutoEncoderTopK."""
     config = read_json(folder / "config.json")
     trainer = config.get("trainer", {})
     if trainer.get("dict_class") != "AutoEncoderTopK":
-        raise refuse(
+        raise unsupported(
             folder / "config.json", "trainer.dict_class", "'AutoEncoderTopK'",
-            trainer.get("dict_class"), "the others have no counterpart here",
+            trainer.get("dict_class"), "the other classes have no counterpart here",
         )  # fmt: skip
     path = folder / "ae.pt"
     tensors = read_pickle(path)
     k = int(tensors.pop("k", trainer.get("k", 0)))
     if k != trainer.get("k", k):
-        raise InputError(f"k in {path} must be as in config.json, {trainer['k']}, got {k}")
+        raise InputError(f"k in {path} must be {trainer['k']}, as in config.json, got {k}")
     threshold = tensors.pop("threshold", None)
-    weights = take(tensors, _NAMES, path)
+    weights = rename_weights(tensors, _NAMES, path)
     weights["W_dec"] = weights["W_dec"].T.contiguous()
     layer = trainer.get("layer")
     residual = "resid_post" in (trainer.get("submodule_name") or "")
@@ -69,34 +69,34 @@ def read(folder: Path) -> SavedSAE:
     )
 
 
-def files(found: SavedSAE) -> dict[str, bytes]:
-    """The files of it, by name. Raises InputError if the SAE standardizes its inputs.
+def files(sae: SavedSAE) -> dict[str, bytes]:
+    """The files of `sae`, by name. Raises InputError if it standardizes its inputs.
 
-    A threshold that is not known is −1, as in an AutoEncoderTopK that was not trained long enough
-    to have one.
+    An unknown threshold is written as −1, as in an AutoEncoderTopK that was not trained long
+    enough to have one.
     """
-    found.needs_plain_inputs("dictionary_learning")
-    theirs: dict[str, Any] = found.about.get("dictionary_learning", {})
-    layer = found.layers[0] if len(found.layers) == 1 else None
+    sae.require_plain_inputs("dictionary_learning")
+    theirs: dict[str, Any] = sae.about.get("dictionary_learning", {})
+    layer = sae.layers[0] if len(sae.layers) == 1 else None
     trainer = {
-        "trainer_class": "TopKTrainer",  # what readers of the format tell the kind of SAE by
+        "trainer_class": "TopKTrainer",  # by which readers of the format tell the kind of SAE
         "dict_class": "AutoEncoderTopK",
         "layer": layer,
-        "lm_name": found.model,
+        "lm_name": sae.model,
         "submodule_name": None if layer is None else f"resid_post_layer_{layer}",
         **theirs.get("trainer", {}),
-        "activation_dim": found.d_in,
-        "dict_size": found.n_latents,
-        "k": found.k,
+        "activation_dim": sae.d_in,
+        "dict_size": sae.n_latents,
+        "k": sae.k,
     }
     weights = {
-        **found.weights,
-        "b_enc": found.b_enc(),
-        "W_dec": found.weights["W_dec"].T.contiguous(),
+        **sae.weights,
+        "b_enc": sae.b_enc(),
+        "W_dec": sae.weights["W_dec"].T.contiguous(),
     }
     tensors = {theirs: weights[ours].contiguous() for theirs, ours in _NAMES.items()}
-    tensors["k"] = torch.tensor(found.k, dtype=torch.int32)
-    tensors["threshold"] = found.carried.get(_THRESHOLD, torch.tensor(-1.0))
+    tensors["k"] = torch.tensor(sae.k, dtype=torch.int32)
+    tensors["threshold"] = sae.carried.get(_THRESHOLD, torch.tensor(-1.0))
     content = io.BytesIO()
     torch.save(tensors, content)
     config = {**theirs, "trainer": trainer}

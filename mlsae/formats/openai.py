@@ -5,9 +5,10 @@ autoencoder.pt (or a .pt file of any name)
     activation "TopK", activation_state_dict {k, postact_fn: "ReLU"},
     stats_last_nonzero (M,), latents_activation_frequency (M,), latents_mean_square (M,)
 
-Loading a file whose activation is "TopK", their `from_state_dict` standardizes every vector (μ,
-the unbiased σ plus 1e-5, undone after decoding: ours to the letter); there is no word for one that
-does not. The three statistics are of the training: carried, and no output depends on them.
+When their `from_state_dict` loads a file whose activation is "TopK", the SAE standardizes every
+vector exactly as ours does (μ, the unbiased σ plus 1e-5, undone after decoding); the format cannot
+express a TopK SAE that does not. The last three tensors are training statistics: no output depends
+on them, and they are carried along.
 
 Legend: D inputs, M latents.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .saved import SavedSAE, read_pickle, refuse, take
+from .saved import SavedSAE, read_pickle, rename_weights, unsupported
 
 _NAMES = {
     "pre_bias": "b_dec",
@@ -32,13 +33,13 @@ _NAMES = {
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 
 
-def found_in(path: Path) -> bool:
-    """Whether `path` is such a file, or a folder that holds one."""
+def matches(path: Path) -> bool:
+    """Whether `path` is a file in this format, or a folder that holds one."""
     return path.is_file() or (path / "autoencoder.pt").is_file()
 
 
 def read(path: Path) -> SavedSAE:
-    """Read it. Raises InputError if it is damaged, or has another activation than TopK."""
+    """Read the SAE. Raises InputError if it is damaged, or its activation is not TopK."""
     path = path if path.is_file() else path / "autoencoder.pt"
     tensors = read_pickle(path)
     activation = tensors.pop("activation", "ReLU")  # their default
@@ -48,37 +49,39 @@ def read(path: Path) -> SavedSAE:
         ("postact_fn", "ReLU", state.get("postact_fn", "ReLU")),
     ):
         if value != rule:
-            raise refuse(path, name, repr(rule), value, "the others have no counterpart here")
+            raise unsupported(
+                path, name, repr(rule), value, "other values have no counterpart here"
+            )
     carried = {f"openai.{name}": tensors.pop(name) for name in _STATISTICS if name in tensors}
-    weights = take(tensors, _NAMES, path)
+    weights = rename_weights(tensors, _NAMES, path)
     weights["W_dec"] = weights["W_dec"].T.contiguous()
     return SavedSAE(weights, state.get("k", 0), standardize=True, carried=carried)
 
 
-def files(found: SavedSAE) -> dict[str, bytes]:
-    """The file of it. Raises InputError if the SAE does not standardize its inputs.
+def files(sae: SavedSAE) -> dict[str, bytes]:
+    """The file of `sae`, by name. Raises InputError if it does not standardize its inputs.
 
-    Statistics that are not known are as in a new Autoencoder of theirs: 0, 1 and 0.
+    Unknown statistics are written as in a new Autoencoder of theirs: 0, 1 and 0.
     """
-    if not found.standardize:
+    if not sae.standardize:
         raise InputError(
-            "--to openai must not be given for an SAE that takes its inputs as they are, since "
-            "that format's TopK SAEs always standardize them and their outputs would differ; give "
+            "--to openai must not be given for an SAE that does not standardize its inputs, since "
+            "that format's TopK SAEs always do and the outputs would differ; give "
             "--to sparsify, saelens, dictionary_learning or mlsae"
         )
     weights = {
-        **found.weights,
-        "b_enc": found.b_enc(),
-        "W_dec": found.weights["W_dec"].T.contiguous(),
+        **sae.weights,
+        "b_enc": sae.b_enc(),
+        "W_dec": sae.weights["W_dec"].T.contiguous(),
     }
     content: dict[str, Any] = {
         theirs: weights[ours].contiguous() for theirs, ours in _NAMES.items()
     }
-    fresh = (torch.zeros(found.n_latents, dtype=torch.int64), torch.ones(found.n_latents))
-    for name, start in zip(_STATISTICS, (*fresh, torch.zeros(found.n_latents)), strict=True):
-        content[name] = found.carried.get(f"openai.{name}", start)
+    fresh = (torch.zeros(sae.n_latents, dtype=torch.int64), torch.ones(sae.n_latents))
+    for name, start in zip(_STATISTICS, (*fresh, torch.zeros(sae.n_latents)), strict=True):
+        content[name] = sae.carried.get(f"openai.{name}", start)
     content["activation"] = "TopK"
-    content["activation_state_dict"] = {"k": found.k, "postact_fn": "ReLU"}
+    content["activation_state_dict"] = {"k": sae.k, "postact_fn": "ReLU"}
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return {"autoencoder.pt": buffer.getvalue()}

@@ -1,7 +1,7 @@
-"""This project's own folder: what `save_pretrained` of MLSAE and of SparseTopKSAE writes.
+"""This project's own format: the folder that MLSAE and SparseTopKSAE write in `save_pretrained`.
 
-config.json          {d_in, n_latents, k, bias}; of an MLSAE also {layers, standardize, model} and
-                     what else is known of it: training, versions, heldout
+config.json          {d_in, n_latents, k, bias}; for an MLSAE also {layers, standardize, model} and
+                     anything else known: training, versions, heldout
 model.safetensors    W_enc (M, D), W_dec (M, D), b_dec (D,) and, with `bias`, b_enc (M,)
 
 Legend: D inputs, M latents.
@@ -20,44 +20,44 @@ from .saved import SavedSAE, read_json, read_tensors
 CONFIG = ("d_in", "n_latents", "k", "layers", "standardize", "model", "bias")
 
 
-def found_in(folder: Path) -> bool:
+def matches(folder: Path) -> bool:
     """Whether `folder` holds this format."""
     path = folder / "config.json"
     return path.is_file() and "d_in" in read_json(path)
 
 
 def read(folder: Path) -> SavedSAE:
-    """Read it. Raises InputError if a file is missing, damaged, or they do not agree."""
+    """Read the SAE. Raises InputError if a file is missing or damaged, or the files disagree."""
     config = read_json(folder / "config.json")
-    found = SavedSAE(
+    sae = SavedSAE(
         read_tensors(folder / "model.safetensors"),
         config.get("k", 0),
-        config.get("standardize", False),  # a SparseTopKSAE does not say, and never does it
+        config.get("standardize", False),  # absent for a SparseTopKSAE, which never standardizes
         tuple(config.get("layers", ())),
         config.get("model", ""),
         {name: value for name, value in config.items() if name not in CONFIG},
     )
     for name in ("d_in", "n_latents"):
-        if config.get(name) != getattr(found, name):
+        if config.get(name) != getattr(sae, name):
             raise InputError(
-                f"{name} in {folder / 'config.json'} must be {getattr(found, name)}, as in "
-                f"model.safetensors beside it, got {config.get(name)}"
+                f"{name} in {folder / 'config.json'} must be {getattr(sae, name)}, as in "
+                f"model.safetensors, got {config.get(name)}"
             )
-    return found
+    return sae
 
 
-def files(found: SavedSAE) -> dict[str, bytes]:
-    """The files of it, by name."""
-    weights = {name: w.contiguous() for name, w in found.weights.items()}
+def files(sae: SavedSAE) -> dict[str, bytes]:
+    """The files of `sae`, by name."""
+    weights = {name: w.contiguous() for name, w in sae.weights.items()}
     config = {
-        "d_in": found.d_in,
-        "n_latents": found.n_latents,
-        "k": found.k,
-        "layers": found.layers,
-        "standardize": found.standardize,
-        "model": found.model,
-        "bias": "b_enc" in found.weights,
-        **found.about,
+        "d_in": sae.d_in,
+        "n_latents": sae.n_latents,
+        "k": sae.k,
+        "layers": sae.layers,
+        "standardize": sae.standardize,
+        "model": sae.model,
+        "bias": "b_enc" in sae.weights,
+        **sae.about,
     }
     return {
         "model.safetensors": safetensors.torch.save(weights),

@@ -1,18 +1,19 @@
-"""The checkpoints of the paper's own code, `tim-lawson/mlsae` (Lawson et al., arXiv 2409.04185).
+"""The paper's own code, `tim-lawson/mlsae` (Lawson et al., arXiv 2409.04185): released checkpoints.
 
-Plain ones, `mlsae-{model}-x{R}-k{k}`:
+Plain checkpoints, `mlsae-{model}-x{R}-k{k}`:
     config.json          {n_inputs, n_latents, k, auxk, dead_steps_threshold, dead_threshold,
                          standardize}; some also have {layers, lens}
     model.safetensors    encoder.weight (M, D), decoder.weight (D, M), pre_encoder_bias (D,),
-                         last_nonzero (M,) in some: steps since the latent was active
-With the transformer, `…-tfm`:
+                         in some last_nonzero (M,): steps since the latent was active
+Checkpoints with the transformer, `…-tfm`:
     config.json          {model_name, layers (null: all), expansion_factor, k, standardize, …}
     model.safetensors    the same under "autoencoder.", and the transformer under "transformer."
 
-They standardize as we do (unbiased σ, plus 1e-5), some not at all. Decoder rows are only about
-unit norm, and are left so. A plain one names its model only on its model card (`base_model`), and
-its layers mostly nowhere: all of that model's. `…-lens` ones were trained on residuals that a
-tuned lens had transformed, which is no part of them (`tuned_lens`, in a -tfm one's config).
+Most standardize as we do (unbiased σ, plus 1e-5), some not at all. The norms of decoder rows are
+only approximately 1, and are kept. A plain checkpoint names its model only on its model card
+(`base_model`), and mostly does not name its layers, which are all of the model's. `…-lens`
+checkpoints were trained on residuals transformed by a tuned lens that they do not contain (in a
+-tfm config: `tuned_lens`).
 
 Legend: D inputs, M latents, R = M / D.
 """
@@ -30,13 +31,13 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 from ..errors import InputError
-from .saved import SavedSAE, read_json, read_tensors, refuse, take
+from .saved import SavedSAE, read_json, read_tensors, rename_weights, unsupported
 
 _NAMES = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "pre_encoder_bias": "b_dec"}
 _BLOCK = re.compile(r"transformer\.(?:.+\.)?(?:layers|h)\.(\d+)\.")
 
 
-def found_in(folder: Path) -> bool:
+def matches(folder: Path) -> bool:
     """Whether `folder` holds this format."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
@@ -44,17 +45,17 @@ def found_in(folder: Path) -> bool:
 
 
 def read(folder: Path) -> SavedSAE:
-    """Read it. Raises InputError if it is damaged, or has a learned lens in it."""
+    """Read the SAE. Raises InputError if it is damaged, or contains a learned lens."""
     config, path = read_json(folder / "config.json"), folder / "model.safetensors"
     if config.get("lens"):
-        raise refuse(
+        raise unsupported(
             folder / "config.json", "lens", "false", True,
-            "an MLSAE here has no transform of its own for each layer",
+            "an MLSAE here has no learned transform per layer",
         )  # fmt: skip
     with_transformer = "n_inputs" not in config
     tensors = read_tensors(path, "autoencoder." if with_transformer else "")
     counters = {"released.last_nonzero": tensors.pop("last_nonzero", None)}
-    weights = take(tensors, _NAMES, path)
+    weights = rename_weights(tensors, _NAMES, path)
     weights["W_dec"] = weights["W_dec"].T.contiguous()
     layers = config.get("layers")
     if layers is None and with_transformer:
@@ -70,29 +71,29 @@ def read(folder: Path) -> SavedSAE:
     )
 
 
-def files(found: SavedSAE) -> dict[str, bytes]:
-    """The files of a plain one, by name. Raises InputError if latents have a bias.
+def files(sae: SavedSAE) -> dict[str, bytes]:
+    """The files of `sae` as a plain checkpoint, by name. Raises InputError if latents have a bias.
 
-    `dead_steps_threshold` counts steps of theirs: where unknown, 10⁷ tokens in steps of 64 × 2048,
-    their default. Only the training of theirs reads it.
+    If `dead_steps_threshold` is unknown, their default is written: 10⁷ tokens in steps of
+    64 × 2048 tokens. Only their training reads it.
     """
-    found.needs_no_latent_bias("released")
-    theirs = found.about.get("released", {})
+    sae.require_no_latent_bias("released")
+    theirs = sae.about.get("released", {})
     config = {
-        "n_inputs": found.d_in,
-        "n_latents": found.n_latents,
-        "k": found.k,
+        "n_inputs": sae.d_in,
+        "n_latents": sae.n_latents,
+        "k": sae.k,
         "auxk": theirs.get("auxk", 256),
         "dead_steps_threshold": theirs.get("dead_steps_threshold") or 10_000_000 // (64 * 2048),
         "dead_threshold": theirs.get("dead_threshold", 1e-3),
-        "standardize": found.standardize,
+        "standardize": sae.standardize,
     }
     tensors: dict[str, Tensor] = {
-        "encoder.weight": found.weights["W_enc"].contiguous(),
-        "decoder.weight": found.weights["W_dec"].T.contiguous(),
-        "pre_encoder_bias": found.weights["b_dec"].contiguous(),
-        "last_nonzero": found.carried.get(
-            "released.last_nonzero", torch.zeros(found.n_latents, dtype=torch.int64)
+        "encoder.weight": sae.weights["W_enc"].contiguous(),
+        "decoder.weight": sae.weights["W_dec"].T.contiguous(),
+        "pre_encoder_bias": sae.weights["b_dec"].contiguous(),
+        "last_nonzero": sae.carried.get(
+            "released.last_nonzero", torch.zeros(sae.n_latents, dtype=torch.int64)
         ),
     }
     return {
@@ -102,16 +103,16 @@ def files(found: SavedSAE) -> dict[str, bytes]:
 
 
 def _n_layers(path: Path) -> int:
-    """How many blocks the transformer in a -tfm file has. Raises InputError if it has none."""
+    """The number of transformer blocks in a -tfm file. Raises InputError if there are none."""
     with safetensors.safe_open(path, framework="pt") as file:
-        found = [int(m[1]) for m in map(_BLOCK.match, file.keys()) if m]
-    if not found:
-        raise InputError(f"{path} must have the transformer's blocks in it, and has none")
-    return max(found) + 1
+        blocks = [int(m[1]) for m in map(_BLOCK.match, file.keys()) if m]
+    if not blocks:
+        raise InputError(f"{path} must contain the transformer's blocks, and contains none")
+    return max(blocks) + 1
 
 
 def _base_model(folder: Path) -> str:
-    """The model that the model card beside the files names, or ""."""
+    """The base model that the model card beside the files names, or "" if it names none."""
     path = folder / "README.md"
-    named = ModelCard.load(path).data.base_model if path.is_file() else None
-    return named if isinstance(named, str) else ""
+    name = ModelCard.load(path).data.base_model if path.is_file() else None
+    return name if isinstance(name, str) else ""

@@ -1,4 +1,5 @@
-"""An SAE as any format may hold it, in this project's own words; and how its files are read.
+"""SavedSAE: the content of a saved SAE in any format, by this project's names; and the readers that
+the formats share.
 
 Legend: D inputs, M latents.
 """
@@ -14,34 +15,34 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
-WEIGHTS = ("W_enc", "W_dec", "b_dec")  # and b_enc, where latents have a bias
+WEIGHTS = ("W_enc", "W_dec", "b_dec")  # and b_enc, if latents have a bias
 
 
 @dataclass(frozen=True)
 class SavedSAE:
-    """What an SAE computes, and what else its files say.
+    """What an SAE computes, and what else its files record.
 
         x̃ = (x − μ) / (σ + 1e-5) with `standardize`, else x
-        x̂ = (Σ ReLU(TopK(W_enc (x̃ − b_dec) + b_enc)) · W_dec rows + b_dec), de-standardized
+        x̂ = Σ ReLU(TopK(W_enc (x̃ − b_dec) + b_enc)) · W_dec rows + b_dec, de-standardized
 
-    Raises InputError if the weights do not fit one another, or k not them.
+    Raises InputError if the shapes of the weights do not match, or k is not in [1, M].
     """
 
     weights: dict[str, Tensor]
-    """W_enc (M, D), W_dec (M, D), b_dec (D,) and, where latents have a bias, b_enc (M,); in the
-    dtype of the files."""
+    """W_enc (M, D), W_dec (M, D), b_dec (D,) and, if latents have a bias, b_enc (M,); in the
+    files' dtype."""
     k: int
-    """Active latents a token."""
+    """Active latents per token."""
     standardize: bool
     """Whether each vector is standardized before encoding."""
     layers: tuple[int, ...] = ()
-    """The transformer's layers it was trained on; empty where the files do not say."""
+    """The transformer's layers that it was trained on; empty if the files do not say."""
     model: str = ""
-    """The transformer's name; empty where the files do not say."""
+    """The transformer's name; empty if the files do not say."""
     about: dict[str, Any] = field(default_factory=dict)
-    """What else is told, as JSON has it: settings of the training; another format's own fields,
+    """Other JSON-serializable settings: those of the training, and the fields of another format
     under that format's name."""
     carried: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that no output depends on, such as counters of dead latents: "format.name"."""
@@ -49,14 +50,16 @@ class SavedSAE:
     def __post_init__(self) -> None:
         missing = [name for name in WEIGHTS if name not in self.weights]
         if missing:
-            raise InputError(f"an SAE must have the weights {', '.join(missing)}, and has not")
+            raise InputError(
+                f"an SAE must have {', '.join(WEIGHTS)}, and lacks {', '.join(missing)}"
+            )
         W_enc = self.weights["W_enc"]
         M, D = W_enc.shape if W_enc.ndim == 2 else (-1, -1)
         shapes = {"W_enc": (M, D), "W_dec": (M, D), "b_dec": (D,), "b_enc": (M,)}
         for name, weight in self.weights.items():
             if tuple(weight.shape) != shapes[name]:
                 raise InputError(
-                    f"{name} must have the shape {shapes[name]} beside W_enc, "
+                    f"{name} must have the shape {shapes[name]} to match W_enc, "
                     f"got {tuple(weight.shape)}"
                 )
             if not weight.is_floating_point():
@@ -75,42 +78,44 @@ class SavedSAE:
         return self.weights["W_enc"].shape[0]
 
     def b_enc(self) -> Tensor:
-        """The latents' bias (M,); zeros where there is none, for formats that always have one."""
+        """The latents' bias (M,); zeros if they have none, for formats that always store one."""
         W_enc = self.weights["W_enc"]
         return self.weights.get("b_enc", torch.zeros_like(W_enc[:, 0]))
 
-    def needs_plain_inputs(self, to: str) -> None:
-        """Raise InputError if the SAE standardizes its inputs, which format `to` cannot say."""
+    def require_plain_inputs(self, to: str) -> None:
+        """Raise InputError if the SAE standardizes its inputs, which format `to` cannot express."""
         if self.standardize:
             raise InputError(
-                f"--to {to} must not be given for an SAE that standardizes each vector, since that "
-                "format has no word for it and its outputs would differ; give --to saelens, "
+                f"--to {to} must not be given for an SAE that standardizes its inputs, since that "
+                "format cannot express it and the outputs would differ; give --to saelens, "
                 "openai, released or mlsae"
             )
 
-    def needs_no_latent_bias(self, to: str) -> None:
-        """Raise InputError if latents have a bias other than 0, which `to` cannot say."""
+    def require_no_latent_bias(self, to: str) -> None:
+        """Raise InputError if latents have a bias other than 0, which `to` cannot express."""
         if self.b_enc().any():
             raise InputError(
                 f"--to {to} must not be given for an SAE whose latents have a bias (b_enc), since "
-                "that format has none; give another --to"
+                "that format has no such bias; give another --to"
             )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError if there is none."""
+    """Read the object in a JSON file. Raises InputError if there is none."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} must be a readable JSON file: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose names begin with `prefix`, by the names' rest.
-    Raises InputError if it cannot be read."""
+    """Read the tensors of a safetensors file whose names begin with `prefix`, which is removed.
+
+    Raises InputError if the file cannot be read.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -120,37 +125,38 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary in a file of torch.save, with `weights_only`: tensors, numbers and strings
-    are read, code is not run. Raises InputError if it cannot be read so."""
+    """Read the dictionary in a file of torch.save, without running code: only tensors, numbers and
+    strings are unpickled. Raises InputError if the file holds anything else, or is damaged."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what it finds: many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises errors of many types
         raise InputError(
             f"{path} must be a file of torch.save that holds tensors only, since unpickling "
-            f"anything else runs its code: {reason}"
+            f"anything else runs code from the file: {first_line(error)}"
         ) from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} must hold a dictionary, got {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a dictionary, got {type(content).__name__}")
+    return content
 
 
-def take(tensors: dict[str, Any], names: dict[str, str], path: Path) -> dict[str, Tensor]:
-    """The weights of a file, renamed: `names` has ours for theirs. Raises InputError if one is
-    missing or the file has more."""
+def rename_weights(tensors: dict[str, Any], names: dict[str, str], path: Path) -> dict[str, Tensor]:
+    """The tensors of the file `path` by our names; `names` maps the file's names to ours.
+
+    Raises InputError if a tensor is missing or the file has others.
+    """
     missing, extra = names.keys() - tensors.keys(), tensors.keys() - names.keys()
     if missing or extra:
-        told = [
-            f"{what} {', '.join(sorted(some))}"
-            for what, some in (("lacks", missing), ("also has", extra))
-            if some
+        differences = [
+            f"{verb} {', '.join(sorted(keys))}"
+            for verb, keys in (("lacks", missing), ("also has", extra))
+            if keys
         ]
         raise InputError(
-            f"{path} must have {', '.join(names)} and nothing else, and {' and '.join(told)}"
+            f"{path} must hold {', '.join(names)} and nothing else, and {' and '.join(differences)}"
         )
     return {ours: tensors[theirs] for theirs, ours in names.items()}
 
 
-def refuse(path: Path, name: str, rule: str, value: object, way_out: str) -> InputError:
-    """The error of a setting in a peer's files that has no counterpart here."""
+def unsupported(path: Path, name: str, rule: str, value: object, way_out: str) -> InputError:
+    """The error for a setting in another library's files that has no counterpart here."""
     return InputError(f"{name} in {path} must be {rule}, got {value!r}; {way_out}")

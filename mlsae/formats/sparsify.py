@@ -4,9 +4,9 @@ cfg.json           {d_in, k, num_latents (0: d_in · expansion_factor), expansio
                    normalize_decoder, multi_topk, skip_connection, transcode}
 sae.safetensors    encoder.weight (M, D), encoder.bias (M,), W_dec (M, D), b_dec (D,)
 
-It clips before it selects, topk(relu((x − b_dec) W_encᵀ + b)), and we after: the same values, and
-other indices only where the value is 0. The folder is named as the hookpoint is: "layers.5" is
-the residual after block 5. Checked against eai-sparsify 1.3.3.
+It applies ReLU before it selects, topk(relu((x − b_dec) W_encᵀ + b)), and we after: the values are
+equal, and the indices differ only where the value is 0. The folder is named after its hookpoint:
+"layers.5" is the residual after block 5. Checked against eai-sparsify 1.3.3.
 
 Legend: D inputs, M latents.
 """
@@ -19,31 +19,31 @@ from pathlib import Path
 
 import safetensors.torch
 
-from .saved import SavedSAE, read_json, read_tensors, refuse, take
+from .saved import SavedSAE, read_json, read_tensors, rename_weights, unsupported
 
 _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 _PLAIN = {"activation": "topk", "skip_connection": False, "transcode": False, "signed": False}
 _RESIDUAL = re.compile(r"layers\.(\d+)")
 
 
-def found_in(folder: Path) -> bool:
+def matches(folder: Path) -> bool:
     """Whether `folder` holds this format."""
     return (folder / "sae.safetensors").is_file()
 
 
 def read(folder: Path) -> SavedSAE:
-    """Read it. Raises InputError if it is damaged, or no TopK autoencoder."""
+    """Read the SAE. Raises InputError if it is damaged, or not a plain TopK autoencoder."""
     cfg = read_json(folder / "cfg.json")
     for name, value in _PLAIN.items():
         if cfg.get(name, value) != value:
-            raise refuse(
+            raise unsupported(
                 folder / "cfg.json", name, repr(value), cfg[name],
-                "only their TopK autoencoders have a counterpart here",
+                "only plain TopK autoencoders have a counterpart here",
             )  # fmt: skip
     path = folder / "sae.safetensors"
     hookpoint = _RESIDUAL.fullmatch(folder.resolve().name)
     return SavedSAE(
-        take(read_tensors(path), _NAMES, path),
+        rename_weights(read_tensors(path), _NAMES, path),
         cfg.get("k", 0),
         standardize=False,
         layers=(int(hookpoint[1]),) if hookpoint else (),
@@ -51,22 +51,22 @@ def read(folder: Path) -> SavedSAE:
     )
 
 
-def files(found: SavedSAE) -> dict[str, bytes]:
-    """The files of it, by name. Raises InputError if the SAE standardizes its inputs."""
-    found.needs_plain_inputs("sparsify")
+def files(sae: SavedSAE) -> dict[str, bytes]:
+    """The files of `sae`, by name. Raises InputError if it standardizes its inputs."""
+    sae.require_plain_inputs("sparsify")
     cfg = {
         "activation": "topk",
-        "expansion_factor": found.n_latents // found.d_in,
+        "expansion_factor": sae.n_latents // sae.d_in,
         "normalize_decoder": True,
-        "num_latents": found.n_latents,
+        "num_latents": sae.n_latents,
         "multi_topk": False,
         "skip_connection": False,
         "transcode": False,
-        **found.about.get("sparsify", {}),
-        "k": found.k,
-        "d_in": found.d_in,
+        **sae.about.get("sparsify", {}),
+        "k": sae.k,
+        "d_in": sae.d_in,
     }
-    weights = {**found.weights, "b_enc": found.b_enc()}
+    weights = {**sae.weights, "b_enc": sae.b_enc()}
     tensors = {theirs: weights[ours].contiguous() for theirs, ours in _NAMES.items()}
     return {
         "sae.safetensors": safetensors.torch.save(tensors),

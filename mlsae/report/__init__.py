@@ -1,7 +1,7 @@
-"""Pages to show others: a run as one (`report.html`), and several side by side.
+"""HTML pages: `report.html` of one run, `comparison.html` of several side by side.
 
-Each is self-contained, so it opens anywhere, offline too. The HTML, CSS and JavaScript lie in files
-of their own beside this one.
+Each page is one self-contained file, so it opens anywhere, also offline. Its HTML, CSS and
+JavaScript are files beside this one.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ __all__ = ["redraw", "write_report"]
 
 
 def redraw(folder: Path) -> None:
-    """Draw the report of the run in `folder` again, with what has been measured by now. A folder
-    without one stays without: that of a model from the hub, or an --out elsewhere."""
+    """Redraw the report of the run in `folder` with all that is measured by now. Does nothing if
+    there is no report: the folder is then a downloaded model's, or an --out elsewhere."""
     if (folder / "report.html").exists():
         write_report(folder)

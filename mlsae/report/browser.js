@@ -1,18 +1,18 @@
-// The browser of latents: a sorted, searched list, and one latent with its profile and examples.
+// The browser of latents: a list to sort and search, and the chosen latent's profile and examples.
 "use strict";
 
-let openLatent = () => {}; // by id; set once the data are there
-let openPlace = () => {}; // by place in the order of mean layer
+let openLatent = () => {}; // open a latent by its id; set when the data are unpacked
+let openPlace = () => {}; // open a latent by its place in the list sorted by a key
 
 (async () => {
   const data = JSON.parse(await unpack("latents"));
   const L = data.layers.length;
   const rowOf = new Map(data.latent.map((id, row) => [id, row]));
-  const everyRow = Uint32Array.from(data.latent.keys());
+  const allRows = Uint32Array.from(data.latent.keys());
   const state = { sort: "frequency", descending: true, query: "" };
 
-  // What is searched: the tokens a latent is most active at, and those nearest in the embeddings.
-  const words = data.latent.map((_, row) => [data.peaks[row], data.tokens_in[row], data.tokens_out[row]].flat().join("\u0000").toLowerCase());
+  // The text searched: the tokens at which a latent is most active, and those nearest to it in the embeddings.
+  const searchText = data.latent.map((_, row) => [data.peaks[row], data.tokens_in[row], data.tokens_out[row]].flat().join("\u0000").toLowerCase());
 
   const percent = (share) => (share === null ? "–" : share >= 0.1 ? `${(100 * share).toFixed(0)} %` : `${Number((100 * share).toPrecision(2))} %`);
   const fixed = (digits) => (value) => (value === null ? "–" : value.toFixed(digits));
@@ -24,7 +24,7 @@ let openPlace = () => {}; // by place in the order of mean layer
     { key: null, label: "layers", cell: bars },
     { key: "mean_layer", label: "mean", title: "mean layer", cell: (row) => fixed(2)(data.mean_layer[row]) },
     { key: "entropy", label: "entropy", title: "entropy over layers ÷ ln L", cell: (row) => fixed(2)(data.entropy[row]) },
-    { key: "frequency", label: "frequency", title: "share of tokens at which it is active", cell: (row) => percent(data.frequency[row]) },
+    { key: "frequency", label: "frequency", title: "share of tokens at which the latent is active", cell: (row) => percent(data.frequency[row]) },
     { key: "max_activation", label: "max", title: "largest activation", cell: (row) => fixed(1)(data.max_activation[row]) },
     { key: null, label: "most active at", cell: (row) => element("span", { class: "peaks" }, ...chips(data.peaks[row])) },
   ];
@@ -52,20 +52,20 @@ let openPlace = () => {}; // by place in the order of mean layer
 
   function matches() {
     const query = state.query.toLowerCase().replaceAll("·", " ").replaceAll("⏎", "\n").replaceAll("⇥", "\t");
-    if (!query) return everyRow.slice();
+    if (!query) return allRows.slice();
     const id = Number(query.match(/^\s*#?(\d+)\s*$/)?.[1] ?? NaN);
-    return everyRow.filter((row) => data.latent[row] === id || words[row].includes(query));
+    return allRows.filter((row) => data.latent[row] === id || searchText[row].includes(query));
   }
 
   function refresh() {
     const rows = matches();
     const values = data[state.sort];
     const sign = state.descending ? -1 : 1;
-    // What has no value comes last, whichever way is up.
+    // Latents without a value come last in both directions.
     rows.sort((a, b) => (values[a] === null) - (values[b] === null) || sign * (values[a] - values[b]) || a - b);
     document.getElementById("columns").replaceChildren(...columns.map(heading));
     const all = data.latent.length;
-    document.getElementById("found").textContent = `${rows.length.toLocaleString("en")} of ${all.toLocaleString("en")}`;
+    document.getElementById("match-count").textContent = `${rows.length.toLocaleString("en")} of ${all.toLocaleString("en")}`;
     list.box.scrollTop = 0;
     list.show(rows);
   }
@@ -105,7 +105,7 @@ let openPlace = () => {}; // by place in the order of mean layer
     search.focus();
   });
 
-  // One latent.
+  // The chosen latent.
   const panel = document.getElementById("latent");
   const detail = latentDetail(data, { panel, shares, percent, fixed, chips, link, move: (by) => list.select(list.items.indexOf(list.chosen) + by) });
 
@@ -132,7 +132,7 @@ let openPlace = () => {}; // by place in the order of mean layer
     document.getElementById("latents").scrollIntoView();
   };
   for (const [name, key] of [["heatmap", "mean_layer"], ["heatmap-totals", "mean_layer_totals"]]) {
-    const node = document.querySelector(`[data-figure="${name}"]`);
+    const node = document.querySelector(`[data-plot="${name}"]`);
     onceDrawn(node, () => node.on("plotly_click", ({ points: [point] }) => openPlace(Math.round(point.x) - 1, key)));
   }
 

@@ -1,26 +1,26 @@
-// One latent: its numbers, its profile over the layers, its examples.
+// One latent: its metrics, its profile over the layers, its examples.
 "use strict";
 
 function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }) {
   const kinds = { top: "strongest", q4: "strongest quarter", q3: "third quarter", q2: "second quarter", q1: "weakest quarter" };
-  const shards = new Map(); // index → promise of its examples
+  const chunks = new Map(); // index → promise of its examples
   let current = null;
 
   function examplesOf(row) {
-    const index = Math.floor(row / data.shard);
+    const index = Math.floor(row / data.chunk);
     if (!document.getElementById(`packed-examples-${index}`)) return Promise.resolve(null);
-    if (!shards.has(index)) shards.set(index, unpack(`examples-${index}`).then(JSON.parse));
-    return shards.get(index).then((shard) => {
-      const place = row % data.shard;
+    if (!chunks.has(index)) chunks.set(index, unpack(`examples-${index}`).then(JSON.parse));
+    return chunks.get(index).then((chunk) => {
+      const place = row % data.chunk;
       const rows = [];
-      for (let i = place ? shard.ends[place - 1] : 0; i < shard.ends[place]; i++)
-        rows.push(Object.fromEntries(["layer", "kind", "activation", "position", "document", "tokens", "activations"].map((name) => [name, shard[name][i]])));
+      for (let i = place ? chunk.ends[place - 1] : 0; i < chunk.ends[place]; i++)
+        rows.push(Object.fromEntries(["layer", "kind", "activation", "position", "document", "tokens", "activations"].map((name) => [name, chunk[name][i]])));
       return rows;
     });
   }
 
   function stats(row) {
-    const found = [
+    const lines = [
       ["active at", `${data.tokens_active[row].toLocaleString("en")} tokens (${percent(data.frequency[row])})`],
       ["mean layer", fixed(2)(data.mean_layer[row])],
       ["standard deviation", `${fixed(2)(data.std_layer[row])} layers`],
@@ -32,7 +32,7 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
     ];
     const list = element("dl", { class: "stats" });
     const add = (name, ...value) => list.append(element("div", {}, element("dt", {}, name), element("dd", {}, ...value)));
-    for (const [name, value] of found) add(name, value);
+    for (const [name, value] of lines) add(name, value);
     add("nearest latent", link(data.nearest[row]), ` (cosine ${fixed(2)(data.nearest_cosine[row])})`);
     if (data.tokens_in[row]?.length) add("nearest input tokens", ...chips(data.tokens_in[row]));
     if (data.tokens_out[row]?.length) add("nearest output tokens", ...chips(data.tokens_out[row]));
@@ -41,15 +41,15 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
 
   function profile(row) {
     const [mean, summed] = [shares(row), shares(row, "profile_totals")];
-    const every = Math.ceil(data.layers.length / 20); // numbers only where they fit
-    const box = element("div", { class: every > 1 ? "profile many" : "profile", role: "img", "aria-label": data.layers.map((layer, i) => `layer ${layer}: ${percent(mean[i])}`).join(", ") });
+    const step = Math.ceil(data.layers.length / 20); // label every step-th layer, as far as labels fit
+    const box = element("div", { class: step > 1 ? "profile many" : "profile", role: "img", "aria-label": data.layers.map((layer, i) => `layer ${layer}: ${percent(mean[i])}`).join(", ") });
     data.layers.forEach((layer, i) => {
-      const column = element("div", { class: "column", title: `layer ${layer}: ${percent(mean[i])}; of summed activation ${percent(summed[i])}` }, element("i"), element("b"));
+      const column = element("div", { class: "column", title: `layer ${layer}: ${percent(mean[i])}; by summed activation ${percent(summed[i])}` }, element("i"), element("b"));
       column.children[0].style.height = `${100 * mean[i]}%`;
       column.children[1].style.bottom = `${100 * summed[i]}%`;
-      box.append(element("div", {}, data.layers.length <= 13 ? element("div", { class: "share" }, percent(mean[i]).replace(" ", "\u202f")) : "", column, element("div", {}, i % every ? "\u00a0" : String(layer))));
+      box.append(element("div", {}, data.layers.length <= 13 ? element("div", { class: "share" }, percent(mean[i]).replace(" ", "\u202f")) : "", column, element("div", {}, i % step ? "\u00a0" : String(layer))));
     });
-    return element("figure", {}, box, element("figcaption", {}, "Share of each layer: bars, mean of its tokens; lines, summed activation."));
+    return element("figure", {}, box, element("figcaption", {}, "Share of each layer. Bars: mean over tokens; lines: summed activation."));
   }
 
   function example({ layer, kind, activation, position, document, tokens, activations }) {
@@ -63,7 +63,7 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
         span.style.background = `rgba(var(--mark), ${(0.12 + 0.6 * (h / largest)).toFixed(2)})`;
         span.style.borderBottomWidth = `${1 + Math.round((3 * h) / largest)}px`;
       }
-      // Line ends and tabs as signs, so that a window stays a line or two.
+      // Show line ends and tabs as signs, so that a window stays within a line or two.
       for (const part of token.split(/(\r?\n|\t)/)) {
         if (/^(\r?\n|\t)$/.test(part)) span.append(element("span", { class: "sign" }, visible(part)));
         else if (part) span.append(part);
@@ -77,7 +77,7 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
   function gallery(row, rows) {
     const box = element("div", { class: "examples" });
     if (!rows?.length) {
-      const why = rows ? "No example of this latent was kept." : "The examples of this latent are not in the page, to keep it small; they are in analysis_examples.parquet.";
+      const why = rows ? "No example of this latent was kept." : "To keep the page small, it leaves out the examples of this latent; analysis_examples.parquet holds them.";
       box.append(element("p", { class: "missing" }, why));
       return box;
     }
@@ -90,7 +90,7 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
     fill();
     box.append(
       element("div", { class: "filter" }, element("h4", {}, "Examples"), select),
-      element("p", {}, element("small", {}, "The framed token is the one the example was chosen for. The stronger the color of a token and the thicker its line, the more active the latent is there; point at one to read by how much.")),
+      element("p", {}, element("small", {}, "The example was chosen for the framed token. The stronger a token’s color and the thicker its line, the more active the latent is there; hover over a token to read its activation.")),
       shown,
     );
     return box;

@@ -1,8 +1,9 @@
-// A list of any length that draws only the rows in view, as a grid that the keyboard moves through.
+// A list of any length that draws only the rows in view and can be moved through by keyboard.
 "use strict";
 
 class VirtualList {
-  // box scrolls over `body`; drawRow(item) gives the row's cells; choose(item) is told what is chosen.
+  // `box` scrolls over `body`. drawRow(item) returns the row's cells; choose(item) is called when the
+  // user chooses an item.
   constructor(box, body, rowHeight, drawRow, choose) {
     Object.assign(this, { box, body, rowHeight, drawRow, choose, items: [], chosen: null });
     let waiting = false;
@@ -46,7 +47,7 @@ class VirtualList {
     else this.box.removeAttribute("aria-activedescendant");
   }
 
-  // Choose the item at an index and bring it into view.
+  // Choose the item at an index, scroll it into view and call `choose`.
   select(index) {
     if (!this.items.length) return;
     index = Math.max(0, Math.min(this.items.length - 1, index));
@@ -54,6 +55,7 @@ class VirtualList {
     this.choose(this.chosen);
   }
 
+  // Highlight an item and scroll it into view.
   mark(item) {
     this.chosen = item;
     const index = this.items.indexOf(item);
@@ -67,7 +69,7 @@ class VirtualList {
   }
 
   key(event) {
-    if (event.target !== this.box) return; // a heading's button
+    if (event.target !== this.box) return; // the key is for a heading's button
     const at = this.items.indexOf(this.chosen);
     const page = Math.max(1, Math.floor(this.box.clientHeight / this.rowHeight) - 2);
     const to = { ArrowDown: at + 1, ArrowUp: at - 1, PageDown: at + page, PageUp: at - page, Home: 0, End: this.items.length - 1 }[event.key];

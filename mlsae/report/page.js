@@ -1,4 +1,4 @@
-// Every page: unpack what it holds, draw the figures that are seen, follow light and dark mode.
+// On every page: unpack its data, draw the plots that come into view, follow light and dark mode.
 "use strict";
 
 async function unpack(id) {
@@ -17,14 +17,14 @@ function element(tag, attributes = {}, ...children) {
   return node;
 }
 
-// Spaces, line ends and tabs as signs that are seen; everything else as it is.
+// Show spaces, line ends and tabs as visible signs; everything else as it is.
 function visible(token) {
   if (token === "") return "∅";
   return token.replace(/ /g, "·").replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥");
 }
 
-const figures = (async () => {
-  const [code, data] = await Promise.all([unpack("plotly"), unpack("figures")]);
+const plots = (async () => {
+  const [code, data] = await Promise.all([unpack("plotly"), unpack("plots")]);
   document.head.append(element("script", {}, code));
   return JSON.parse(data);
 })();
@@ -38,18 +38,18 @@ function themed(layout) {
   return themed;
 }
 
-const drawn = new Map(); // node → its figure
+const drawn = new Map(); // node → its plot
 
-function withWhiskers(trace) {
+function withErrorBars(trace) {
   const color = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
   for (const name of ["error_x", "error_y"]) if (trace[name]) trace = { ...trace, [name]: { ...trace[name], color } };
   return trace;
 }
 
-async function draw(node, figure) {
-  await figures;
-  drawn.set(node, figure);
-  await Plotly.react(node, figure.data.map(withWhiskers), themed(figure.layout), { responsive: true, displaylogo: false, displayModeBar: false });
+async function draw(node, plot) {
+  await plots;
+  drawn.set(node, plot);
+  await Plotly.react(node, plot.data.map(withErrorBars), themed(plot.layout), { responsive: true, displaylogo: false, displayModeBar: false });
   node.dataset.drawn = "true";
   node.dispatchEvent(new Event("drawn"));
 }
@@ -60,23 +60,23 @@ function onceDrawn(node, then) {
 }
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-  for (const [node, figure] of drawn) draw(node, figure);
+  for (const [node, plot] of drawn) draw(node, plot);
 });
 
-// A figure is drawn when it comes near the screen, so that a page of many opens at once.
-const seen = new IntersectionObserver(
+// A plot is drawn when it comes near the screen, so that a page of many plots opens at once.
+const observer = new IntersectionObserver(
   (entries) => {
     for (const { target, isIntersecting } of entries)
       if (isIntersecting) {
-        seen.unobserve(target);
-        figures.then((all) => draw(target, all[target.dataset.figure]));
+        observer.unobserve(target);
+        plots.then((all) => draw(target, all[target.dataset.plot]));
       }
   },
   { rootMargin: "400px" },
 );
-for (const node of document.querySelectorAll("[data-figure]")) seen.observe(node);
+for (const node of document.querySelectorAll("[data-plot]")) observer.observe(node);
 
-// Buttons of which one is pressed show one of several parts.
+// A group of buttons of which one is pressed: it shows its part of the page and hides the others.
 for (const group of document.querySelectorAll(".choice"))
   group.addEventListener("click", ({ target }) => {
     if (!target.dataset.choice) return;
@@ -86,4 +86,4 @@ for (const group of document.querySelectorAll(".choice"))
   });
 
 if (!("DecompressionStream" in window))
-  document.body.prepend(element("p", { class: "missing" }, "This browser is too old to unpack the page: Chrome 80, Firefox 113 or Safari 16.4 can."));
+  document.body.prepend(element("p", { class: "missing" }, "This browser is too old to unpack the page. Chrome 80, Firefox 113, Safari 16.4 and later can."));

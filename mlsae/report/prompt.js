@@ -1,21 +1,21 @@
-// The picture of a single token: its latents, each a column over the layers.
+// The heatmap of a single token of the prompt: one column per active latent, one row per layer.
 "use strict";
 
 (async () => {
   const { tokens, layers, entries } = JSON.parse(await unpack("prompt"));
-  const plot = document.getElementById("token-plot");
+  const node = document.getElementById("token-plot");
   const caption = document.getElementById("token-caption");
 
-  // The latents of a token, in the order of their mean layer there: [{latent, h: [of each layer]}].
+  // The latents active at a token, sorted by mean layer: [{latent, h: [per layer], share, mean}].
   function latentsAt(token) {
-    const found = new Map();
-    entries.token.forEach((at, i) => {
-      if (at !== token) return;
+    const activations = new Map(); // latent → its activation per layer
+    entries.token.forEach((entryToken, i) => {
+      if (entryToken !== token) return;
       const latent = entries.latent[i];
-      if (!found.has(latent)) found.set(latent, new Array(layers.length).fill(0));
-      found.get(latent)[entries.layer[i]] += entries.value[i];
+      if (!activations.has(latent)) activations.set(latent, new Array(layers.length).fill(0));
+      activations.get(latent)[entries.layer[i]] += entries.value[i];
     });
-    return [...found]
+    return [...activations]
       .map(([latent, h]) => {
         const total = h.reduce((sum, value) => sum + value, 0);
         const share = h.map((value) => value / total);
@@ -31,10 +31,9 @@
     const single = columns.filter(({ h }) => h.filter((value) => value > 0).length === 1).length;
     caption.textContent =
       `“${visible(tokens[token])}”: ${columns.length} latents are active at some layer, ` +
-      `${single} of them at one only.`;
-    const any = (await figures)["heatmap"]; // for the same look
-    const [trace] = any.data;
-    await draw(plot, {
+      `${single} of them at one layer only.`;
+    const { data: [trace], layout } = (await plots)["heatmap"]; // for the same look
+    await draw(node, {
       data: [
         {
           ...trace,
@@ -46,16 +45,16 @@
           hovertemplate: "layer %{y}, latent %{customdata[0]}<br>activation %{customdata[1]}, share %{z:.2f}<extra></extra>",
         },
       ],
-      layout: { ...any.layout, xaxis: { ...any.layout.xaxis, title: { text: "latents active at the token, in the order of their mean layer there" } } },
+      layout: { ...layout, xaxis: { ...layout.xaxis, title: { text: "latents active at the token, sorted by mean layer there" } } },
     });
-    plot.removeAllListeners("plotly_click");
-    plot.on("plotly_click", ({ points: [point] }) => openLatent(point.customdata[0]));
+    node.removeAllListeners("plotly_click");
+    node.on("plotly_click", ({ points: [point] }) => openLatent(point.customdata[0]));
   }
 
   document.getElementById("prompt").append(
     ...tokens.map((token, i) => element("button", { type: "button", class: "chip", title: `token ${i}`, onclick: () => show(i) }, visible(token))),
   );
-  let busiest = tokens.length - 1; // the last token that has latents
-  while (busiest > 0 && !entries.token.includes(busiest)) busiest--;
-  show(busiest);
+  let last = tokens.length - 1; // the last token with an active latent
+  while (last > 0 && !entries.token.includes(last)) last--;
+  show(last);
 })();

@@ -1,4 +1,4 @@
-"""What is read of a run's folder: the files that train, evaluate and analyze leave in it.
+"""A run read back from its folder: the files that train, evaluate and analyze write there.
 
 Legend: L layers, M latents.
 """
@@ -22,42 +22,54 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `mlsae.analyze` found."""
+    """The files that `mlsae.analyze` writes."""
 
-    about: dict[str, Any]
+    summary: dict[str, Any]
     """analysis.json: layers, tokens, ratios, entropy, MMCS, …"""
     profile: Tensor
-    """(M, L) float64: mean over active tokens of P(layer | token, latent); NaN rows where none."""
+    """(M, L) float64: mean over active tokens of P(layer | token, latent); NaN rows if none."""
     totals: Tensor
     """(M, L) float64: summed activation."""
     latents: pyarrow.Table
-    """A row a latent."""
+    """One row per latent."""
     examples: Path
-    """The table of examples: read only where it is needed, since it is large."""
+    """The table of examples. It is large, so only the browser's data read it."""
     prompt: dict[str, Any]
     """The active (token, layer, latent) of one prompt."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run as far as it has come: what is not there is None, or an empty list."""
+class RunData:
+    """A run at any stage: what has not been measured yet is None, or an empty list."""
 
     folder: Path
     config: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    """A line a log step of the training."""
-    heldout: list[dict[str, Any]]
-    """A line a measurement on held-out text while training."""
+    training: list[dict[str, Any]]
+    """metrics.jsonl: one entry per logged training step."""
+    validation: list[dict[str, Any]]
+    """metrics.jsonl: one entry per measurement on held-out text during training."""
     totals: Tensor | None
     """(M, L) float64: summed activation on the held-out text of training."""
     evaluation: dict[str, Any] | None
+    """evaluation.json; its metrics are under "figures"."""
     analysis: Analysis | None
 
     @property
     def layers(self) -> list[int]:
-        """The layers it was trained on."""
+        """The transformer's layers that the SAE was trained on."""
         layers: list[int] = self.config["layers"]
         return layers
+
+    @property
+    def model(self) -> str:
+        """The transformer's name."""
+        return str(self.config.get("model") or "not named")
+
+    @property
+    def dataset(self) -> str | None:
+        """The text that the SAE was trained on; None if the config does not say."""
+        dataset = self.config.get("training", {}).get("dataset")
+        return str(dataset) if dataset else None
 
     @property
     def expansion(self) -> float:
@@ -66,35 +78,35 @@ class Run:
 
     @property
     def quoted(self) -> str:
-        """The folder as a shell takes it."""
+        """The folder, quoted for a shell."""
         return shlex.quote(str(self.folder))
 
     def command(self, program: str) -> str:
-        """The command that makes what is missing, and shows it."""
+        """The command that measures what is missing and redraws the page."""
         return f"python -m mlsae.{program} {self.quoted} && python -m mlsae.report {self.quoted}"
 
 
-def read_run_data(folder: Path) -> Run:
+def read_run_data(folder: Path) -> RunData:
     """Read the run in `folder`.
 
-    Raises InputError if it is no run, or a file of it is damaged.
+    Raises InputError if the folder holds no run, or one of its files is damaged.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
-        lines = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines()]
+        log = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines()]
         latents = folder / "latents.safetensors"
         totals = safetensors.torch.load_file(latents)["totals"] if latents.exists() else None
         evaluation = _text(folder / "evaluation.json")
-        run = Run(
+        run = RunData(
             folder,
             config,
-            [line for line in lines if "loss" in line],
-            [line for line in lines if "heldout" in line],
+            [entry for entry in log if "loss" in entry],
+            [entry for entry in log if "heldout" in entry],
             totals.double() if totals is not None else None,
             _json(evaluation) if evaluation else None,
             _analysis(folder) if (folder / "analysis.json").exists() else None,
         )
-        _ = run.layers, run.expansion, config["k"]
+        _ = run.layers, run.expansion, config["k"]  # raises if config.json is not that of a run
     except (
         OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException,
         safetensors.SafetensorError,
@@ -109,7 +121,7 @@ def read_run_data(folder: Path) -> Run:
 def _analysis(folder: Path) -> Analysis:
     arrays = safetensors.torch.load_file(folder / "analysis.safetensors")
     examples = folder / "analysis_examples.parquet"
-    pyarrow.parquet.read_schema(examples)  # raises where it is damaged
+    pyarrow.parquet.read_schema(examples)  # raises if the file is damaged
     return Analysis(
         _json((folder / "analysis.json").read_text()),
         arrays["profile"].double(),
@@ -121,9 +133,9 @@ def _analysis(folder: Path) -> Analysis:
 
 
 def _json(text: str) -> dict[str, Any]:
-    """An object of JSON; NaN and infinity, which it has not but some write, are None."""
-    found: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
-    return found
+    """A JSON object. NaN and Infinity, which Python writes though JSON has neither, become None."""
+    parsed: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+    return parsed
 
 
 def _text(path: Path) -> str:

@@ -1,6 +1,6 @@
-"""How every figure looks: colors that are read on a light and a dark page, titles, margins.
+"""How every plot looks: colors that read on a light and a dark page, titles, margins.
 
-The page's script puts in the colors of text and lines, which follow the reader's mode.
+The page's script adds the colors of text and lines, which follow the reader's mode.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import plotly.graph_objects as go
 BLUE, ORANGE, GREEN, PURPLE, RED, GRAY = (
     "#4a90d9", "#d9822b", "#2ca58d", "#a06cd5", "#d64550", "#888d93",
 )  # fmt: skip
-SERIES = (BLUE, ORANGE, GREEN, PURPLE, RED, "#b8a038", "#4ab3c9", "#c76aa0")
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, "#b8a038", "#4ab3c9", "#c76aa0")
 LOG_TICKS = [float(f"{digit}e{power}") for power in range(-6, 3) for digit in (1, 2, 5)]
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon", "triangle-down")
 
 
-def figure(
+def plot(
     traces: Sequence[Any], x: dict[str, Any] | str, y: dict[str, Any] | str, **layout: Any
 ) -> go.Figure:
-    """A figure of `traces`; x and y are the titles of its axes, or all that is set of them."""
+    """A plot of `traces`. x and y are the axes' titles, or dictionaries of all their settings."""
     axes = {
         name: {"title": {"text": axis}} if isinstance(axis, str) else axis
         for name, axis in (("xaxis", x), ("yaxis", y))
@@ -41,8 +41,8 @@ def figure(
     )
 
 
-def bars_between(low: Sequence[Any], value: Sequence[Any], high: Sequence[Any]) -> dict[str, Any]:
-    """Error bars from `low` to `high`; none where an end is None."""
+def error_bars(low: Sequence[Any], value: Sequence[Any], high: Sequence[Any]) -> dict[str, Any]:
+    """Error bars from `low` to `high`; no bar if either end is None."""
     ends = [(a, v, b) for a, v, b in zip(low, value, high, strict=True)]
     known = [None not in end for end in ends]
     return {

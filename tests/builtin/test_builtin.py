@@ -1,4 +1,4 @@
-"""The built-in model really models its text, and its card says by how much."""
+"""The built-in model predicts its text, as well as its model card says."""
 
 import re
 
@@ -25,26 +25,26 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokens():
-    """Of the train files, and of a slice of the held-out files: every third."""
+    """The tokens of the training files, and of every third held-out file."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(builtin.MODEL_DIR)
     heldout = list(builtin.corpus("heldout"))[::3]
     return tokenize(tokenizer, builtin.corpus("train")), tokenize(tokenizer, heldout)
 
 
-def test_it_models_heldout_text_far_better_than_a_bigram(card, model, tokens):
+def test_it_predicts_heldout_text_far_better_than_a_bigram(card, model, tokens):
     train, heldout = tokens
     loss = heldout_loss(model, heldout)
     bigram = bigram_loss(train, heldout, model.config.vocab_size)
     assert card["held-out loss"] <= 3.4
     assert loss <= 3.4
     assert loss < bigram - 0.8
-    # The slice, and another Python's library, differ a little from what the card was measured on.
+    # A third of the files, or another Python's library, differ a little from the card's text.
     assert loss == pytest.approx(card["held-out loss"], abs=0.25)
     assert bigram == pytest.approx(card["interpolated bigram, same tokens"], abs=0.25)
 
 
 def test_the_bigram_is_a_distribution():
-    """Over all continuations of a token, seen or not, the probabilities sum to 1."""
+    """The probabilities of all continuations of a token, seen or not, sum to 1."""
     train = np.array([0, 1, 2, 0, 1, 1, 3, 0], dtype=np.uint16)
     for first in range(5):  # 4 is never seen
         pairs = [np.array([first, second], dtype=np.uint16) for second in range(5)]

@@ -1,5 +1,4 @@
-"""Formats of other libraries: files built here by hand as those libraries lay them out, and their
-outputs computed by hand.
+"""Formats of other libraries: files written by hand in their layouts, outputs computed by hand.
 
 Legend: N tokens, D inputs, M latents, K active latents a token.
 """
@@ -25,7 +24,7 @@ def inputs():
 
 
 def by_hand(weights, x, standardize):
-    """x̂ in float64, a vector at a time: scores, the K largest, ReLU, and back."""
+    """x̂ in float64, vector by vector: scores, the K largest, ReLU, decode."""
     w = {name: weight.double() for name, weight in weights.items()}
     rows = []
     for vector in x.double():
@@ -57,8 +56,8 @@ def test_outputs_are_those_computed_by_hand(tmp_path, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", PEERS)
-def test_the_way_there_and_back_keeps_every_bit(tmp_path, name, dtype):
-    """Theirs to ours to theirs: weights, counters and settings are what they were."""
+def test_a_round_trip_keeps_every_bit(tmp_path, name, dtype):
+    """Theirs to ours to theirs: weights, counters and settings are unchanged."""
     theirs = build(name, tmp_path / "theirs", sae(dtype=dtype))
     convert(ConvertConfig(theirs, tmp_path / "ours"))
     convert(ConvertConfig(tmp_path / "ours", tmp_path / "back", to=name))
@@ -80,40 +79,41 @@ def test_ours_to_theirs_and_back(tmp_path_factory, name, D, M, data, bias, dtype
     about = {"training": {"lr": 1e-3}, "versions": {"torch": "2.13.0"}}
     layers = tuple(sorted(data.draw(st.sets(st.integers(0, 30), max_size=4))))
     k = data.draw(st.integers(1, M))
-    one = SavedSAE(
+    written = SavedSAE(
         weights, k, standardize, layers, "some/model", about, {"mine.dead": torch.arange(M)}
     )
     folder = tmp_path_factory.mktemp(name)
-    formats.write(one, folder, name)
+    formats.write(written, folder, name)
     assert formats.detect(folder) == name
     formats.write(formats.read(folder), folder / "ours", "mlsae")
-    two = formats.read(folder / "ours")
-    assert same(two.weights, one.weights)
-    assert torch.equal(two.carried["mine.dead"], one.carried["mine.dead"])
-    assert (two.k, two.standardize, two.layers, two.model) == (k, standardize, layers, "some/model")
-    assert {name: two.about[name] for name in about} == about
+    restored = formats.read(folder / "ours")
+    assert same(restored.weights, written.weights)
+    assert torch.equal(restored.carried["mine.dead"], written.carried["mine.dead"])
+    assert (restored.k, restored.standardize, restored.layers) == (k, standardize, layers)
+    assert restored.model == "some/model"
+    assert {name: restored.about[name] for name in about} == about
 
 
-def test_what_the_files_say_of_layer_and_model_is_kept(tmp_path):
+def test_layers_and_model_named_in_the_files_are_kept(tmp_path):
     for name, layers, model in (
         ("saelens", (4,), "gpt2"),
         ("dictionary_learning", (3,), "EleutherAI/pythia-70m-deduped"),
     ):
-        found = formats.read(build(name, tmp_path / name, sae()))
-        assert (found.layers, found.model) == (layers, model)
+        loaded = formats.read(build(name, tmp_path / name, sae()))
+        assert (loaded.layers, loaded.model) == (layers, model)
     assert formats.read(build("sparsify", tmp_path / "layers.5", sae())).layers == (5,)
     assert formats.read(build("sparsify", tmp_path / "layers.5.mlp", sae())).layers == ()
 
 
 @pytest.mark.parametrize("to", ["sparsify", "dictionary_learning"])
-def test_standardization_is_refused_where_it_cannot_be_said(tmp_path, to):
+def test_standardization_is_refused_if_the_format_cannot_express_it(tmp_path, to):
     source = build("saelens", tmp_path / "a", sae())
     with pytest.raises(InputError, match=rf"--to {to} .*standardizes.*give --to saelens"):
         convert(ConvertConfig(source, tmp_path / "b", to=to))
     assert not (tmp_path / "b").exists()
 
 
-def test_its_absence_is_refused_where_that_cannot_be_said(tmp_path):
+def test_plain_inputs_and_biases_are_refused_if_the_format_cannot_express_them(tmp_path):
     source = build("sparsify", tmp_path / "a", sae())
     with pytest.raises(InputError, match=r"--to openai .*give --to sparsify"):
         convert(ConvertConfig(source, tmp_path / "b", to="openai"))
@@ -149,8 +149,8 @@ def test_what_has_no_counterpart_is_refused(tmp_path, name, file, change):
     folder = build(name, tmp_path / "theirs", sae())
     save(folder / file, {**load(folder / file), **change})
     wrong = next(iter(change))
-    told = {"trainer": "dict_class", "activation_state_dict": "postact_fn", "pre_bias": "b_dec"}
-    with pytest.raises(InputError, match=told.get(wrong, wrong)):
+    named = {"trainer": "dict_class", "activation_state_dict": "postact_fn", "pre_bias": "b_dec"}
+    with pytest.raises(InputError, match=named.get(wrong, wrong)):
         formats.read(folder)
 
 
@@ -164,7 +164,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
 
 
 class Evil:
-    """Unpickled, it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -199,7 +199,7 @@ def test_a_folder_of_folders_names_them(tmp_path):
     build("sparsify", tmp_path / "layers.1", sae())
     with pytest.raises(InputError, match=r"layers\.0, .*layers\.1"):
         formats.read(tmp_path)
-    with pytest.raises(InputError, match="is not there; check the path"):
+    with pytest.raises(InputError, match="does not exist; check the path"):
         formats.read(tmp_path / "nowhere")
 
 
@@ -209,14 +209,14 @@ def test_a_full_folder_is_left_alone(tmp_path):
         convert(ConvertConfig(source, source))
 
 
-def test_the_state_of_training_is_said_to_stay(tmp_path):
+def test_the_training_state_is_reported_as_not_converted(tmp_path):
     source = build("sparsify", tmp_path / "a", sae())
     (source / "checkpoints").mkdir()
     assert "not converted" in convert(ConvertConfig(source, tmp_path / "b"))
 
 
-def test_their_sae_trains_on_here(tmp_path):
-    """Loaded as a SparseTopKSAE, whose gradients are autograd's through the dense formula."""
+def test_their_sae_can_be_trained_here(tmp_path):
+    """load_sae gives a SparseTopKSAE whose gradients equal autograd's through the dense formula."""
     weights = sae()
     loaded = load_sae(build("sparsify", tmp_path / "a", weights))
     x = inputs()

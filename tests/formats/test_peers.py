@@ -1,5 +1,6 @@
-"""Converted SAEs against the real classes of the other libraries, each in an environment of its
-own: `bash scripts/check_peers.sh` makes them, and runs this.
+"""Converted SAEs against the real classes of the other libraries, each in its own environment.
+
+`bash scripts/check_peers.sh` creates the environments and runs these tests.
 
 Legend: N tokens, D inputs, M latents, K active latents a token.
 """
@@ -16,16 +17,17 @@ from mlsae import MLSAE, DenseSAE, formats
 from mlsae.formats import SavedSAE
 from tests.helpers.peer_files import sae
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent.parent
+HELPERS = ROOT / "tests" / "helpers"
 N, D, M, K = 512, 16, 64, 6
 LIBRARIES = {"sparsify": False, "saelens": True, "dictionary_learning": False}
 
 
 def python_of(library):
-    """The Python of its environment; skips the test where there is none."""
+    """The Python of the library's environment; skips the test if there is none."""
     path = Path(os.environ.get("PEERS", "/nowhere")) / library / "bin" / "python"
     if not path.exists():
-        pytest.skip(f"needs {library} in an environment: bash scripts/check_peers.sh makes one")
+        pytest.skip(f"needs an environment with {library}: run bash scripts/check_peers.sh")
     return path
 
 
@@ -40,22 +42,22 @@ def run(python, *arguments, **environment):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_both_ways_give_the_same_outputs(tmp_path, library):
-    """Ours as their class runs it, and theirs as ours does: float32 on both sides."""
+def test_outputs_agree_in_both_directions(tmp_path, library):
+    """Our SAE run by their class, and their SAE run by ours: float32 on both sides."""
     python = python_of(library)
     x = torch.randn(N, D, generator=torch.Generator().manual_seed(0)) * 2 + 1
     ours = SavedSAE(sae(0, D, M), K, LIBRARIES[library], (2,), "some/model")
     formats.write(ours, tmp_path / "converted", library)
     save_file({"x": x}, tmp_path / "x.safetensors")
-    run(python, HERE / "peer.py", library, tmp_path)
+    run(python, HELPERS / "peer.py", library, tmp_path)
     for name in ("converted", "native"):
         theirs = load_file(tmp_path / f"{name}.safetensors")
-        found = ours if name == "converted" else formats.read(tmp_path / name)
-        view = DenseSAE(MLSAE.from_saved(found))
+        saved = ours if name == "converted" else formats.read(tmp_path / name)
+        view = DenseSAE(MLSAE.from_saved(saved))
         f = view.encode(x)
         errors = [
-            (mine - its).abs().max().item() / its.abs().max().item()
-            for mine, its in ((f, theirs["f"]), (view.decode(f), theirs["x_hat"]))
+            (actual - expected).abs().max().item() / expected.abs().max().item()
+            for actual, expected in ((f, theirs["f"]), (view.decode(f), theirs["x_hat"]))
         ]
         print(f"{library}, {name}: largest difference of f {errors[0]:.1e}, x̂ {errors[1]:.1e}")
         assert max(errors) < 1e-5, "relative to the largest output"
@@ -63,10 +65,10 @@ def test_both_ways_give_the_same_outputs(tmp_path, library):
 
 
 def test_saebench_takes_the_dense_view():
-    """SAEBench's own norm check, test of an SAE in a transformer, and metrics of its weights."""
+    """SAEBench's check of norms, its test of an SAE in a transformer, its metrics of weights."""
     out = run(
-        python_of("saelens"), HERE / "peer_saebench.py",
-        PYTHONPATH=f"{HERE.parent}/kernels:{HERE.parent}",
+        python_of("saelens"), HELPERS / "peer_saebench.py",
+        PYTHONPATH=f"{ROOT}/kernels:{ROOT}",
     )  # fmt: skip
     assert "average l0: 6.0" in out
     assert out.endswith("ok\n")

@@ -1,4 +1,4 @@
-"""The paper's released checkpoints, on files laid out as theirs are.
+"""The paper's released checkpoints, on files written in their layout.
 
 Legend: D inputs, M latents, K active latents a token, L layers.
 """
@@ -16,7 +16,7 @@ D, M, K, L = 8, 32, 4, 3
 
 
 def tensors(prefix=""):
-    """Theirs: decoder latents are columns, and only about of norm 1."""
+    """Their tensors: the decoder's columns are latents, of norm only approximately 1."""
     generator = torch.Generator().manual_seed(3)
     decoder = torch.nn.functional.normalize(torch.randn(D, M, generator=generator), dim=0)
     return {
@@ -33,7 +33,7 @@ def plain(folder, **changes):
 
 
 def with_transformer(folder, **changes):
-    """As a `-tfm` one: the SAE under "autoencoder.", the transformer beside it."""
+    """A `-tfm` checkpoint: the SAE under "autoencoder.", the transformer beside it."""
     config = {"accumulate_grad_batches": 64, "auxk": 256, "auxk_coef": 0.03125, "batch_size": 1,
               "dead_steps_threshold": None, "dead_threshold": 0.001,
               "dead_tokens_threshold": 10000000, "expansion_factor": M // D, "k": K,
@@ -56,7 +56,7 @@ def save(folder, config, content):
 
 
 def forward(x, standardize):
-    """Theirs, written out: encoder and decoder as linear maps of dense activations."""
+    """Their forward pass, written out: linear maps of dense activations."""
     weights = {name: weight.double() for name, weight in tensors().items()}
     mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)  # unbiased
     inner = (x - mean) / (std + 1e-5) if standardize else x
@@ -69,7 +69,7 @@ def forward(x, standardize):
 
 @pytest.mark.parametrize("standardize", [True, False])
 @pytest.mark.parametrize("build", [plain, with_transformer])
-def test_outputs_are_theirs_to_rounding(tmp_path, build, standardize):
+def test_outputs_equal_theirs_up_to_rounding(tmp_path, build, standardize):
     mlsae = MLSAE.from_pretrained(build(tmp_path / "theirs", standardize=standardize))
     assert mlsae.config.standardize == standardize
     x = torch.randn(L, 20, D, generator=torch.Generator().manual_seed(0)) * 5 + 2
@@ -84,8 +84,8 @@ def test_decoder_rows_are_left_as_they_are(tmp_path):
     assert (mlsae.sae.W_dec.norm(dim=1) - 1).abs().max() > 1e-3
 
 
-def test_layers_and_model_where_the_files_tell(tmp_path):
-    """A -tfm one tells both; a plain one neither, unless its model card names the model."""
+def test_layers_and_model_if_the_files_name_them(tmp_path):
+    """A -tfm checkpoint names both; a plain one neither, unless its model card names the model."""
     config = MLSAE.from_pretrained(with_transformer(tmp_path / "a")).config
     assert (config.layers, config.model) == ((0, 1, 2), "EleutherAI/pythia-70m-deduped")
     config = MLSAE.from_pretrained(with_transformer(tmp_path / "b", layers=[1])).config
@@ -99,7 +99,7 @@ def test_layers_and_model_where_the_files_tell(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["config", "name"])
-def test_a_tuned_lens_is_warned_of(tmp_path, how):
+def test_a_tuned_lens_gives_a_warning(tmp_path, how):
     if how == "config":
         folder = with_transformer(tmp_path / "theirs", tuned_lens=True)
     else:
@@ -108,8 +108,8 @@ def test_a_tuned_lens_is_warned_of(tmp_path, how):
         MLSAE.from_pretrained(folder)
 
 
-def test_a_tfm_one_without_its_transformer_is_named(tmp_path):
+def test_a_tfm_checkpoint_without_its_transformer_is_an_error(tmp_path):
     config = {"expansion_factor": 4, "model_name": "gpt2", "k": K, "layers": None}
     folder = save(tmp_path / "theirs", config, tensors("autoencoder."))
-    with pytest.raises(InputError, match="must have the transformer's blocks"):
+    with pytest.raises(InputError, match="must contain the transformer's blocks"):
         MLSAE.from_pretrained(folder)

@@ -77,7 +77,7 @@ class Reader:
         box.send_keys(text or Keys.DELETE)
         self.until(f"document.querySelector('#search').value === {json.dumps(text)}")
         self.driver.execute_async_script("setTimeout(arguments[0], 250)")
-        return int(self.one("#found").text.split(" of ")[0].replace(",", ""))
+        return int(self.one("#match-count").text.split(" of ")[0].replace(",", ""))
 
     def complaints(self):
         """Errors and warnings of the page, and requests for anything but itself."""

@@ -1,10 +1,10 @@
-"""Runs in another library's own environment, beside none of our code: what its real class makes
-of a folder that we wrote, and an SAE of its own, for us to read.
+"""Run another library's real class on a folder that we wrote, and let it write an SAE of its own.
 
-    PYTHON tests/peer.py LIBRARY FOLDER
+    PYTHON tests/helpers/peer.py LIBRARY FOLDER
 
-FOLDER holds `x.safetensors` {x (N, D)} and `converted/`; it leaves `converted.safetensors` and, of
-its own SAE in `native/`, `native.safetensors`: dense activations f (N, M) and reconstructions.
+It runs in the library's own environment, without our code. FOLDER holds `x.safetensors` {x (N, D)}
+and our `converted/`; the program adds the library's own SAE, `native/`, and the outputs of both,
+`converted.safetensors` and `native.safetensors` {f (N, M) dense activations, x_hat (N, D)}.
 
 Legend: N tokens, D inputs, M latents, K active latents a token.
 """
@@ -53,7 +53,7 @@ def saelens(folder):
 
 
 def make_saelens(folder, D):
-    """As its training leaves it: its default rescales by the decoder's norms, folded on saving."""
+    """As saved by its training, which rescales by the decoder's norms and folds them on saving."""
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
     cfg = TopKTrainingSAEConfig(d_in=D, d_sae=M, k=K, normalize_activations="layer_norm")

@@ -1,4 +1,4 @@
-"""SAEs in other libraries' formats, laid out here by hand as those libraries do: for the tests.
+"""SAEs in other libraries' formats, written by hand in those libraries' layouts.
 
 Legend: D inputs, M latents, K active latents a token.
 """
@@ -12,7 +12,7 @@ D, M, K = 6, 24, 3
 
 
 def sae(seed=0, D=D, M=M, dtype=torch.float32):
-    """Its weights, in this project's names; W_dec's rows are about, but not quite, of norm 1."""
+    """Weights by this project's names; the norms of W_dec's rows are near, but not equal to, 1."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.normalize(torch.randn(M, D, generator=generator), dim=1)
     return {
@@ -24,7 +24,7 @@ def sae(seed=0, D=D, M=M, dtype=torch.float32):
 
 
 def build(name, folder, weights):
-    """The files of format `name`, of its own cfg and with its own counters."""
+    """Write the files of format `name`, with its own config and counters."""
     w = {key: value.clone() for key, value in weights.items()}
     folder.mkdir(parents=True)
     counter = torch.arange(M)
@@ -144,10 +144,10 @@ def load(path):
     return safetensors.torch.load_file(path)
 
 
-def same(one, two):
-    """Whether two files' contents are, tensors bit for bit and dtype for dtype."""
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, torch.Tensor):
-        return one.dtype == two.dtype and torch.equal(one, two)
-    return one == two
+def same(a, b):
+    """Whether the contents of two files are equal; tensors in every bit and in their dtype."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b

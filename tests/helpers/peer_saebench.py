@@ -1,4 +1,4 @@
-"""Runs where SAELens and SAEBench are: SAEBench's own checks of an SAE, on our dense view.
+"""Run SAEBench's own checks of an SAE on our dense view, in an environment with SAEBench.
 
 Legend: D width of the residual stream, M latents.
 """
@@ -23,7 +23,7 @@ assert view.check_decoder_norms()
 
 
 class Model:
-    """Their `HookedTransformer.from_pretrained` needs the network; this one does not."""
+    """Stands in for their `HookedTransformer`, whose `from_pretrained` needs the network."""
 
     @staticmethod
     def from_pretrained(_name, device):

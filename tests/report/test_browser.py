@@ -47,10 +47,10 @@ def test_a_page_opens_without_errors_or_network(reader, run, tmp_path):
     reader.complaints()  # those of before
     for page in (run[0], tmp_path / "a" / "report.html", tmp_path / "c.html"):
         reader.open(page)
-        figures = len(reader.all(".plot[data-figure]"))
+        figures = len(reader.all(".plot[data-plot]"))
         assert figures >= 5
         # Down the page, past every figure, so that each is drawn.
-        for node in reader.all(".plot[data-figure]"):
+        for node in reader.all(".plot[data-plot]"):
             if node.is_displayed():
                 reader.js("arguments[0].scrollIntoView()", node)
                 WebDriverWait(reader.driver, 30).until(
@@ -184,8 +184,8 @@ def test_what_means_something_to_html_is_shown_as_it_is(reader, run, tmp_path):
 
 def test_a_click_on_a_column_opens_its_latent(reader, run):
     page, table, _ = run
-    reader.open(page).ready().until("document.querySelector('[data-figure=heatmap]').dataset.drawn")
-    node = reader.one("[data-figure=heatmap]")
+    reader.open(page).ready().until("document.querySelector('[data-plot=heatmap]').dataset.drawn")
+    node = reader.one("[data-plot=heatmap]")
     x, y = reader.js(
         "const {xaxis, yaxis, _size} = arguments[0]._fullLayout;"
         "return [_size.l + xaxis.d2p(1000), _size.t + yaxis.d2p(2)]",
@@ -220,23 +220,23 @@ def test_a_token_of_the_prompt_shows_its_latents(reader, run):
     means = np.arange(L) @ z
     assert (np.diff(means) >= -1e-9).all()
     single = sum((z > 0).sum(0) == 1)
-    assert f"{single} of them at one only" in reader.one("#token-caption").text
+    assert f"{single} of them at one layer only" in reader.one("#token-caption").text
 
 
 def test_buttons_change_what_is_aggregated(reader, run):
     reader.open(run[0]).ready()
-    assert not reader.one("[data-figure=heatmap-totals]").is_displayed()
+    assert not reader.one("[data-plot=heatmap-totals]").is_displayed()
     reader.one("[data-choice=totals]").click()
-    reader.until("document.querySelector('[data-figure=heatmap-totals]').dataset.drawn")
-    assert reader.one("[data-figure=heatmap-totals]").is_displayed()
-    assert not reader.one("[data-figure=heatmap]").is_displayed()
+    reader.until("document.querySelector('[data-plot=heatmap-totals]').dataset.drawn")
+    assert reader.one("[data-plot=heatmap-totals]").is_displayed()
+    assert not reader.one("[data-plot=heatmap]").is_displayed()
 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_is_read_in_light_and_in_dark(reader, run, dark):
     """The contrast that WCAG 2.2 AA asks of text: 4.5."""
     reader.open(run[0], dark=dark).ready()
-    reader.until("document.querySelector('[data-figure=heatmap]').dataset.drawn")
+    reader.until("document.querySelector('[data-plot=heatmap]').dataset.drawn")
     reader.until("document.querySelector('.example')")
     red, green, blue = re.findall(
         r"\d+", reader.js("return getComputedStyle(document.body).backgroundColor")
@@ -244,9 +244,9 @@ def test_text_is_read_in_light_and_in_dark(reader, run, dark):
     assert (int(red) + int(green) + int(blue) < 150) == dark
     for selector in (
         "h1, h2, h3, p, dt, dd, small, figcaption, nav a, .headline *, th, td",
-        "#columns *, #rows [role=gridcell], .chip, button, #search, #found",
+        "#columns *, #rows [role=gridcell], .chip, button, #search, #match-count",
         ".example p, .example .text, .profile > div",
-        "[data-figure] .xtick text, [data-figure] .ytitle, [data-figure] .cbtitle text",
+        "[data-plot] .xtick text, [data-plot] .ytitle, [data-plot] .cbtitle text",
     ):
         ratios = reader.js(CONTRAST, selector)
         assert ratios, selector
@@ -255,8 +255,8 @@ def test_text_is_read_in_light_and_in_dark(reader, run, dark):
 
 def test_figures_follow_when_the_mode_changes(reader, run):
     reader.open(run[0]).ready()
-    reader.until("document.querySelector('[data-figure=heatmap]').dataset.drawn")
-    tick = "getComputedStyle(document.querySelector('[data-figure=heatmap] .xtick text')).fill"
+    reader.until("document.querySelector('[data-plot=heatmap]').dataset.drawn")
+    tick = "getComputedStyle(document.querySelector('[data-plot=heatmap] .xtick text')).fill"
     before = reader.js("return " + tick)
     scheme = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     reader.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mlsae.errors import InputError
-from mlsae.report import latent_figures, write_report
+from mlsae.report import latent_plots, write_report
+from mlsae.report.browser import KINDS, browser_data
 from mlsae.report.comparison import write_comparison
-from mlsae.report.latents import KINDS, browser
 from mlsae.report.run_data import read_run_data
 from tests.helpers.make_run import make_run
 from tests.helpers.programs import program
@@ -41,21 +41,21 @@ def test_a_column_of_the_heatmap_is_a_latent_or_the_mean_of_neighbors():
     share = torch.rand(7, 3, dtype=torch.float64)
     share /= share.sum(1, keepdim=True)
     order = sorted(range(7), key=lambda j: float(share[j, 1] + 2 * share[j, 2]))
-    figure = latent_figures.heatmap(share, [0, 4, 9])
+    figure = latent_plots.heatmap(share, [0, 4, 9])
     np.testing.assert_allclose(np.array(figure.data[0].z), share[order].T, atol=6e-4)
     assert list(figure.data[0].y) == ["0", "4", "9"]
-    many = torch.rand(2 * latent_figures.MAX_COLUMNS + 1, 3, dtype=torch.float64)
+    many = torch.rand(2 * latent_plots.MAX_COLUMNS + 1, 3, dtype=torch.float64)
     many /= many.sum(1, keepdim=True)
-    figure = latent_figures.heatmap(many, [0, 1, 2])
+    figure = latent_plots.heatmap(many, [0, 1, 2])
     order = (many @ torch.arange(3.0).double()).argsort()
     z = np.array(figure.data[0].z)
-    assert z.shape[1] <= latent_figures.MAX_COLUMNS
+    assert z.shape[1] <= latent_plots.MAX_COLUMNS
     np.testing.assert_allclose(z[:, 1], many[order][3:6].mean(0), atol=6e-4)
     assert (figure.data[0].x0, figure.data[0].dx) == (2, 3)
 
 
 def test_every_latent_counts_in_the_histogram_its_ends_too():
-    figure = latent_figures.mean_layers(torch.tensor([0.0, 0.0, 2.5, 5.0, float("nan")]), 6)
+    figure = latent_plots.mean_layers(torch.tensor([0.0, 0.0, 2.5, 5.0, float("nan")]), 6)
     counts = np.array(figure.data[0].y)
     assert (counts[0], counts[24], counts[-1], counts.sum()) == (2, 1, 1, 4)
     assert figure.data[1].x[0] == pytest.approx(7.5 / 4)
@@ -87,29 +87,29 @@ def by_latent(rows, latent):
     return [i for *_, i in sorted(ranked)]
 
 
-def examples_in(data, shards):
+def examples_in(data, chunks):
     """The activations of the examples of each latent in the page, by id."""
     found = {}
-    for index, shard in enumerate(shards):
-        for i, end in enumerate(shard["ends"]):
-            start = shard["ends"][i - 1] if i else 0
-            found[data["latent"][index * data["shard"] + i]] = shard["activation"][start:end]
+    for index, chunk in enumerate(chunks):
+        for i, end in enumerate(chunk["ends"]):
+            start = chunk["ends"][i - 1] if i else 0
+            found[data["latent"][index * data["chunk"] + i]] = chunk["activation"][start:end]
     return found
 
 
 def test_all_examples_are_there_where_they_fit_in_order(whole):
     _, made, page = whole
     data, rows = packed(page, "latents"), made["examples"]
-    shards = [packed(page, f"examples-{i}") for i in range(-(-len(data["latent"]) // 64))]
-    found = examples_in(data, shards)
+    chunks = [packed(page, f"examples-{i}") for i in range(-(-len(data["latent"]) // 64))]
+    found = examples_in(data, chunks)
     assert sum(map(len, found.values())) == len(rows["latent"])
     for latent in (data["latent"][0], data["latent"][63], data["latent"][64], data["latent"][-1]):
         expected = rows["activation"][by_latent(rows, latent)]
         np.testing.assert_allclose(found[latent], expected, rtol=1e-3)
     first = by_latent(rows, data["latent"][64])[0]
-    assert shards[1]["tokens"][0] == list(rows["tokens"][first])
-    assert shards[1]["position"][0] == rows["position"][first]
-    np.testing.assert_allclose(shards[1]["activations"][0], rows["activations"][first], atol=6e-3)
+    assert chunks[1]["tokens"][0] == list(rows["tokens"][first])
+    assert chunks[1]["position"][0] == rows["position"][first]
+    np.testing.assert_allclose(chunks[1]["activations"][0], rows["activations"][first], atol=6e-3)
     peak = rows["tokens"][first][rows["position"][first]]
     assert data["peaks"][64][0] == peak
     assert f"All {len(rows['latent']):,} examples are in this page." in page
@@ -118,7 +118,7 @@ def test_all_examples_are_there_where_they_fit_in_order(whole):
 @pytest.mark.parametrize("budget", [1_000_000, 300_000, 120_000, 60_000])
 def test_what_does_not_fit_is_left_out_evenly_and_said(whole, budget):
     folder, made, _ = whole
-    found = browser(read_run_data(folder).analysis, budget)
+    found = browser_data(read_run_data(folder).analysis, budget)
     assert sum(map(len, found.packed.values())) <= budget
     texts = {
         name: json.loads(gzip.decompress(base64.b64decode(text)))
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_left_out_evenly_and_said(whole, budget):
     data = texts.pop("latents")
     kept = examples_in(data, list(texts.values()))
     counts = [len(activations) for activations in kept.values()]
-    assert found.examples == sum(counts) < found.examples_in_all == len(made["examples"]["latent"])
+    assert found.examples == sum(counts) < found.total_examples == len(made["examples"]["latent"])
     assert found.reached == len(counts)
     assert max(counts, default=0) <= found.depth
     for latent in list(kept)[:3]:
@@ -150,21 +150,21 @@ def test_what_is_not_measured_yet_is_a_line_with_its_command(tmp_path):
     page = (folder / "report.html").read_text()
     assert page.count(f"python -m mlsae.analyze &#39;{folder}&#39; &amp;&amp; python -m") == 4
     assert page.count("python -m mlsae.evaluate") == 1
-    assert set(packed(page, "figures")) == {
+    assert set(packed(page, "plots")) == {
         "heatmap-totals", "mean-layers", "entropies", "fvu", "training"
     }  # fmt: skip
     make_run(folder, evaluated=True, analyzed=False)
     write_report(folder)
     page = (folder / "report.html").read_text()
     assert "python -m mlsae.evaluate" not in page
-    assert "delta-ce" in packed(page, "figures")
+    assert "delta-ce" in packed(page, "plots")
 
 
 def test_an_sae_from_elsewhere_that_was_analyzed_has_a_page(tmp_path):
     make_run(tmp_path, trained=False)
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert "it was not trained here" in page
+    assert "the SAE was not trained here" in page
     assert "python -m mlsae" not in page
 
 
@@ -186,7 +186,7 @@ def test_nothing_active_is_a_page_too(tmp_path):
     make_run(tmp_path, 64, 3, examples=1, alive=False)
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert "0 latents were active; 64 never were." in page
+    assert "0 latents were active; 64 were never active." in page
     make_run(tmp_path / "trained", 64, 3, analyzed=False, alive=False)
     write_report(tmp_path / "trained")
 
@@ -250,7 +250,7 @@ def test_a_comparison_has_a_row_a_run_and_the_papers_below_its_like(several):
 
 def test_lines_join_what_differs_in_the_axis_alone(several):
     _, page = several
-    figures = packed(page, "figures")
+    figures = packed(page, "plots")
     by_r = figures["ratio_a-expansion"]["data"]
     assert [(list(trace["x"]), len(trace["y"])) for trace in by_r] == [
         ([16], 1),  # run-0; run-1 is not analyzed

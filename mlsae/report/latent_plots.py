@@ -1,11 +1,10 @@
-"""Figures of latents: at which layers they are active, how that is distributed, the two ratios.
+"""Plots of latents: the layers at which they are active, their distribution, the two ratios.
 
 Legend: L layers, M latents.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,62 +13,70 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
-from .style import BLUE, GRAY, ORANGE, bars_between, figure
+from .style import BLUE, GRAY, ORANGE, error_bars, plot
 
-MAX_COLUMNS = 1200  # of the heatmap: more than a screen shows, and the page stays small
+MAX_COLUMNS = 1200  # of a heatmap: more than a screen shows, and the page stays small
 BINS = 48
 LABELS = {"equations": "the equations", "released": "the released code"}
 
 
-def shares(totals: Tensor) -> Tensor:
-    """Rows with something in them, each divided by its sum; NaN rows are left out. (M', L)."""
-    fired = totals[totals.sum(1) > 0]
-    return fired / fired.sum(1, keepdim=True)
+def layer_shares(totals: Tensor) -> Tensor:
+    """p(ℓ | latent) = totals / Σ_ℓ totals of totals (M, L), for the latents with any: (M', L)."""
+    active = totals[totals.sum(1) > 0]
+    return active / active.sum(1, keepdim=True)
 
 
-def columns_of(n_latents: int) -> int:
-    """Latents that share a column of the heatmap."""
+def column_width(n_latents: int) -> int:
+    """How many latents share one column of the heatmap."""
     return max(1, -(-n_latents // MAX_COLUMNS))
 
 
+def layer_heatmap(share: Tensor, layers: Sequence[int], **trace: Any) -> go.Heatmap:
+    """A Plotly trace of share (columns, L), in [0, 1]: layers run down, `trace` sets the rest."""
+    return go.Heatmap(
+        z=[[round(value, 3) for value in row] for row in share.T.tolist()],
+        y=[str(layer) for layer in layers],
+        colorscale="Viridis",
+        zmin=0,
+        zmax=1,
+        colorbar={"title": {"text": "share", "side": "right"}, "thickness": 10},
+        **trace,
+    )
+
+
 def heatmap(share: Tensor, layers: Sequence[int]) -> go.Figure:
-    """share (M, L), in the order of mean layer: a column a latent or group of neighbors."""
+    """share (M, L) sorted by mean layer, in columns of `column_width` neighboring latents."""
     mean = share @ torch.arange(share.shape[1], dtype=share.dtype)
     order = mean.argsort(stable=True)
-    width = columns_of(len(share))
+    width = column_width(len(share))
     groups = share[order].split(width)
-    z = torch.stack([group.mean(0) for group in groups]).T if groups[0].numel() else share.T
-    means = [group.mean().item() for group in mean[order].split(width)]
-    return figure(
-        [
-            go.Heatmap(
-                z=[[round(value, 3) for value in row] for row in z.tolist()],
-                x0=(width + 1) / 2,  # the first column is the mean of latents 1 … width
-                dx=width,
-                y=[str(layer) for layer in layers],
-                text=[f"{value:.2f}" for value in means],
-                customdata=[[f"{value:.2f}" for value in means]] * len(layers),
-                colorscale="Viridis",
-                zmin=0,
-                zmax=1,
-                colorbar={"title": {"text": "share", "side": "right"}, "thickness": 10},
-                hovertemplate="layer %{y}: share %{z:.2f}<br>place %{x:,.0f} by mean layer, "
-                "which is %{customdata}<extra></extra>",
-            )
-        ],
-        {"title": {"text": "latents, in the order of their mean layer"}, "showgrid": False},
+    columns = torch.stack([group.mean(0) for group in groups]) if groups[0].numel() else share
+    means = [f"{group.mean().item():.2f}" for group in mean[order].split(width)]
+    trace = layer_heatmap(
+        columns,
+        layers,
+        x0=(width + 1) / 2,  # the first column is the mean of latents 1 … width
+        dx=width,
+        text=means,
+        customdata=[means] * len(layers),
+        hovertemplate="layer %{y}: share %{z:.2f}<br>place %{x:,.0f} by mean layer, "
+        "which is %{customdata}<extra></extra>",
+    )
+    return plot(
+        [trace],
+        {"title": {"text": "latents, sorted by mean layer"}, "showgrid": False},
         layer_axis(),
         height=heatmap_height(len(layers)),
     )
 
 
 def layer_axis() -> dict[str, Any]:
-    """Layers from the first, at the top, down."""
+    """A vertical axis of layers, the first at the top."""
     return {"title": {"text": "layer"}, "autorange": "reversed", "type": "category"}
 
 
 def heatmap_height(n_layers: int) -> int:
-    """Pixels: a few for every layer, within what a laptop shows at once."""
+    """Pixels: more for more layers, within what a laptop shows at once."""
     return min(560, 130 + 34 * max(6, n_layers))
 
 
@@ -80,12 +87,12 @@ def mean_layers(mean: Tensor, n_layers: int) -> go.Figure:
 
 def entropies(entropy: Tensor) -> go.Figure:
     """A histogram of normalized entropies."""
-    return _histogram(entropy, 1, "entropy over layers ÷ ln L (0: one layer, 1: all alike)")
+    return _histogram(entropy, 1, "entropy over layers ÷ ln L (0: one layer, 1: all layers alike)")
 
 
 def _histogram(values: Tensor, end: float, title: str) -> go.Figure:
     values = values[~values.isnan()]
-    # Rounding may leave a value just outside of [0, end].
+    # Rounding may leave a value just outside [0, end].
     counts = torch.histc(values.clamp(0, end).double(), BINS, 0, end)
     width = end / BINS
     x = [(i + 0.5) * width for i in range(BINS)]
@@ -111,7 +118,7 @@ def _histogram(values: Tensor, end: float, title: str) -> go.Figure:
                 hoverinfo="skip",
             )
         )
-    return figure(
+    return plot(
         traces,
         {"title": {"text": title}, "range": [0, end], "showgrid": False},
         {"title": {"text": "latents"}, "rangemode": "tozero"},
@@ -120,20 +127,21 @@ def _histogram(values: Tensor, end: float, title: str) -> go.Figure:
     )
 
 
-def ratios(found: dict[str, Any]) -> go.Figure:
-    """Ratios A and B with intervals, by both estimators: the `ratios` of analysis.json."""
+def ratios(estimates: dict[str, Any]) -> go.Figure:
+    """Ratios A and B with intervals, by both estimators. `estimates`: "ratios" of analysis.json."""
     traces = []
     for (estimator, label), color, symbol in zip(
         LABELS.items(), (BLUE, GRAY), ("circle", "diamond-open"), strict=True
     ):
         low, value, high = (
-            [found[estimator][name][end] for name in ("B", "A")] for end in ("low", "value", "high")
+            [estimates[estimator][name][end] for name in ("B", "A")]
+            for end in ("low", "value", "high")
         )
         traces.append(
             go.Scatter(
                 x=value,
                 y=["ratio B", "ratio A"],
-                error_x=bars_between(low, value, high),
+                error_x=error_bars(low, value, high),
                 mode="markers+text",
                 text=[f"{number:.3f}" if number is not None else "" for number in value],
                 textposition="top center" if estimator == "equations" else "bottom center",
@@ -142,7 +150,7 @@ def ratios(found: dict[str, Any]) -> go.Figure:
                 hovertemplate="%{y}: %{x:.4f}<extra>" + label + "</extra>",
             )
         )
-    return figure(
+    return plot(
         traces,
         {"title": {"text": "ratio (0 to 1)"}, "range": [-0.04, 1.04]},
         {"type": "category", "range": [-0.6, 1.6]},
@@ -150,38 +158,37 @@ def ratios(found: dict[str, Any]) -> go.Figure:
     )
 
 
-def cosines(found: dict[str, Any]) -> go.Figure:
-    """The histogram of cosines between decoder rows, beside that of random directions."""
-    edges = found["edges"]
+def cosines(histogram: dict[str, Any]) -> go.Figure:
+    """Histograms of the cosines between decoder rows, and between random directions.
+
+    `histogram`: "cosine_histogram" of analysis.json.
+    """
+    edges = histogram["edges"]
     x = [(a + b) / 2 for a, b in pairwise(edges)]
-    # What is expected of random directions may be as little as 1e-100: below what is counted at
-    # the least, it would only stretch the axis. A share of 0 has no place on it at all.
-    pairs = sum(found["decoder"]) or 1
-    least = min((count / pairs for count in found["decoder"] if count), default=0) / 10
+    # The expected share of random directions can be as small as 1e-100. Shares far below the
+    # smallest count of decoder rows would only stretch the axis, and a log axis has no 0.
+    pairs = sum(histogram["decoder"]) or 1
+    threshold = min((count / pairs for count in histogram["decoder"] if count), default=0) / 10
     traces = []
     for name, label, color, dash in (
         ("decoder", "decoder rows", BLUE, "solid"),
         ("random", "random directions", GRAY, "dot"),
     ):
-        total = sum(found[name]) or 1
+        total = sum(histogram[name]) or 1
+        shares = [count / total for count in histogram[name]]
         traces.append(
             go.Scatter(
                 x=x,
-                y=[count / total if count / total > least else None for count in found[name]],
+                y=[share if share > threshold else None for share in shares],
                 mode="lines",
                 line={"color": color, "width": 2, "dash": dash, "shape": "hvh"},
                 name=label,
                 hovertemplate="cosine %{x:.2f}: %{y:.2e}<extra></extra>",
             )
         )
-    return figure(
+    return plot(
         traces,
         "cosine of two decoder rows",
         {"title": {"text": "share of pairs"}, "type": "log", "exponentformat": "power"},
         height=280,
     )
-
-
-def finite(value: Any) -> float | None:
-    """The number, or None where it is None, NaN or infinite."""
-    return float(value) if value is not None and math.isfinite(value) else None

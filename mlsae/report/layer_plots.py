@@ -1,4 +1,4 @@
-"""Figures of layers, and of training: reconstruction, predictions, residuals, curves.
+"""Plots by layer, and of training: reconstruction, predictions, residuals, curves.
 
 Legend: L layers.
 """
@@ -12,30 +12,32 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from .style import BLUE, GRAY, GREEN, LOG_TICKS, ORANGE, RED, bars_between, figure
+from .style import BLUE, GRAY, GREEN, LOG_TICKS, ORANGE, RED, error_bars, plot
 
-_NAMED = 8  # layers at most that are all in the key of a figure
+_NAMED = 8  # up to this many layers, a legend names them all
 
 
 def _by_layer(
     series: dict[str, dict[str, Any]], layers: Sequence[int], title: str, form: str
 ) -> go.Figure:
-    """Bars of each layer; `series` has figures as evaluation.json has them, by label."""
-    patterns = ("", "/")  # told apart without color too
+    """Bars per layer. `series`: by label, metrics in the form of evaluation.json."""
+    patterns = ("", "/")  # so that the series differ without color too
     traces = []
-    for (label, found), color, shape in zip(series.items(), (BLUE, ORANGE), patterns, strict=False):
-        low, high = zip(*found["intervals"], strict=True)
+    for (label, metric), color, shape in zip(
+        series.items(), (BLUE, ORANGE), patterns, strict=False
+    ):
+        low, high = zip(*metric["intervals"], strict=True)
         traces.append(
             go.Bar(
                 x=[str(layer) for layer in layers],
-                y=found["layers"],
+                y=metric["layers"],
                 name=label,
                 marker={"color": color, "pattern": {"shape": shape, "fillmode": "overlay"}},
-                error_y=bars_between(low, found["layers"], high),
+                error_y=error_bars(low, metric["layers"], high),
                 hovertemplate="layer %{x}: %{y:" + form + "}<extra>" + label + "</extra>",
             )
         )
-    return figure(
+    return plot(
         traces,
         {"title": {"text": "layer"}, "type": "category", "showgrid": False},
         {"title": {"text": title}, "rangemode": "tozero"},
@@ -43,34 +45,37 @@ def _by_layer(
     )
 
 
-def fvu(found: dict[str, dict[str, Any]], layers: Sequence[int]) -> go.Figure:
-    """FVU of each layer, both definitions."""
-    series = {"FVU": found["fvu"], "FVU as in the paper": found["fvu_paper"]}
+def fvu(metrics: dict[str, dict[str, Any]], layers: Sequence[int]) -> go.Figure:
+    """FVU per layer, by both definitions."""
+    series = {"FVU": metrics["fvu"], "FVU as in the paper": metrics["fvu_paper"]}
     return _by_layer(series, layers, "FVU (share of variance)", ".4f")
 
 
 def fvu_of_training(heldout: dict[str, Any], layers: Sequence[int]) -> go.Figure:
-    """The same from the held-out line of metrics.jsonl, which has no intervals."""
+    """FVU per layer from a validation entry of metrics.jsonl, which has no intervals."""
     unknown = [[None, None]] * len(layers)
-    found = {
+    metrics = {
         name: {"layers": heldout[f"{name}_layers"], "intervals": unknown}
         for name in ("fvu", "fvu_paper")
     }
-    return fvu(found, layers)
+    return fvu(metrics, layers)
 
 
-def delta_ce(found: dict[str, dict[str, Any]], layers: Sequence[int]) -> go.Figure:
-    """What substituting the reconstruction at a layer costs, nats per token."""
-    return _by_layer({"ΔCE": found["delta_ce"]}, layers, "ΔCE (nats per token)", ".4f")
+def delta_ce(metrics: dict[str, dict[str, Any]], layers: Sequence[int]) -> go.Figure:
+    """ΔCE per layer: what replacing the residual there by its reconstruction costs."""
+    return _by_layer({"ΔCE": metrics["delta_ce"]}, layers, "ΔCE (nats per token)", ".4f")
 
 
-def adjacent(found: dict[str, Any], layers: Sequence[int]) -> go.Figure:
-    """Cosine of neighboring layers' centered residuals, and their norm."""
+def adjacent(statistics: dict[str, Any], layers: Sequence[int]) -> go.Figure:
+    """Cosine of adjacent layers' centered residuals, and the residuals' norm.
+
+    `statistics`: "adjacent" of analysis.json.
+    """
     names = [str(layer) for layer in layers]
     pairs = [f"{a} → {b}" for a, b in pairwise(layers)]
     cosine = go.Scatter(
         x=[i + 0.5 for i in range(len(pairs))],
-        y=found["cosine"],
+        y=statistics["cosine"],
         text=pairs,
         name="cosine to the next layer",
         mode="lines+markers",
@@ -80,7 +85,7 @@ def adjacent(found: dict[str, Any], layers: Sequence[int]) -> go.Figure:
     )
     norm = go.Bar(
         x=list(range(len(names))),
-        y=found["norm"],
+        y=statistics["norm"],
         yaxis="y2",
         name="norm",
         width=0.55,
@@ -90,7 +95,7 @@ def adjacent(found: dict[str, Any], layers: Sequence[int]) -> go.Figure:
         textposition="none",
         hovertemplate="layer %{text}: norm %{y:.3g}<extra></extra>",
     )
-    return figure(
+    return plot(
         [norm, cosine],
         {
             "title": {"text": "layer"},
@@ -100,7 +105,7 @@ def adjacent(found: dict[str, Any], layers: Sequence[int]) -> go.Figure:
         },
         {
             "title": {"text": "cosine"},
-            "range": [min([0, *found["cosine"]]), 1.02],
+            "range": [min([0, *statistics["cosine"]]), 1.02],
             "tickvals": [-1, -0.5, 0, 0.25, 0.5, 0.75, 1],
             "overlaying": "y2",
         },
@@ -116,29 +121,32 @@ def adjacent(found: dict[str, Any], layers: Sequence[int]) -> go.Figure:
 
 
 def training(
-    curve: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]], layers: Sequence[int]
+    log: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], layers: Sequence[int]
 ) -> go.Figure:
-    """FVU while training: of each layer, their mean, held-out; and the share of dead latents."""
-    tokens = [line["tokens"] for line in curve]
-    dead = [line["dead"] for line in curve]
+    """FVU during training, per layer, their mean and held-out; and the share of dead latents.
+
+    `log` and `validation`: entries of metrics.jsonl.
+    """
+    tokens = [entry["tokens"] for entry in log]
+    dead = [entry["dead"] for entry in log]
     shades = sample_colorscale("Viridis", [0.2 + 0.6 * i / len(layers) for i in range(len(layers))])
     traces = [
         go.Scatter(
             x=tokens,
-            y=[line["fvu_layers"][i] for line in curve],
+            y=[entry["fvu_layers"][i] for entry in log],
             name=f"layer {layer}",
             line={"width": 1.3, "color": shade},
-            # Of many layers the key names the first and the last; pointing at a line names it.
+            # Of many layers the legend names the first and the last; hovering names the others.
             showlegend=len(layers) <= _NAMED or i in (0, len(layers) - 1),
         )
         for i, (layer, shade) in enumerate(zip(layers, shades, strict=True))
     ]
-    mean = [line["fvu"] for line in curve]
+    mean = [entry["fvu"] for entry in log]
     traces.append(go.Scatter(x=tokens, y=mean, name="mean", line={"width": 3, "color": RED}))
     traces.append(
         go.Scatter(
-            x=[line["tokens"] for line in measured],
-            y=[line["heldout"]["fvu"] for line in measured],
+            x=[entry["tokens"] for entry in validation],
+            y=[entry["heldout"]["fvu"] for entry in validation],
             name="mean, held-out",
             mode="markers",
             marker={"size": 10, "symbol": "diamond", "color": RED},
@@ -146,9 +154,9 @@ def training(
     )
     dash = {"dash": "dot", "color": GRAY}
     traces.append(go.Scatter(x=tokens, y=dead, name="dead latents", yaxis="y2", line=dash))
-    return figure(
+    return plot(
         traces,
-        "tokens trained on (each gives one vector a layer)",
+        "tokens trained on (each gives one vector per layer)",
         {"title": {"text": "FVU (share of variance)"}, "type": "log", "tickvals": LOG_TICKS},
         yaxis2={
             "title": {"text": "dead latents"},
