@@ -24,11 +24,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def check_installed(package: str, argument: str) -> None:
     """Raise InputError if `package`, which `argument` needs, cannot be imported."""
     try:
