@@ -1,5 +1,4 @@
-"""What a program says when its input is bad, and how it ends. Every program shares it, so it
-stands on its own."""
+"""Errors that users see: bad input, missing packages, full disks."""
 
 from __future__ import annotations
 
@@ -11,7 +10,12 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """Bad input from the user: the message names the argument, the rule, the value, the way out."""
+    """Bad input: the message names the argument, the rule, the value, and a way out."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_installed(package: str, argument: str) -> None:
@@ -26,7 +30,7 @@ def check_installed(package: str, argument: str) -> None:
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """End the program with one line and exit code 2 on bad input or a disk that takes no more."""
+    """On bad input, or if the disk is full or read-only, print one line and exit with code 2."""
     try:
         yield
     except InputError as error:

@@ -1,0 +1,92 @@
+"""What the programs share: the command line, the exit code, the tables they print.
+
+A program's module holds its help text (the module's docstring) and `main`; the work is in the
+packages, because no module imports a program.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
+
+import tyro
+from rich.table import Table
+
+from .distributed import LostContactError, is_first, log_rank0
+from .errors import exit_on_bad_input
+
+Config = TypeVar("Config")
+
+_LAUNCHER_SECONDS = 5  # in which a launcher ends the other processes and names the culprit
+
+
+def parse(
+    config_type: type[Config],
+    doc: str | None,
+    arguments: Sequence[str],
+    prog: str,
+    default: Config | None = None,
+) -> Config:
+    """The settings on a command line; those not given have the values of `default`.
+
+    The help begins with `doc`, up to its legend of symbols. Only rank 0 prints help and errors.
+    """
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(
+        config_type,
+        args=arguments,
+        prog=prog,
+        description=(doc or "").split("Legend:")[0],
+        use_underscores=True,
+        console_outputs=is_first(),
+        **defaults,
+    )
+
+
+def run_program(
+    run: Callable[[], object],
+    *failures: type[Exception],
+    interrupted: str = "interrupted",
+) -> None:
+    """Call `run()`, and turn what it raises into a message and an exit code.
+
+        1    one of `failures`, or lost contact with another process
+        2    bad input, or a disk that is full or read-only: see `errors.exit_on_bad_input`
+        130  Ctrl-C; the message is `interrupted`
+
+    Any other exception is a bug and keeps its traceback.
+    """
+    _silence_transformers()
+    with exit_on_bad_input():
+        try:
+            run()
+        except LostContactError as error:
+            # Every process that lost contact says so; the launcher names the one that failed first.
+            time.sleep(_LAUNCHER_SECONDS)
+            print(f"error: {error}; continue with the same command and --resume", file=sys.stderr)
+            sys.exit(1)
+        except failures as error:
+            log_rank0(f"error: {error}")
+            sys.exit(1)
+        except KeyboardInterrupt:
+            log_rank0(interrupted)
+            sys.exit(130)
+
+
+def _silence_transformers() -> None:
+    """Turn off transformers' warnings and progress bars."""
+    # Not imported here: convert and report do not load it, and it takes seconds.
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def table(title: str, headings: Sequence[str], left: Collection[str] = ()) -> Table:
+    """An empty table; its columns are right-aligned, except those named in `left`."""
+    empty = Table(title=title)
+    for heading in headings:
+        empty.add_column(heading, justify="left" if heading in left else "right")
+    return empty
