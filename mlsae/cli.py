@@ -19,7 +19,7 @@ from .errors import exit_on_bad_input
 
 Config = TypeVar("Config")
 
-_LAUNCHER_SECONDS = 5  # in which a launcher ends the other processes and names the culprit
+_LAUNCHER_SECONDS = 5  # within which a launcher ends this process and names the one that failed
 
 
 def parse(
@@ -63,7 +63,7 @@ def run_program(
         try:
             run()
         except LostContactError as error:
-            # Every process that lost contact says so; the launcher names the one that failed first.
+            # Every process loses contact when one fails; only the launcher knows which one it was.
             time.sleep(_LAUNCHER_SECONDS)
             print(f"error: {error}; continue with the same command and --resume", file=sys.stderr)
             sys.exit(1)
@@ -84,9 +84,9 @@ def _silence_transformers() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def table(title: str, headings: Sequence[str], left: Collection[str] = ()) -> Table:
-    """An empty table; its columns are right-aligned, except those named in `left`."""
-    empty = Table(title=title)
+def empty_table(title: str, headings: Sequence[str], left: Collection[str] = ()) -> Table:
+    """A table without rows; its columns are right-aligned, except those named in `left`."""
+    table = Table(title=title)
     for heading in headings:
-        empty.add_column(heading, justify="left" if heading in left else "right")
-    return empty
+        table.add_column(heading, justify="left" if heading in left else "right")
+    return table
