@@ -31,7 +31,8 @@ from torch import Tensor
 from .config import PRESETS, SAEConfig, TrainConfig, check_config, runs_of
 from .distributed import launched, log_rank0
 from .errors import InputError, exit_on_bad_input
-from .evaluate import EvaluateConfig, Result, evaluate
+from .evaluation.result import EvaluationResult as Result
+from .evaluation.run import EvaluateConfig, evaluate
 from .files import check_out, write_file
 from .train import parse as parse_training
 from .train import train
@@ -93,7 +94,7 @@ def _one(
 
 def grid(found: dict[str, Result], figure: str) -> Tensor:
     """A figure [trained on, measured at]: (1 + L, L), the MLSAE's row first, float64."""
-    return torch.stack([result.figures[figure].value[:-1] for result in found.values()]).double()
+    return torch.stack([result.metrics[figure].value[:-1] for result in found.values()]).double()
 
 
 def _as_csv(found: dict[str, Result]) -> str:
@@ -104,7 +105,7 @@ def _as_csv(found: dict[str, Result]) -> str:
     writer.writerow(["trained_on", "measured_at", *(f + end for f in _FIGURES for end in ends)])
     for trained, result in found.items():
         for i, layer in enumerate(result.layers):
-            cells = (column[i].item() for f in _FIGURES for column in result.figures[f])
+            cells = (column[i].item() for f in _FIGURES for column in result.metrics[f])
             writer.writerow([trained, layer, *cells])
     return text.getvalue()
 
