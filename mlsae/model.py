@@ -67,6 +67,17 @@ class Losses(NamedTuple):
     """(L, N, K) active latents."""
 
 
+class Reconstruction(NamedTuple):
+    """What the SAE makes of residual vectors x (…, D)."""
+
+    x_hat: Tensor
+    """(…, D) x̂, in the units of x."""
+    error: Tensor
+    """(…, D) x − x̂, in the units of x."""
+    codes: TopK
+    """(…, K) active latents."""
+
+
 class MLSAE(nn.Module, ModelHubMixin):
     """One TopK SAE for the residual vectors of all layers (Lawson et al., arXiv 2409.04185).
 
@@ -119,6 +130,14 @@ class MLSAE(nn.Module, ModelHubMixin):
         """x̂ (…, D), in the units of x."""
         standard, mean, std = self.standardize(x)
         return self.sae(standard) * std + mean
+
+    def reconstruct(self, x: Tensor) -> Reconstruction:
+        """The reconstruction of residual vectors x (…, D)."""
+        x = x.float()
+        standard, mean, std = self.standardize(x)
+        reconstruction, codes = self.sae.reconstruct(standard)
+        scaled = reconstruction * std
+        return Reconstruction(scaled + mean, x - scaled - mean, codes)
 
     def losses(
         self,
