@@ -140,9 +140,9 @@ class FaithfulnessPass:
     def _reconstruct(self, rows: slice, i: int, x: Tensor, token_mask: Tensor) -> Tensor:
         """x̂ of the residuals x (B, T, D) at the i-th layer; also updates the sums."""
         sums, keep = self.sums, token_mask[..., None]
-        standard, mean, std = self.mlsae.standardize(x)
-        reconstruction, codes = self.mlsae.sae.reconstruct(standard)
-        error = (x - reconstruction * std - mean) * keep
+        reconstruction = self.mlsae.reconstruct(x)
+        codes = reconstruction.codes
+        error = reconstruction.error * keep
         values = codes.values.float() * keep  # (B, T, K)
         deviation = (x - sums.origin[i]) * keep
         sums.sq_error[rows, i] = error.square().sum((1, 2), dtype=torch.float64)
@@ -153,7 +153,7 @@ class FaithfulnessPass:
         flat = deviation.flatten(0, 1)
         self.scatter[i] += flat.T @ flat
         self.active[codes.indices[values > ACTIVE], i] = True
-        return reconstruction * std + mean
+        return reconstruction.x_hat
 
 
 @torch.inference_mode()
