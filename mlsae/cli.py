@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import tyro
 from rich.table import Table
 
-from .distributed import LostContactError, is_first, log_rank0
+from .distributed import LostContactError, is_rank0, log_rank0
 from .errors import exit_on_bad_input
 
 Config = TypeVar("Config")
 
-_LAUNCHER_SECONDS = 5  # in which a launcher ends the other processes and names the culprit
+_LAUNCHER_SECONDS = 5  # within which a launcher ends this process and names the one that failed
 
 
 def parse(
@@ -41,7 +41,7 @@ def parse(
         prog=prog,
         description=(doc or "").split("Legend:")[0],
         use_underscores=True,
-        console_outputs=is_first(),
+        console_outputs=is_rank0(),
         **defaults,
     )
 
@@ -74,7 +74,7 @@ def run_program(
         try:
             run()
         except LostContactError as error:
-            # Every process that lost contact says so; the launcher names the one that failed first.
+            # Every process loses contact when one fails; only the launcher knows which one it was.
             time.sleep(_LAUNCHER_SECONDS)
             print(f"error: {error}; continue with the same command and --resume", file=sys.stderr)
             sys.exit(1)
@@ -95,9 +95,9 @@ def _silence_transformers() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def table(title: str, headings: Sequence[str], left: Collection[str] = ()) -> Table:
-    """An empty table; its columns are right-aligned, except those named in `left`."""
-    empty = Table(title=title)
+def empty_table(title: str, headings: Sequence[str], left: Collection[str] = ()) -> Table:
+    """A table without rows; its columns are right-aligned, except those named in `left`."""
+    table = Table(title=title)
     for heading in headings:
-        empty.add_column(heading, justify="left" if heading in left else "right")
-    return empty
+        table.add_column(heading, justify="left" if heading in left else "right")
+    return table

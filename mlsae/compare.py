@@ -5,38 +5,32 @@
         --sae.expansion 64 --tokens 1000000000 --batch_tokens 131072 --out runs/70m-compare
 
 The MLSAE and the single-layer SAEs have the same size, settings and tokens; the MLSAE has seen a
-vector of each layer for every token, a single-layer SAE those of its own. Every argument is that
+vector of each layer for every token, a single-layer SAE those of its own layer. Every argument is that
 of `python -m mlsae.train`; --layers are the layers that are trained on, alone and together, and
-measured at. It leaves a run a folder (OUT/all, OUT/layer-0, …, each with its evaluation) and
-comparison.csv in OUT; with --resume it goes on after a stop.
-
-Legend: L layers.
+measured at. It leaves a folder per run (OUT/all, OUT/layer-0, …, each with its evaluation) and
+comparison.csv in OUT; with --resume it resumes after a stop.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
 from . import cli
 from .config import PRESETS, SAEConfig, TrainArguments, TrainConfig, check_config
 from .distributed import launched, log_rank0
 from .errors import InputError, NonFiniteError
-from .evaluate import EvaluateConfig, Result, evaluate
+from .evaluation import sharing
+from .evaluation.result import EvaluationResult
+from .evaluation.run import EvaluateConfig, evaluate
+from .evaluation.sharing import SHARED, Results
 from .files import check_out, write_file
 from .training.run import train
 
-SHARED = "all"
-_METRICS = ("fvu", "fvu_paper", "delta_ce", "kl", "top1")
 _OUT = Path("runs/compare")
 _PRESETS = {
     # Small, for seven SAEs on two cores; else the defaults of training.
@@ -47,9 +41,9 @@ _PRESETS = {
 }
 
 
-def compare(config: TrainConfig) -> dict[str, Result]:
-    """Train and measure the MLSAE ("all") and each single-layer SAE ("0", …): what
-    `mlsae.evaluate` found of each, at all of the layers. Writes comparison.csv.
+def compare(config: TrainConfig) -> Results:
+    """Train and evaluate the MLSAE ("all") and each single-layer SAE ("0", …) at all of the layers:
+    the results by name. Writes comparison.csv.
 
     Raises InputError for bad input, before anything is written.
     """
@@ -62,13 +56,13 @@ def compare(config: TrainConfig) -> dict[str, Result]:
     own = ("comparison.csv", SHARED, "layer-*")
     check_out(config.out, config.overwrite, config.resume, own, 0)
     log_rank0("SAE of all layers")
-    found = {SHARED: _one(config, config.out / SHARED, config.data.layers, config.data.layers)}
-    layers = found[SHARED].layers
+    results = {SHARED: _one(config, config.out / SHARED, config.data.layers, config.data.layers)}
+    layers = results[SHARED].layers
     for layer in layers:
         log_rank0(f"SAE of layer {layer}")
-        found[str(layer)] = _one(config, config.out / f"layer-{layer}", (layer,), layers)
-    write_file(config.out / "comparison.csv", _as_csv(found).encode())
-    return found
+        results[str(layer)] = _one(config, config.out / f"layer-{layer}", (layer,), layers)
+    write_file(config.out / "comparison.csv", sharing.as_csv(results).encode())
+    return results
 
 
 def _one(
@@ -76,60 +70,12 @@ def _one(
     out: Path,
     trained: tuple[int, ...] | None,
     measured: tuple[int, ...] | None,
-) -> Result:
+) -> EvaluationResult:
     """Train on the layers `trained`, and measure at those `measured`. None: all."""
     train(replace(config, out=out, data=replace(config.data, layers=trained)))
     return evaluate(
         EvaluateConfig(out, tokens=config.eval_tokens, layers=measured, device=config.device)
     )
-
-
-def grid(found: dict[str, Result], figure: str) -> Tensor:
-    """A figure [trained on, measured at]: (1 + L, L), the MLSAE's row first, float64."""
-    return torch.stack([result.figures[figure].value[:-1] for result in found.values()]).double()
-
-
-def _as_csv(found: dict[str, Result]) -> str:
-    """A row for each SAE and layer; the figures are those of `mlsae.evaluate`."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    ends = ("", "_low", "_high")
-    writer.writerow(["trained_on", "measured_at", *(f + end for f in _METRICS for end in ends)])
-    for trained, result in found.items():
-        for i, layer in enumerate(result.layers):
-            cells = (column[i].item() for f in _METRICS for column in result.figures[f])
-            writer.writerow([trained, layer, *cells])
-    return text.getvalue()
-
-
-def table(found: dict[str, Result], figure: str, title: str) -> Table:
-    """A row an SAE, a column a layer that it is measured at; its own layer is bold."""
-    layers = found[SHARED].layers
-    made = Table(title=title)
-    made.add_column("trained on", justify="right")
-    for layer in layers:
-        made.add_column(f"at {layer}", justify="right")
-    for name, row in zip(found, grid(found, figure).tolist(), strict=True):
-        cells = [
-            f"[bold]{value:.4f}[/bold]" if name in (SHARED, str(layer)) else f"{value:.4f}"
-            for layer, value in zip(layers, row, strict=True)
-        ]
-        made.add_row(name, *cells)
-        if name == SHARED:
-            made.add_section()
-    return made
-
-
-def summary(found: dict[str, Result]) -> str:
-    """One sentence: what sharing costs, and what a single-layer SAE is worth elsewhere."""
-    fvu = grid(found, "fvu")
-    n_layers = fvu.shape[1]
-    own = fvu[1:].diagonal().mean().item()
-    text = f"FVU, mean over layers: {fvu[0].mean():.4f} shared, {own:.4f} with an SAE a layer"
-    if n_layers > 1:
-        elsewhere = (fvu[1:].sum() - fvu[1:].trace()).item() / (n_layers * (n_layers - 1))
-        text += f", {elsewhere:.4f} with one of another layer"
-    return text
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
@@ -146,7 +92,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     cli.run_program(
         lambda: _compare_and_print(parse(sys.argv[1:])),
         NonFiniteError,
@@ -156,12 +102,11 @@ def main() -> None:
 
 def _compare_and_print(config: TrainConfig) -> None:
     results = compare(config)
+    where = "trained on (rows), measured at (columns)"
     Console(highlight=False).print(
-        table(results, "fvu", "FVU on held-out text, trained on (rows), measured at (columns)"),
-        table(
-            results, "delta_ce", "ΔCE in nats per token, trained on (rows), measured at (columns)"
-        ),
-        summary(results),
+        sharing.table(results, "fvu", f"FVU on held-out text, {where}"),
+        sharing.table(results, "delta_ce", f"ΔCE in nats per token, {where}"),
+        sharing.summary(results),
         f"metrics, with intervals: {config.out / 'comparison.csv'}",
         sep="\n",
         soft_wrap=True,

@@ -22,7 +22,6 @@ code is never run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,7 +29,8 @@ from typing import Annotated, Literal
 import tyro
 
 from . import formats
-from .errors import InputError, exit_on_bad_input
+from .cli import parse, run_program
+from .errors import InputError
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,10 @@ def convert(config: ConvertConfig) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: Sequence[str]) -> ConvertConfig:
-    """The settings of a command line."""
-    return tyro.cli(
-        ConvertConfig,
-        args=arguments,
-        description=__doc__,
-        use_underscores=True,
-        prog="python -m mlsae.convert",
-    )
-
-
 def main() -> None:
-    """The program."""
-    config = parse(sys.argv[1:])
-    with exit_on_bad_input():
-        print(convert(config))
+    """Run the program."""
+    config = parse(ConvertConfig, __doc__, sys.argv[1:], "python -m mlsae.convert")
+    run_program(lambda: print(convert(config)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What is measured, and exactly how: each docstring settles its definition.
+"""Metrics: each docstring is the definition that the whole project uses.
 
-Legend: L layers, N tokens, D width of the residual stream, M latents, K active latents a token.
+Legend: L layers, N tokens, D width of the residual stream, M latents, K active latents per token,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from .distributed import Group
 class Moments:
     """Mean and spread of vectors per layer, over any number of batches.
 
-    Batches merge exactly (Chan, Golub and LeVeque, 1983), so the result does not depend on how
-    the tokens were split. Kept in float64: counts (L,), means (L, D), and per layer the summed
-    squared deviation from the mean, per dimension (L, D).
+    Batches merge exactly (Chan, Golub and LeVeque, 1983), so the result does not depend on how the
+    tokens were split. The state is float64: the number of tokens, their mean (L, D), and their
+    summed squared deviation from it per dimension (L, D).
     """
 
     def __init__(self, n_layers: int, d_in: int, device: torch.device | str = "cpu") -> None:
@@ -29,7 +30,7 @@ class Moments:
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in x (L, N, D)."""
+        """Update with x (L, N, D)."""
         if x.shape[1] == 0:
             return
         n_layers, d_in = self.mean.shape
@@ -40,7 +41,7 @@ class Moments:
         self.merge(batch)
 
     def merge(self, other: Moments) -> None:
-        """Take in what `other` has seen."""
+        """Update with the tokens of `other`."""
         total = self.count + other.count
         if total == 0:
             return
@@ -51,11 +52,11 @@ class Moments:
         self.count = total
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, to be saved."""
+        """The state to save."""
         return {"count": self.count, "mean": self.mean, "sq_dev": self.sq_dev}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take on a saved state."""
+        """Restore a saved state."""
         self.count = state["count"]
         self.mean = state["mean"].to(self.mean.device)
         self.sq_dev = state["sq_dev"].to(self.sq_dev.device)
@@ -67,24 +68,25 @@ class Moments:
     def variance_of_elements(self) -> Tensor:
         """D · Var_{n,d}(x[ℓ, n, d]): as `variance`, but about one scalar mean per layer, (L,).
 
-        Dimensions with a large mean make it larger than `variance`.
+        It exceeds `variance` by the spread of the dimensions' means.
         """
         scatter = (self.mean - self.mean.mean(1, keepdim=True)).square().sum(1)
         return self.variance() + (scatter if self.count else 0)
 
 
 def reduce(moments: Sequence[Moments], sums: Sequence[Tensor], group: Group) -> None:
-    """Let `moments` have seen what they have in any process of the group, and add up `sums`, in
-    place: afterwards both are the same in all.
+    """Merge the `moments` of all processes of the group, and sum their `sums`, in place: every
+    process ends up with the same bits.
 
-    Two messages, whose size does not grow with the group: Σ n and Σ n · mean, then Σ [squared
-    deviations + n · (own mean − common mean)²]. It is the merge of Chan et al. for many at once.
+    Collective: two messages, whose size does not grow with the group. They are Σ n and Σ n · mean,
+    then Σ [squared deviations + n · (own mean − common mean)²]: the merge of Chan et al., for many
+    batches at once.
     """
     if group.size == 1:
         return
     weights = [m.mean.new_tensor(float(m.count)) for m in moments]
     parts = [*sums, *weights, *(m.count * m.mean for m in moments)]
-    totals = iter(_added_up(parts, group))
+    totals = iter(_sum_all(parts, group))
     for sum_ in sums:
         sum_.copy_(next(totals))
     counts = [next(totals) for _ in moments]
@@ -93,14 +95,12 @@ def reduce(moments: Sequence[Moments], sums: Sequence[Tensor], group: Group) -> 
         m.sq_dev + m.count * (m.mean - mean).square()
         for m, mean in zip(moments, means, strict=True)
     ]
-    for m, count, mean, sq_dev in zip(
-        moments, counts, means, _added_up(spread, group), strict=True
-    ):
+    for m, count, mean, sq_dev in zip(moments, counts, means, _sum_all(spread, group), strict=True):
         m.count, m.mean, m.sq_dev = int(count), mean, sq_dev
 
 
-def _added_up(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """Each summed over the group, as one message of float64."""
+def _sum_all(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """Each tensor summed over the group: one message, in float64."""
     message = torch.cat([part.double().flatten() for part in parts])
     sums = group.sum_(message).split([part.numel() for part in parts])
     return [sum_.view(part.shape) for sum_, part in zip(sums, parts, strict=True)]
@@ -109,16 +109,17 @@ def _added_up(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
 def fvu(sq_error: Tensor, n_tokens: int, moments: Moments) -> Tensor:
     """Fraction of variance unexplained, per layer (L,): Σ|x − x̂|² / Σ|x − mean_n x|².
 
-    The mean is one of each dimension, so that predicting the mean vector scores 1.
-    `sq_error` (L,) is Σ_n |x − x̂|² over `n_tokens` tokens; `moments` are of the same tokens, or
-    of others of the same distribution.
+    Each dimension has its own mean, so predicting the mean vector scores 1. `sq_error` (L,) is
+    Σ_n |x − x̂|² over `n_tokens` tokens; `moments` are those of the same tokens, or of other tokens
+    from the same distribution.
     """
     return sq_error / n_tokens / moments.variance()
 
 
 def fvu_paper(sq_error: Tensor, n_tokens: int, moments: Moments) -> Tensor:
-    """FVU as the paper computes it, per layer (L,): the variance is of all elements about one
-    scalar mean (arXiv 2409.04185, §2), so that large means of dimensions make it look smaller."""
+    """FVU as the paper computes it, per layer (L,), with the variance of all elements about one
+    scalar mean (arXiv 2409.04185, §2). Where dimensions have large means, it is smaller than
+    `fvu`."""
     return sq_error / n_tokens / moments.variance_of_elements()
 
 
@@ -136,20 +137,24 @@ def latent_layer_totals(values: Tensor, indices: Tensor, n_latents: int) -> tupl
 
 
 def mean_layer(totals: Tensor) -> Tensor:
-    """E[L] = Σ_ℓ ℓ p(ℓ) of the distribution p ∝ totals (…, L), a latent's summed activation or its
-    profile (`statistics`): (…,), in units of layers; NaN for a latent that never fires."""
+    """E[L] = Σ_ℓ ℓ p(ℓ), in units of layers: totals (…, L) → (…,).
+
+    The distribution is p ∝ totals: a latent's summed activation, or its profile (see
+    `analysis.layer_spread.LayerSums`). NaN for a latent that is never active.
+    """
     layers = torch.arange(totals.shape[-1], dtype=totals.dtype, device=totals.device)
     return totals @ layers / totals.sum(-1)
 
 
 def var_layer(totals: Tensor) -> Tensor:
-    """Var(L) = Σ_ℓ ℓ² p(ℓ) − E[L]² of the same distribution: (…,)."""
+    """Var(L) = Σ_ℓ ℓ² p(ℓ) − E[L]², with p as in `mean_layer`: totals (…, L) → (…,)."""
     layers = torch.arange(totals.shape[-1], dtype=totals.dtype, device=totals.device)
     return totals @ layers.square() / totals.sum(-1) - mean_layer(totals).square()
 
 
 def normalized_entropy(totals: Tensor) -> Tensor:
-    """H(L) / ln L of the same distribution: 0 for one layer, 1 for all alike; (…,)."""
+    """H(L) / ln L, with p as in `mean_layer`: totals (…, L) → (…,). 0 if one layer has all, 1 if
+    all layers have the same."""
     p = totals / totals.sum(-1, keepdim=True)
     n_layers = max(totals.shape[-1], 2)
     return torch.special.entr(p).sum(-1) / torch.tensor(float(n_layers)).log()
@@ -159,8 +164,8 @@ def pca_explained(scatter: Tensor, k: int) -> Tensor:
     """Fraction of variance explained by the first k principal components: Σ_{i≤k} λ_i / Σ_i λ_i.
 
     The λ_i, in descending order, are the eigenvalues of `scatter` (…, D, D) = Σ_n (x_n − mean)
-    (x_n − mean)ᵀ. It is what the best affine map through k dimensions explains of these tokens
-    (Eckart and Young, 1936), and compares with an SAE's 1 − `fvu`. → (…), in [0, 1].
+    (x_n − mean)ᵀ. No affine map through k dimensions explains more of these tokens (Eckart and
+    Young, 1936), so compare it with an SAE's 1 − `fvu`. → (…), in [0, 1].
     """
     eigenvalues = torch.linalg.eigvalsh(scatter).clamp_min(0)  # ascending
     return eigenvalues[..., -k:].sum(-1) / eigenvalues.sum(-1)
@@ -169,14 +174,14 @@ def pca_explained(scatter: Tensor, k: int) -> Tensor:
 def token_scores(
     true_log_p: Tensor, logits: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How well substituted `logits` (N, V) predict, at each of N positions (N,), float32:
+    """How well substituted `logits` (N, V) predict at each position: three of (N,) float32.
 
         −ln q(target)                     cross-entropy, nats
-        KL(p ‖ q) = Σ_v p (ln p − ln q)   nats; of the true p from the substituted q, ≥ 0
+        KL(p ‖ q) = Σ_v p (ln p − ln q)   nats; true p, substituted q; ≥ 0
         argmax_v q = argmax_v p           top-1 agreement, 0 or 1
 
-    true_log_p (N, V) = ln p, float32; q = softmax(logits); targets (N,) int64. The paper's
-    released code has the KL reversed and summed over positions.
+    true_log_p (N, V) = ln p, float32; q = softmax(logits); targets (N,) int64. (The paper's
+    released code computes KL(q ‖ p), summed over positions.)
     """
     log_q = logits.float().log_softmax(-1)
     cross_entropy = -log_q.gather(-1, targets[:, None]).squeeze(-1)
@@ -186,7 +191,7 @@ def token_scores(
 
 
 def ce_recovered(true: Tensor, substituted: Tensor, ablated: Tensor) -> Tensor:
-    """(CE_ablated − CE_substituted) / (CE_ablated − CE_true): 1 where the substitution costs
-    nothing, 0 where it costs what the ablation costs (Gao et al., arXiv 2406.04093, and SAEBench,
-    arXiv 2503.09532, with zero-ablation)."""
+    """(CE_ablated − CE_substituted) / (CE_ablated − CE_true): 1 if the substitution costs nothing,
+    0 if it costs as much as the ablation (Gao et al., arXiv 2406.04093; SAEBench, arXiv 2503.09532,
+    with zero-ablation)."""
     return (ablated - substituted) / (ablated - true)

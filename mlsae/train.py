@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str]) -> list[TrainConfig]:
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     keep_freed_memory()
     cli.run_program(lambda: train(*parse(sys.argv[1:])), NonFiniteError)
 

@@ -1,1 +1,1 @@
-"""Analysis: at which layers latents are active, and what they stand for."""
+"""Analysis: at which layers latents are active, and for what tokens."""

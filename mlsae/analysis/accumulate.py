@@ -1,7 +1,7 @@
-"""Sums over a text of where latents are active, taken in a batch at a time.
+"""Sums over a text of where latents are active, updated with one batch at a time.
 
-Legend: L layers, N tokens, D width of the residual stream, K active latents a token, M latents,
-G groups of rows, R rows.
+Legend: L layers, N tokens, D width of the residual stream, K active latents per token, M latents,
+G groups of rows, R rows, E entries.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_topk import TopK
 
-from .layer_spread import LayerSums, RowSums
+from .layer_spread import LayerSums, ReleasedSums
 
 _WORKSPACE_ELEMENTS = 2**22  # of (tokens, latents) at a time: two of 32 MB
 
@@ -20,16 +20,16 @@ _WORKSPACE_ELEMENTS = 2**22  # of (tokens, latents) at a time: two of 32 MB
 class Accumulator:
     """Counts, totals and layer distributions of M latents over R rows, in one pass.
 
-    Rows come in order, any number at a time, and are counted in G groups of neighbors: the units
-    of the bootstrap. The rows of `data.Rows` are shuffled, so neighbors are no more alike than
-    others. Each group keeps the sums of `LayerSums` in float32: 4 · G · M · (2 L + 1) bytes, on
-    the CPU. That is G · L / D of the two weights: about a third for the paper's models with G = 32.
-    Less would not do for what is no mean over tokens: ratio A and the entropy need each latent's
-    distribution in each resample. Sums of every resample would take 1000 / G times as much. A
-    latent's sums over all the text are float64.
+    Rows come in order, any number at a time, and are counted in G groups of neighbors, which the
+    bootstrap draws. (The rows of `data.Rows` are shuffled, so neighbors are no more alike than
+    others.) Each group has its own `LayerSums` in float32, on the CPU: 4 · G · M · (2 L + 1) bytes,
+    G · L / D of the two weights, or about a third for the paper's models with G = 32. They are
+    needed because ratio A and the entropy are not means over tokens, but functions of each latent's
+    distribution in each resample; sums per resample would take 1000 / G times as much memory. The
+    sums over the whole text are float64.
 
-    No (L, N, M) tensor is made: a token's latents meet in a workspace of fixed size, of which only
-    the active entries are touched.
+    No (L, N, M) tensor is made: a workspace of fixed size holds the (tokens, latents) matrix of a
+    few tokens, and only its active entries are read and written.
     """
 
     def __init__(
@@ -43,42 +43,51 @@ class Accumulator:
         slots = n_latents * n_layers  # slot j · L + ℓ
         self.counts = zeros(slots, dtype=torch.int64)
         self.max = zeros(n_latents, dtype=torch.float32)
-        self._sums = [zeros(slots), zeros(slots), zeros(n_latents)]  # profile, totals, within
-        self._open = [torch.zeros_like(x) for x in self._sums]  # of the group that rows come to
-        self._closed = [zeros(self.groups, len(x), dtype=torch.float32).cpu() for x in self._sums]
-        self._group = 0
-        self._rows = zeros(5, n_rows)  # in the order of RowSums
+        # Sums over the closed groups, over the open one, and of each (G, …); (M, L) is flat.
+        self._whole = LayerSums(zeros(slots), zeros(slots), zeros(n_latents))
+        self._open = LayerSums(*(torch.zeros_like(sums) for sums in self._whole))
+        self._grouped = LayerSums(
+            *(torch.zeros(self.groups, len(sums), dtype=torch.float32) for sums in self._whole)
+        )
+        self._group = 0  # the open one
+        self._rows = ReleasedSums(*(zeros(n_rows) for _ in ReleasedSums._fields))
         size = max(1, _WORKSPACE_ELEMENTS // n_latents) * n_latents
-        self._total, self._mean = zeros(size), zeros(size)
+        self._total, self._mean = zeros(size), zeros(size)  # the workspace
 
     def update(self, codes: TopK, row: Tensor) -> None:
-        """Take in the codes (L, N, K) of N tokens of whole rows; row (N,) is that of each token,
-        ascending."""
+        """Update with the codes (L, N, K) of N tokens of whole rows.
+
+        row (N,) is the row of each token, ascending.
+        """
         if not len(row):
             return
         group = row * self.groups // self.n_rows
         first = int(row[0])
-        moments = self._total.new_zeros(int(row[-1]) + 1 - first, self.n_latents)
+        row_means = self._total.new_zeros(int(row[-1]) + 1 - first, self.n_latents)
         step = len(self._total) // self.n_latents
         for g in group.unique().tolist():
-            self._turn_to(g)
+            self._switch_to(g)
             for part in (group == g).nonzero()[:, 0].split(step):
-                some = slice(int(part[0]), int(part[-1]) + 1)
-                self._add(codes.values[:, some], codes.indices[:, some], row[some], moments, first)
-        self._rows[3, first : first + len(moments)] = moments.square().sum(1)
-        self._rows[0].index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
+                tokens = slice(int(part[0]), int(part[-1]) + 1)
+                self._add(
+                    TopK(codes.values[:, tokens], codes.indices[:, tokens]),
+                    row[tokens],
+                    row_means,
+                    first,
+                )
+        self._rows.mean_squared[first : first + len(row_means)] = row_means.square().sum(1)
+        self._rows.tokens.index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
 
-    def _add(
-        self, values: Tensor, indices: Tensor, row: Tensor, moments: Tensor, first: int
-    ) -> None:
-        """Take in codes (L, N, K), few enough for the workspace, all of the open group; and into
-        moments (rows from `first`, M) their Σ_t E[L | t, j].
+    def _add(self, codes: TopK, row: Tensor, row_means: Tensor, first: int) -> None:
+        """Add codes (L, N, K) of tokens of the open group, few enough for the workspace.
+
+        row_means (rows from `first` on, M) receives Σ_t E[L | t, j].
 
         An entry e is one of the L · N · K active latents, with share w_e = P(ℓ | t, j). As the
         shares of the entries of one token and latent add up to 1, Σ_t f(t, j) = Σ_e w_e f(t, j).
         """
-        n_layers, n_tokens, k = values.shape
-        h, latent = values.flatten().double(), indices.flatten()
+        n_layers, n_tokens, k = codes.values.shape
+        h, latent = codes.values.flatten().double(), codes.indices.flatten()  # (E,)
         layer = torch.arange(n_layers, device=h.device).repeat_interleave(n_tokens * k)
         token = torch.arange(n_tokens, device=h.device).repeat_interleave(k).repeat(n_layers)
         pair = token * self.n_latents + latent
@@ -90,36 +99,41 @@ class Accumulator:
         self._total[pair], self._mean[pair] = 0, 0
 
         slot = latent * n_layers + layer
-        for sums, index, entry in zip(
-            self._open, (slot, slot, latent), (share, h, within), strict=True
-        ):
-            sums.index_add_(0, index, entry)
+        self._open.profile.index_add_(0, slot, share)
+        self._open.totals.index_add_(0, slot, h)
+        self._open.within.index_add_(0, latent, within)
         self.counts.index_add_(0, slot, (h > 0).long())
-        self.max.scatter_reduce_(0, latent, values.flatten().float(), "amax")
-        of = row[token]
-        moments.view(-1).index_add_(0, (of - first) * self.n_latents + latent, weighted)
-        for i, entry in ((1, weighted), (2, weighted * layer), (4, within)):
-            self._rows[i].index_add_(0, of, entry)
+        self.max.scatter_reduce_(0, latent, codes.values.flatten().float(), "amax")
 
-    def _turn_to(self, group: int) -> None:
-        """Close the open group, if rows now come to another."""
+        entry_row = row[token]
+        row_means.view(-1).index_add_(0, (entry_row - first) * self.n_latents + latent, weighted)
+        self._rows.mean.index_add_(0, entry_row, weighted)
+        self._rows.square.index_add_(0, entry_row, weighted * layer)
+        self._rows.within.index_add_(0, entry_row, within)
+
+    def _switch_to(self, group: int) -> None:
+        """Close the open group if rows now belong to another one."""
         if group != self._group:
-            for closed, opened, whole in zip(self._closed, self._open, self._sums, strict=True):
-                closed[self._group] = opened
-                whole += opened
-                opened.zero_()
+            for grouped, open_, whole in zip(self._grouped, self._open, self._whole, strict=True):
+                grouped[self._group] = open_
+                whole += open_
+                open_.zero_()
             self._group = group
 
-    def finish(self) -> tuple[LayerSums, LayerSums, RowSums]:
-        """The sums over all rows, one group, float64; those of each group; those of each row. All
-        on the CPU, after the last row."""
-        self._turn_to(self.groups)
+    def finish(self) -> tuple[LayerSums, LayerSums, ReleasedSums]:
+        """After the last row, the sums over all rows (one group, float64), of each group, and of
+        each row; all on the CPU."""
+        self._switch_to(self.groups)
         shape = (-1, self.n_latents, self.n_layers)
         whole, grouped = (
-            LayerSums(profile.reshape(shape), totals.reshape(shape), within.reshape(shape[:2]))
-            for profile, totals, within in ([x.cpu() for x in self._sums], self._closed)
+            LayerSums(
+                profile=sums.profile.cpu().reshape(shape),
+                totals=sums.totals.cpu().reshape(shape),
+                within=sums.within.cpu().reshape(shape[:2]),
+            )
+            for sums in (self._whole, self._grouped)
         )
-        return whole, grouped, RowSums(*self._rows.cpu())
+        return whole, grouped, ReleasedSums(*(sums.cpu() for sums in self._rows))
 
 
 class Adjacent:
@@ -137,7 +151,7 @@ class Adjacent:
         self.norms = center.new_zeros(len(center), dtype=torch.float64)
 
     def update(self, x: Tensor) -> None:
-        """Take in residuals (L, N, D)."""
+        """Update with residuals (L, N, D)."""
         x = x - self.center[:, None]
         self.n += x.shape[1]
         self.norms += x.norm(dim=-1).sum(1, dtype=torch.float64)
@@ -145,6 +159,6 @@ class Adjacent:
         self.cosines += cosines.sum(1, dtype=torch.float64)
 
     def as_dict(self) -> dict[str, list[float]]:
-        """The means."""
+        """The means, JSON-serializable."""
         cosine, norm = (self.cosines / self.n).tolist(), (self.norms / self.n).tolist()
         return {"cosine": cosine, "norm": norm}

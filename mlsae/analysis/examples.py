@@ -1,7 +1,7 @@
-"""Examples of where each latent is active at each layer, kept while the text goes by.
+"""Examples of where each latent is active at each layer, collected in one pass over the text.
 
-Legend: L layers, N tokens, K active latents a token, M latents, S = M · L slots, n examples a slot
-and kind, W window, C candidates.
+Legend: L layers, N tokens, K active latents per token, M latents, S = M · L slots, n examples per
+slot and kind, W window, E entries, C candidates.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _LOOKUP_ELEMENTS = 2**23  # codes compared at a time, in search of a window's ac
 _UNSEEN = -torch.inf
 
 
-class Some(NamedTuple):
-    """The examples of some latents, of one kind; empty places have a score of −inf."""
+class ExampleBatch(NamedTuple):
+    """The examples of consecutive latents, of one kind; empty places have a score of −inf."""
 
     first: int
     """The first of the latents."""
@@ -33,14 +33,14 @@ class Some(NamedTuple):
     place: Tensor
     """(latents, L, n) the token's place in the text: row · T + position."""
     window: Tensor
-    """(latents, L, n, W) h of the latent at the layer over the window; 0 outside the document."""
+    """(latents, L, n, W) h of the latent at the layer over the window; 0 outside the segment."""
 
 
-class Best:
-    """Of each slot (latent and layer) the n entries of the highest score, with their windows.
+class TopNBuffer:
+    """For each slot (latent and layer), the n entries of the highest score, with their windows.
 
-    An entry must beat the slot's n-th score so far to be looked at, so that the work falls as
-    1 / text: by far the most entries cost one comparison. 4 · n · (3 + W / 2) bytes a slot.
+    An entry costs one comparison unless it beats the n-th score of its slot so far; the share that
+    does falls as 1 / (tokens read). Memory: 4 · n · (3 + W / 2) bytes per slot.
     """
 
     def __init__(self, n_slots: int, n: int, device: torch.device) -> None:
@@ -53,24 +53,24 @@ class Best:
         )
 
     def candidates(self, slot: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the entries come among the n best of their slots (C,), sorted by slot, and
-        their ranks in these entries (C,). slot and score (E,)."""
+        """Which of the entries may enter the n best of their slots, and their ranks among these
+        entries: (C,) each, sorted by slot. slot and score (E,)."""
         entry = (score > self.score[:, -1][slot]).nonzero()[:, 0]
         entry = entry[score[entry].argsort(descending=True)]
         entry = entry[slot[entry].argsort(stable=True)]
-        of = slot[entry]
-        index = torch.arange(len(of), device=of.device)
-        start = torch.ones_like(of, dtype=torch.bool)
-        start[1:] = of[1:] != of[:-1]
-        rank = index - torch.where(start, index, 0).cummax(0).values
+        sorted_slot = slot[entry]
+        index = torch.arange(len(entry), device=entry.device)
+        is_start = torch.ones_like(entry, dtype=torch.bool)  # of the entries of a slot
+        is_start[1:] = sorted_slot[1:] != sorted_slot[:-1]
+        rank = index - torch.where(is_start, index, 0).cummax(0).values
         keep = rank < self.n
         return entry[keep], rank[keep]
 
-    def take(
+    def insert(
         self, slot: Tensor, rank: Tensor, score: Tensor, activation: Tensor, place: Tensor,
         window: Tensor,
     ) -> None:  # fmt: skip
-        """Merge candidates (C,), their windows (C, W), with what the slots have."""
+        """Merge candidates (C,) with windows (C, W) into their slots."""
         touched, row = slot.unique_consecutive(return_inverse=True)
         scores = self.score.new_full((len(touched), self.n), _UNSEEN)
         scores[row, rank] = score
@@ -87,20 +87,22 @@ class Best:
 
 class Examples:
     """Examples of every latent at every layer: the n of highest activation, and n drawn uniformly
-    from all tokens where it is active there (those of the highest of random numbers: a reservoir).
+    from all tokens where it is active there (those of the highest random numbers: a reservoir).
 
-    In order of activation, quarters of the uniform draw stand for quarters of the activations.
+    Sorted by activation, quarters of the uniform draw represent quarters of the activations.
     """
 
     def __init__(self, n_latents: int, n_layers: int, n: int, seed: int, device: torch.device):
         self.n_latents, self.n_layers = n_latents, n_layers
-        self.top, self.drawn = (Best(n_latents * n_layers, n, device) for _ in range(2))
+        self.top, self.drawn = (TopNBuffer(n_latents * n_layers, n, device) for _ in range(2))
         self._random = torch.Generator(device).manual_seed(seed)
 
-    def update(self, codes: TopK, piece: Tensor, place: Tensor) -> None:
-        """Take in codes (L, N, K) of N tokens in the order of the text. piece (N,): which piece of
-        a document a token is in; place (N,): its place in the text. A window ends where its piece
-        does."""
+    def update(self, codes: TopK, segment: Tensor, place: Tensor) -> None:
+        """Update with codes (L, N, K) of N tokens, in the order of the text.
+
+        segment (N,) numbers the segment of a document that a token is in; place (N,) is its place
+        in the text. Windows end where their segment ends.
+        """
         values, indices = codes
         n_layers, _, k = values.shape
         h = values.flatten().float()
@@ -110,51 +112,51 @@ class Examples:
         slot = indices.flatten()[active] * n_layers + layer_token // values.shape[1]
         token = layer_token % values.shape[1]
         random = torch.rand(len(h), generator=self._random, device=h.device)
-        for best, score in ((self.top, h), (self.drawn, random)):
-            entry, rank = best.candidates(slot, score)
-            some, at = slot[entry], token[entry]
-            window = _windows(codes, piece, some, at)
-            best.take(some, rank, score[entry], h[entry], place[at], window)
+        for buffer, score in ((self.top, h), (self.drawn, random)):
+            entry, rank = buffer.candidates(slot, score)
+            window = _windows(codes, segment, slot[entry], token[entry])
+            buffer.insert(slot[entry], rank, score[entry], h[entry], place[token[entry]], window)
 
-    def parts(self, latents: int) -> Iterator[tuple[Some, Some]]:
-        """The examples of highest activation and the drawn ones, of `latents` latents at a time,
-        on the CPU; the drawn ones by ascending activation."""
+    def batches(self, latents: int) -> Iterator[tuple[ExampleBatch, ExampleBatch]]:
+        """The examples of highest activation, and the drawn ones by ascending activation: of
+        `latents` latents at a time, on the CPU."""
         for first in range(0, self.n_latents, latents):
             yield (
-                self._part(self.top, first, latents, self.top.score),
-                self._part(self.drawn, first, latents, -self.drawn.activation),
+                self._batch(self.top, first, latents, self.top.score),
+                self._batch(self.drawn, first, latents, -self.drawn.activation),
             )
 
-    def _part(self, best: Best, first: int, latents: int, order: Tensor) -> Some:
-        some = slice(first * self.n_layers, (first + latents) * self.n_layers)
-        seen = best.score[some] > _UNSEEN
-        by = torch.where(seen, order[some], _UNSEEN).argsort(1, descending=True)
-        row = torch.arange(len(by), device=by.device)[:, None]
-        shape = (-1, self.n_layers, best.n)
-        return Some(
+    def _batch(self, buffer: TopNBuffer, first: int, latents: int, key: Tensor) -> ExampleBatch:
+        """The examples in `buffer`, sorted by `key` (S, n), descending."""
+        slots = slice(first * self.n_layers, (first + latents) * self.n_layers)
+        seen = buffer.score[slots] > _UNSEEN
+        order = torch.where(seen, key[slots], _UNSEEN).argsort(1, descending=True)
+        row = torch.arange(len(order), device=order.device)[:, None]
+        shape = (-1, self.n_layers, buffer.n)
+        return ExampleBatch(
             first,
             *(
-                x[some][row, by].cpu().reshape(*shape, *x.shape[2:])
-                for x in (best.score, best.activation, best.place, best.window)
+                x[slots][row, order].cpu().reshape(*shape, *x.shape[2:])
+                for x in (buffer.score, buffer.activation, buffer.place, buffer.window)
             ),
         )
 
 
-def _windows(codes: TopK, piece: Tensor, slot: Tensor, token: Tensor) -> Tensor:
-    """h of the candidates' latents at their layers over their windows: (C, W) float32."""
+def _windows(codes: TopK, segment: Tensor, slot: Tensor, token: Tensor) -> Tensor:
+    """h of the candidates' latents, at their layers, over their windows: (C, W) float32."""
     values, indices = codes
     n_layers, n_tokens, k = values.shape
     offsets = torch.arange(-BEFORE, AFTER + 1, device=slot.device)
-    found = []
-    for some, at in zip(
+    windows = []
+    for slots, tokens in zip(
         *(x.split(max(1, _LOOKUP_ELEMENTS // (k * len(offsets)))) for x in (slot, token)),
         strict=True,
     ):
-        near = at[:, None] + offsets  # (C, W)
+        near = tokens[:, None] + offsets  # (C, W)
         inside = (near >= 0) & (near < n_tokens)
         near = near.clamp(0, n_tokens - 1)
-        inside &= piece[near] == piece[at][:, None]
-        layer = (some % n_layers)[:, None]
-        same = indices[layer, near] == (some // n_layers)[:, None, None]  # (C, W, K)
-        found.append((values[layer, near] * same).sum(-1) * inside)
-    return torch.cat(found) if found else values.new_zeros(0, len(offsets))
+        inside &= segment[near] == segment[tokens][:, None]
+        layer = (slots % n_layers)[:, None]
+        same = indices[layer, near] == (slots // n_layers)[:, None, None]  # (C, W, K)
+        windows.append((values[layer, near] * same).sum(-1) * inside)
+    return torch.cat(windows) if windows else values.new_zeros(0, len(offsets))

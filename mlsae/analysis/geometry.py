@@ -1,4 +1,4 @@
-"""What the decoder's rows point at: one another, the encoder's, and the vocabulary.
+"""Which directions the decoder's rows are close to: one another's, the encoder's, the embeddings'.
 
 Legend: M latents, D width of the residual stream, V vocabulary, n nearest tokens, E edges.
 """
@@ -14,24 +14,25 @@ from torch import Tensor
 _COSINES_ELEMENTS = 2**24  # computed at a time: 64 MB
 _BINS = 200
 _GRID = 20_001  # points of [−1, 1] on which the density of random cosines is summed
+_NEAREST_TOKENS = 5
 
 
 class Neighbors(NamedTuple):
     """Cosines between different rows of a matrix (M, D)."""
 
     nearest: Tensor
-    """(M,) the other row of the largest cosine."""
+    """(M,) for each row, the other row of the largest cosine."""
     cosine: Tensor
     """(M,) that cosine. Its mean is MMCS: mean_i max_{j ≠ i} cos(W_i, W_j), over all ordered pairs
     (the paper's released code compares half of them)."""
     edges: Tensor
-    """(E,) of the bins of the histogram, over [−1, 1]."""
+    """(E,) edges of the histogram's bins, over [−1, 1]."""
     share: Tensor
-    """(E − 1,) share of the pairs i ≠ j in each bin."""
+    """(E − 1,) the share of the pairs i ≠ j in each bin."""
 
 
 def neighbors(W: Tensor) -> Neighbors:
-    """See `Neighbors`; W (M, D), a few rows against all at a time.
+    """The `Neighbors` of the rows of W (M, D), computed for a few rows against all at a time.
 
     Raises ValueError if M < 2.
     """
@@ -40,29 +41,33 @@ def neighbors(W: Tensor) -> Neighbors:
         raise ValueError(f"W must have at least 2 rows, got {n}")
     unit = F.normalize(W.float(), dim=1)
     counts = torch.zeros(_BINS, dtype=torch.float64)
-    at_a_time = max(1, _COSINES_ELEMENTS // n)
-    best, nearest = [], []
-    for start in range(0, n, at_a_time):
-        cosines = unit[start : start + at_a_time] @ unit.T
-        itself = torch.arange(len(cosines), device=W.device)
-        cosines[itself, start + itself] = -torch.inf
-        some = cosines.max(1)
-        best.append(some.values)
-        nearest.append(some.indices)
+    chunk = max(1, _COSINES_ELEMENTS // n)
+    largest = []
+    for start in range(0, n, chunk):
+        cosines = unit[start : start + chunk] @ unit.T
+        row = torch.arange(len(cosines), device=W.device)
+        cosines[row, start + row] = -torch.inf  # of a row and itself
+        largest.append(cosines.max(1))
         cosines.clamp_(-1, 1)  # rounding goes past the ends
-        cosines[itself, start + itself] = 2  # outside the histogram
+        cosines[row, start + row] = 2  # outside the histogram
         counts += torch.histc(cosines, _BINS, -1, 1).cpu().double()
     edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64)
-    return Neighbors(torch.cat(nearest), torch.cat(best), edges, counts / counts.sum())
+    return Neighbors(
+        nearest=torch.cat([x.indices for x in largest]),
+        cosine=torch.cat([x.values for x in largest]),
+        edges=edges,
+        share=counts / counts.sum(),
+    )
 
 
 def random_cosines(edges: Tensor, d_in: int, n: int) -> tuple[Tensor, float]:
-    """The control: of n independent random directions in `d_in` dimensions, the share of pairs in
-    each bin (E − 1,), and the expected largest cosine of one of them to the others (MMCS).
+    """The control for `neighbors`: n independent random directions in D = `d_in` ≥ 3 dimensions.
 
-    The density of one cosine is ∝ (1 − x²)^((D − 3) / 2), with distribution function C; the
-    largest of n − 1 has C^(n − 1), as they are independent given the one. So nothing needs to be
-    drawn: C is summed on a grid. D must be at least 3.
+    Returns the share of pairs in each bin, (E − 1,), and the expected largest cosine of one
+    direction to the others (MMCS). Nothing is drawn: the density of a cosine is
+    ∝ (1 − x²)^((D − 3) / 2), its distribution function C is summed on a grid, and the largest of
+    the n − 1 cosines to one direction, which are independent, has the distribution function
+    C^(n − 1).
     """
     x = torch.linspace(-1, 1, _GRID, dtype=torch.float64)
     middle = (x[1:] + x[:-1]) / 2
@@ -73,7 +78,7 @@ def random_cosines(edges: Tensor, d_in: int, n: int) -> tuple[Tensor, float]:
     return below[index].diff(), (largest.diff() * middle).sum().item()
 
 
-class Nearest(NamedTuple):
+class NearestTokens(NamedTuple):
     """The vocabulary's tokens nearest to each latent."""
 
     tokens: Tensor
@@ -82,43 +87,98 @@ class Nearest(NamedTuple):
     """(M, n)."""
 
 
-def nearest_tokens(W: Tensor, embedding: Tensor, n: int) -> Nearest:
+def nearest_tokens(W: Tensor, embedding: Tensor, n: int) -> NearestTokens:
     """The n embeddings (V, D) of the largest cosine to each row of W (M, D).
 
-    The embeddings are centered: cos(W_j, E_v − mean_v E_v). What all of them share tells no token
-    from another; at the output it adds the same number to every logit, which softmax ignores.
+    The embeddings are centered: cos(W_j, E_v − mean_v E_v). Their mean does not distinguish tokens;
+    at the output it adds the same number to every logit, which softmax ignores.
     """
     E = embedding.float()
     E = F.normalize(E - E.mean(0), dim=1)
     unit = F.normalize(W.float(), dim=1)
-    found = [
-        (part @ E.T).topk(min(n, len(E)))
-        for part in unit.split(max(1, _COSINES_ELEMENTS // len(E)))
+    largest = [
+        (rows @ E.T).topk(min(n, len(E)))
+        for rows in unit.split(max(1, _COSINES_ELEMENTS // len(E)))
     ]
-    return Nearest(torch.cat([x.indices for x in found]), torch.cat([x.values for x in found]))
+    return NearestTokens(
+        tokens=torch.cat([x.indices for x in largest]),
+        cosine=torch.cat([x.values for x in largest]),
+    )
+
+
+class Directions(NamedTuple):
+    """What the decoder's rows are close to."""
+
+    neighbors: Neighbors
+    random_share: Tensor
+    """(E − 1,) the share of pairs of random directions in each bin of `neighbors`."""
+    random_mmcs: float
+    tokens: dict[str, NearestTokens | None]
+    """By `embeddings_of`: None where the model has no such embedding."""
+    encoder_cosine: Tensor
+    """(M,) cosine of each latent's decoder and encoder rows."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Averages and histograms, JSON-serializable. MMCS is of the weights, not of a text, so it
+        has no interval."""
+        near = self.neighbors
+        return {
+            "mmcs": {
+                "value": near.cosine.mean().item(),
+                "low": None,
+                "high": None,
+                "random": self.random_mmcs,
+            },
+            "cosine_histogram": {
+                "edges": near.edges.tolist(),
+                "decoder": near.share.tolist(),
+                "random": self.random_share.tolist(),
+            },
+            "embeddings": {
+                side: None if nearest is None else nearest.cosine[:, 0].mean().item()
+                for side, nearest in self.tokens.items()
+            },
+        }
+
+
+def compute_directions(W_dec: Tensor, W_enc: Tensor, transformer: Any, n_tokens: int) -> Directions:
+    """The `Directions` of the SAE with weights (M, D), on a transformer whose tokenizer has
+    `n_tokens` tokens."""
+    n_latents, d_in = W_dec.shape
+    near = neighbors(W_dec)
+    random_share, random_mmcs = random_cosines(near.edges, d_in, n_latents)
+    embeddings = embeddings_of(transformer, d_in, n_tokens)
+    tokens = {
+        side: None if weight is None else nearest_tokens(W_dec, weight, _NEAREST_TOKENS)
+        for side, weight in embeddings.items()
+    }
+    cosine = F.cosine_similarity(W_enc, W_dec, dim=1)
+    return Directions(near, random_share, random_mmcs, tokens, cosine)
 
 
 def embeddings_of(model: Any, d_in: int, n_tokens: int) -> dict[str, Tensor | None]:
-    """The input and the output embedding (V, D) of the tokenizer's `n_tokens` tokens; None where
-    the model has none, or one of another width than the residual stream."""
-    found: dict[str, Tensor | None] = {}
+    """The input ("in") and output ("out") embeddings (V, D) of the tokenizer's `n_tokens` tokens.
+
+    None if the model has no such embedding, or its width is not the residual stream's, `d_in`.
+    """
+    embeddings: dict[str, Tensor | None] = {}
     for name, module in (
         ("in", model.get_input_embeddings()),
         ("out", model.get_output_embeddings()),
     ):
         weight: Tensor | None = getattr(module, "weight", None)
-        found[name] = None if weight is None or weight.shape[1] != d_in else weight[:n_tokens]
-    return found
+        embeddings[name] = None if weight is None or weight.shape[1] != d_in else weight[:n_tokens]
+    return embeddings
 
 
 def token_strings(tokenizer: Any) -> list[str]:
-    """What each token of the vocabulary reads as, spaces and line ends kept; "�" for part of a
-    character."""
+    """The text of each token of the vocabulary, with its spaces and line ends; "�" stands for part
+    of a character."""
     ids = range(len(tokenizer))
     strings = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
-    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    names = tokenizer.convert_ids_to_tokens(list(ids))
     return [
-        # Tokenizers of SentencePiece drop the space that a word of its own begins with.
-        " " + text if (piece or "").startswith("▁") and not text.startswith(" ") else text
-        for text, piece in zip(strings, pieces, strict=True)
+        # SentencePiece tokenizers drop the space at the start of a token that is decoded alone.
+        " " + text if (name or "").startswith("▁") and not text.startswith(" ") else text
+        for text, name in zip(strings, names, strict=True)
     ]

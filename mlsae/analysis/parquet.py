@@ -1,4 +1,4 @@
-"""The Parquet tables of an analysis: a row a latent, and a row an example.
+"""The Parquet tables of an analysis: one row per latent, and one row per example.
 
 Legend: L layers, M latents, n examples, R rows, T positions, W window.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..files import write_file
 from ..metrics import mean_layer, normalized_entropy, var_layer
-from .examples import AFTER, BEFORE, Examples, Some
-from .geometry import Nearest, Neighbors
+from .examples import AFTER, BEFORE, ExampleBatch, Examples
+from .geometry import Directions
 from .layer_spread import LayerSums
 
-_LATENTS_AT_ONCE = 2048  # in a row group of the examples: memory holds one
+_LATENTS_PER_BATCH = 2048  # of the examples: memory holds one batch, a row group of the file
 _QUARTERS = 4
 
 EXAMPLES = pa.schema(
@@ -38,48 +38,49 @@ EXAMPLES = pa.schema(
 )
 
 
-class Text:
-    """The rows input_ids (R, T) that were analyzed, as examples quote them.
+class TokenText:
+    """The analyzed rows input_ids (R, T) as text; `strings` is the text of each token id.
 
-    A piece is what lies between two special tokens of a row: the whole of a document, or the part
-    of it that a row has. Pieces are numbered in the order of the text.
+    A segment is what lies between two special tokens of a row: a whole document, or the part of it
+    in this row. Segments are numbered in the order of the text.
     """
 
     def __init__(self, input_ids: Tensor, token_mask: Tensor, strings: list[str]) -> None:
-        ends = ~token_mask
-        ends[:, 0] = True  # a row never goes on from the one before
-        self.ids = input_ids.flatten().numpy()
-        self.strings = np.array(strings, dtype=object)
-        self.piece = ends.flatten().cumsum(0)  # (R · T,)
-        self.token_mask = token_mask.flatten()
+        is_start = ~token_mask
+        is_start[:, 0] = True  # a row never continues the one before
+        self.input_ids, self.token_mask, self.strings = input_ids, token_mask, strings
+        self.segment = is_start.flatten().cumsum(0)
+        """(R · T,) the segment of each place, row · T + position."""
+        self._kept = token_mask.flatten()
+        self._tokens = np.array(strings, dtype=object)
 
-    def quotes(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """The window about each place (n,): places (n, W), and which of them are in its piece."""
+    def windows(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """The windows around places (n,): their places (n, W), and which of them are in the
+        segment."""
         near = place[:, None] + torch.arange(-BEFORE, AFTER + 1)
-        inside = (near >= 0) & (near < len(self.piece))
-        near = near.clamp(0, len(self.piece) - 1)
-        inside &= self.token_mask[near] & (self.piece[near] == self.piece[place][:, None])
+        inside = (near >= 0) & (near < len(self.segment))
+        near = near.clamp(0, len(self.segment) - 1)
+        inside &= self._kept[near] & (self.segment[near] == self.segment[place][:, None])
         return near, inside
 
-    def rows(self, some: Some, kinds: list[str]) -> pa.Table:
-        """The rows of `EXAMPLES` of some latents; the i-th of a slot's examples is of kinds[i]."""
-        latent, layer, rank = (some.score > -torch.inf).nonzero(as_tuple=True)
-        place = some.place[latent, layer, rank]
-        near, inside = self.quotes(place)
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), inside.sum(1).cumsum(0)])
-        offsets_array = pa.array(offsets.numpy().astype(np.int32))
-        tokens = self.strings[self.ids[near[inside].numpy()]]
-        window = some.window[latent, layer, rank][inside].float().numpy()
-        kind = np.array(kinds, dtype=object)[rank.numpy()]
+    def example_rows(self, batch: ExampleBatch, kinds: list[str]) -> pa.Table:
+        """Rows of `EXAMPLES`; the i-th example of each slot is of kind kinds[i]."""
+        latent, layer, rank = (batch.score > -torch.inf).nonzero(as_tuple=True)
+        place = batch.place[latent, layer, rank]
+        near, inside = self.windows(place)
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), inside.sum(1).cumsum(0)])
+        offsets = pa.array(ends.numpy().astype(np.int32))
+        tokens = self._tokens[self.input_ids.flatten()[near[inside]].numpy()]
+        activations = batch.window[latent, layer, rank][inside].float().numpy()
         columns = {
-            "latent": some.first + latent.numpy(),
+            "latent": batch.first + latent.numpy(),
             "layer": layer.numpy(),
-            "kind": kind,
-            "activation": some.activation[latent, layer, rank].numpy(),
-            "tokens": pa.ListArray.from_arrays(offsets_array, pa.array(tokens, pa.string())),
-            "activations": pa.ListArray.from_arrays(offsets_array, pa.array(window, pa.float32())),
+            "kind": np.array(kinds, dtype=object)[rank.numpy()],
+            "activation": batch.activation[latent, layer, rank].numpy(),
+            "tokens": pa.ListArray.from_arrays(offsets, pa.array(tokens, pa.string())),
+            "activations": pa.ListArray.from_arrays(offsets, pa.array(activations, pa.float32())),
             "position": inside[:, :BEFORE].sum(1).numpy(),
-            "document": self.piece[place].numpy(),
+            "document": self.segment[place].numpy(),
         }
         arrays = [
             x if isinstance(x, pa.ListArray) else pa.array(x, EXAMPLES.field(name).type)
@@ -88,23 +89,21 @@ class Text:
         return pa.Table.from_arrays(arrays, schema=EXAMPLES)
 
 
-def write_examples(path: Path, examples: Examples | None, text: Text) -> int:
-    """Write `EXAMPLES` (empty without examples), and say how many rows it has.
+def write_examples(path: Path, examples: Examples | None, text: TokenText) -> int:
+    """Write the table `EXAMPLES`, empty without `examples`: its number of rows.
 
     Kind "top": the highest activations of a slot. "q1" … "q4": from the lowest to the highest
-    quarter of a uniform draw of the tokens where it is active.
+    quarter of a uniform draw of the tokens where the latent is active.
     """
     aside = path.with_name(path.name + ".partial")
     n_rows = 0
     try:
         with pq.ParquetWriter(aside, EXAMPLES, compression="zstd") as writer:
-            for top, drawn in examples.parts(_LATENTS_AT_ONCE) if examples else ():
+            for top, drawn in examples.batches(_LATENTS_PER_BATCH) if examples else ():
                 n = top.score.shape[-1]
-                for some, kinds in (
-                    (top, ["top"] * n),
-                    (drawn, [f"q{1 + i * _QUARTERS // n}" for i in range(n)]),
-                ):
-                    rows = text.rows(some, kinds)
+                quarters = [f"q{1 + i * _QUARTERS // n}" for i in range(n)]
+                for batch, kinds in ((top, ["top"] * n), (drawn, quarters)):
+                    rows = text.example_rows(batch, kinds)
                     writer.write_table(rows)
                     n_rows += len(rows)
         aside.replace(path)
@@ -114,13 +113,14 @@ def write_examples(path: Path, examples: Examples | None, text: Text) -> int:
     return n_rows
 
 
-def latent_columns(
+def activity_columns(
     sums: LayerSums, counts: Tensor, threshold: int, n_tokens: int
 ) -> dict[str, Tensor]:
-    """Of each latent, (M,) each: how often and at which layers it is active, by the mean of its
-    tokens' distributions, and, named `…_totals`, by its summed activation.
+    """How often and at which layers each latent is active, (M,) each.
 
-    `sums` has one group; counts (M, L). NaN where a latent is never active.
+    Layers are weighted by the mean of the tokens' distributions and, in the columns named
+    `…_totals`, by summed activation. `sums` has one group; counts (M, L). NaN for a latent that is
+    never active.
     """
     (profile,), (totals,), (within,) = sums
     active = profile.sum(1)
@@ -143,25 +143,28 @@ def latent_columns(
     }
 
 
-def direction_columns(
-    near: Neighbors, tokens: dict[str, Nearest | None], strings: list[str]
-) -> dict[str, Any]:
-    """Of each latent's direction: the nearest other one, and the nearest tokens of the input and
-    the output embedding; nulls where the model has no such embedding of the residual's width."""
-    columns: dict[str, Any] = {"nearest": near.nearest.cpu(), "nearest_cosine": near.cosine.cpu()}
-    for side, found in tokens.items():
-        n = len(near.nearest)
-        columns |= {f"cosine_{side}": pa.nulls(n, pa.float32())}
-        columns |= {f"tokens_{side}": pa.nulls(n, pa.list_(pa.string()))}
-        if found:
-            columns[f"cosine_{side}"] = found.cosine[:, 0].cpu()
-            ids = found.tokens.cpu().tolist()
+def direction_columns(directions: Directions, strings: list[str]) -> dict[str, Any]:
+    """For each latent, the cosine of its encoder row, the nearest other latent, and the nearest
+    tokens of both embeddings; null where the model has no such embedding."""
+    near = directions.neighbors
+    columns: dict[str, Any] = {
+        "encoder_cosine": directions.encoder_cosine.cpu(),
+        "nearest": near.nearest.cpu(),
+        "nearest_cosine": near.cosine.cpu(),
+    }
+    for side, nearest in directions.tokens.items():
+        if nearest is None:
+            columns[f"cosine_{side}"] = pa.nulls(len(near.nearest), pa.float32())
+            columns[f"tokens_{side}"] = pa.nulls(len(near.nearest), pa.list_(pa.string()))
+        else:
+            ids = nearest.tokens.cpu().tolist()
+            columns[f"cosine_{side}"] = nearest.cosine[:, 0].cpu()
             columns[f"tokens_{side}"] = [[strings[i] for i in row] for row in ids]
     return columns
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> None:
-    """Write columns, tensors or lists, of one length as a Parquet file."""
+    """Write columns of one length, tensors or lists, as a Parquet file."""
     table = pa.table(
         {name: x.numpy() if isinstance(x, Tensor) else x for name, x in columns.items()}
     )

@@ -1,1 +1,1 @@
-"""Evaluation on held-out text: what reconstructions keep of residuals and predictions."""
+"""Evaluation on held-out text: how faithful reconstructions are to residuals and predictions."""

@@ -1,7 +1,7 @@
-"""What a reconstruction keeps: of the residual stream, and of the model's predictions.
+"""How faithful reconstructions are: to the residual stream, and to the model's predictions.
 
 Legend: L layers, R rows in all, B rows at a time, T positions, D width of the residual stream,
-M latents, K active latents a token, V vocabulary, P predictions, S special tokens.
+M latents, K active latents per token, V vocabulary, P predictions, S special tokens.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from .. import metrics
 from ..data.residuals import ResidualReader
 from ..model import ACTIVE, MLSAE
 from .patching import substituted_logits
-from .token_metrics import RowSums
+from .token_metrics import TokenSums
 
-_SCORES_ELEMENTS = 2**24  # logits that are scored at a time: 64 MB of each float32 copy
+_SCORES_ELEMENTS = 2**24  # logits scored at a time: each float32 copy has 64 MB
 
 
-class Measured(NamedTuple):
-    """What a pass over rows of text found."""
+class Faithfulness(NamedTuple):
+    """The result of a pass over rows of text."""
 
-    rows: RowSums
+    sums: TokenSums
     active: Tensor
-    """(M, L) bool: latents with h > `model.ACTIVE` at some token of the layer."""
+    """(M, L) bool: the latents with h > `model.ACTIVE` at any token of the layer."""
     pca: Tensor
     """(L,) `metrics.pca_explained` by as many components as the SAE has active latents (k)."""
 
 
 class Predictions:
-    """Where the rows input_ids (B, T) make predictions: at P positions, in the order of the rows.
+    """The P positions of rows input_ids (B, T) at which a prediction is made, row by row.
 
-    `token_mask` (B, T) says which tokens are not special.
+    `token_mask` (B, T) is True at tokens that are not special.
     """
 
     def __init__(self, input_ids: Tensor, token_mask: Tensor) -> None:
@@ -49,138 +49,135 @@ class Predictions:
         return logits[self.row, self.position].float().log_softmax(-1)
 
     def scores(self, logits: Tensor, true_log_p: Tensor) -> Tensor:
-        """Sums over each row's predictions, (3, B) float64, of the `metrics.token_scores`."""
-        at_a_time = max(1, _SCORES_ELEMENTS // logits.shape[-1])
-        parts = zip(
-            *(indices.split(at_a_time) for indices in (self.row, self.position, self.targets)),
-            true_log_p.split(at_a_time),
-            strict=True,
-        )
-        return self.by_row(
-            torch.cat(
-                [
-                    torch.stack(metrics.token_scores(log_p, logits[row, position], targets))
-                    for row, position, targets, log_p in parts
-                ],
-                dim=1,
+        """The `metrics.token_scores` of logits (B, T, V), summed per row: (3, B) float64."""
+        chunk = max(1, _SCORES_ELEMENTS // logits.shape[-1])
+        scores = [
+            torch.stack(metrics.token_scores(log_p, logits[row, position], targets))
+            for row, position, targets, log_p in zip(
+                self.row.split(chunk),
+                self.position.split(chunk),
+                self.targets.split(chunk),
+                true_log_p.split(chunk),
+                strict=True,
             )
-        )
+        ]
+        return self.sum_by_row(torch.cat(scores, dim=1))
 
     def cross_entropy(self, log_p: Tensor) -> Tensor:
-        """Sums over each row's predictions of −ln p(target), (B,) float64: log_p (P, V)."""
-        return self.by_row(-log_p.gather(1, self.targets[:, None]).T)[0]
+        """−ln p(target), summed per row: log_p (P, V) → (B,) float64."""
+        return self.sum_by_row(-log_p.gather(1, self.targets[:, None]).T)[0]
 
-    def by_row(self, values: Tensor) -> Tensor:
-        """values (…, P), summed over each row's predictions: (…, B) float64."""
+    def sum_by_row(self, values: Tensor) -> Tensor:
+        """values (…, P), summed over the predictions of each row: (…, B) float64."""
         sums = values.new_zeros(*values.shape[:-1], self.n_rows, dtype=torch.float64)
         return sums.index_add(-1, self.row, values.double())
 
 
-class Pass:
-    """One pass of `mlsae` over rows of text, B at a time, and the ablations after it.
+class FaithfulnessPass:
+    """One pass of `mlsae` over rows of text, B at a time, and a second one with ablations.
 
-    The true forward runs once for each row. Of a batch, memory holds the residuals of the layers,
-    the predictions' true log-probabilities and one layer's substituted logits; of the text, row
-    sums, one (D, D) matrix a layer, and the residuals at special tokens: those are no input of
-    the SAE, so they stay true in every substitution and every ablation.
+    The true forward pass runs once per row. For a batch, memory holds the residuals of all layers,
+    the predictions' true log-probabilities, and the substituted logits of one layer; for the whole
+    text, row sums, one (D, D) matrix per layer, and the residuals at special tokens. The SAE does
+    not see special tokens, so their residuals stay true in every substitution and ablation.
     """
 
     def __init__(self, mlsae: MLSAE, reader: ResidualReader, n_rows: int) -> None:
         self.mlsae, self.reader = mlsae, reader
         config, n_layers = mlsae.config, len(reader.layers)
         device = mlsae.sae.W_dec.device
-        self.rows = RowSums(n_rows, n_layers, config.d_in, device)
+        self.sums = TokenSums(n_rows, n_layers, config.d_in, device)
         self.active = torch.zeros(config.n_latents, n_layers, dtype=torch.bool, device=device)
         self.scatter = torch.zeros(
             n_layers, config.d_in, config.d_in, dtype=torch.float64, device=device
         )
-        self.special: list[Tensor] = []  # of each batch, (L, S, D)
+        self.special: list[Tensor] = []  # residuals (L, S, D) of each batch
 
-    def measure(self, at: slice, input_ids: Tensor, token_mask: Tensor) -> None:
-        """Take in the rows input_ids (B, T), rows `at` of all; `token_mask` (B, T): not special."""
-        rows = self.rows
+    def measure(self, rows: slice, input_ids: Tensor, token_mask: Tensor) -> None:
+        """Update with input_ids (B, T), which are `rows` of the text."""
+        sums = self.sums
         residuals, logits = self.reader.with_logits(input_ids)
         predictions = Predictions(input_ids, token_mask)
         log_p = predictions.log_p(logits)
-        rows.tokens[at] = token_mask.sum(1).double()
-        rows.predictions[at] = torch.bincount(predictions.row, minlength=len(token_mask)).double()
-        rows.ce_true[at] = predictions.cross_entropy(log_p)
+        sums.tokens[rows] = token_mask.sum(1).double()
+        sums.predictions[rows] = torch.bincount(predictions.row, minlength=len(token_mask)).double()
+        sums.ce_true[rows] = predictions.cross_entropy(log_p)
         del logits
-        if not self.special:
-            rows.origin[:] = torch.stack([x[token_mask].float().sum(0) for x in residuals])
-            rows.origin /= token_mask.sum().clamp_min(1)
+        if not self.special:  # the first batch
+            sums.origin[:] = torch.stack([x[token_mask].float().sum(0) for x in residuals])
+            sums.origin /= token_mask.sum().clamp_min(1)
         self.special.append(torch.stack([x[~token_mask] for x in residuals]))
         for i, layer in enumerate(self.reader.layers):
             x = residuals[i]
-            x_hat = self._reconstruct(at, i, x.float(), token_mask)
+            x_hat = self._reconstruct(rows, i, x.float(), token_mask)
             substituted = torch.where(token_mask[..., None], x_hat.to(x.dtype), x)
             logits = substituted_logits(self.reader, input_ids, layer, substituted)
-            rows.ce[at, i], rows.kl[at, i], rows.top1[at, i] = predictions.scores(logits, log_p)
+            ce, kl, top1 = predictions.scores(logits, log_p)
+            sums.ce[rows, i], sums.kl[rows, i], sums.top1[rows, i] = ce, kl, top1
 
-    def ablate(self, batch: int, at: slice, input_ids: Tensor, token_mask: Tensor) -> None:
-        """The cross-entropy of the same rows, the `batch`-th measured, with 0 and with the mean
-        over all measured tokens in place of the residuals."""
+    def ablate(self, batch: int, rows: slice, input_ids: Tensor, token_mask: Tensor) -> None:
+        """Update with the cross-entropy of the `batch`-th measured rows again, with 0 and with the
+        mean over all measured tokens in place of the residuals."""
         predictions, special = Predictions(input_ids, token_mask), self.special[batch]
-        mean = self.rows.mean()
+        mean = self.sums.mean()
         for i, layer in enumerate(self.reader.layers):
-            for vector, sums in (
-                (torch.zeros_like(mean[i]), self.rows.ce_zero),
-                (mean[i], self.rows.ce_mean),
+            for vector, ce in (
+                (torch.zeros_like(mean[i]), self.sums.ce_zero),
+                (mean[i], self.sums.ce_mean),
             ):
                 ablated = vector.to(special.dtype).repeat(*input_ids.shape, 1)  # (B, T, D)
                 ablated[~token_mask] = special[i]
                 logits = substituted_logits(self.reader, input_ids, layer, ablated)
-                sums[at, i] = predictions.cross_entropy(predictions.log_p(logits))
+                ce[rows, i] = predictions.cross_entropy(predictions.log_p(logits))
 
     def pca(self) -> Tensor:
-        """See `Measured.pca`."""
-        n = self.rows.tokens.sum()
-        offset = self.rows.deviation.sum(0, dtype=torch.float64)  # (L, D)
+        """See `Faithfulness.pca`."""
+        n = self.sums.tokens.sum()
+        offset = self.sums.deviation.sum(0, dtype=torch.float64)  # (L, D)
         centered = self.scatter - offset[:, :, None] * offset[:, None, :] / n
         return metrics.pca_explained(centered, self.mlsae.config.k)
 
-    def _reconstruct(self, at: slice, i: int, x: Tensor, token_mask: Tensor) -> Tensor:
-        """x̂ of the i-th layer's residuals x (B, T, D), its sums taken in."""
-        rows, keep = self.rows, token_mask[..., None]
-        standard, mean, std = self.mlsae.standardize(x)
-        reconstruction, codes = self.mlsae.sae.reconstruct(standard)
-        error = (x - reconstruction * std - mean) * keep
+    def _reconstruct(self, rows: slice, i: int, x: Tensor, token_mask: Tensor) -> Tensor:
+        """x̂ of the residuals x (B, T, D) at the i-th layer; also updates the sums."""
+        sums, keep = self.sums, token_mask[..., None]
+        reconstruction = self.mlsae.reconstruct(x)
+        codes = reconstruction.codes
+        error = reconstruction.error * keep
         values = codes.values.float() * keep  # (B, T, K)
-        deviation = (x - rows.origin[i]) * keep
-        rows.sq_error[at, i] = error.square().sum((1, 2), dtype=torch.float64)
-        rows.l0[at, i] = (values > 0).sum((1, 2)).double()
-        rows.l1[at, i] = values.sum((1, 2), dtype=torch.float64)
-        rows.sq_deviation[at, i] = deviation.square().sum((1, 2), dtype=torch.float64)
-        rows.deviation[at, i] = deviation.sum(1)
+        deviation = (x - sums.origin[i]) * keep
+        sums.sq_error[rows, i] = error.square().sum((1, 2), dtype=torch.float64)
+        sums.l0[rows, i] = (values > 0).sum((1, 2)).double()
+        sums.l1[rows, i] = values.sum((1, 2), dtype=torch.float64)
+        sums.sq_deviation[rows, i] = deviation.square().sum((1, 2), dtype=torch.float64)
+        sums.deviation[rows, i] = deviation.sum(1)
         flat = deviation.flatten(0, 1)
         self.scatter[i] += flat.T @ flat
         self.active[codes.indices[values > ACTIVE], i] = True
-        return reconstruction * std + mean
+        return reconstruction.x_hat
 
 
 @torch.inference_mode()
 def measure_faithfulness(
     mlsae: MLSAE, reader: ResidualReader, input_ids: Tensor, token_mask: Tensor, micro_rows: int
-) -> Measured:
+) -> Faithfulness:
     """Measure `mlsae` on the layers of `reader` at rows input_ids (R, T), `micro_rows` at a time.
 
-    `token_mask` (R, T) says which tokens are not special. The layers need not be those that the
-    MLSAE was trained on. Nothing else changes. Raises ValueError if `token_mask` leaves no
-    prediction.
+    `token_mask` (R, T) is True at tokens that are not special. The layers may be others than the
+    MLSAE was trained on. Raises ValueError if `token_mask` leaves no prediction.
     """
     if not (token_mask[:, :-1] & token_mask[:, 1:]).any():
-        raise ValueError("rows must hold two tokens in a row that are not special, got none")
+        raise ValueError("rows must hold two neighboring tokens that are not special, got none")
     device = mlsae.sae.W_dec.device
-    one_pass = Pass(mlsae, reader, len(input_ids))
+    text_pass = FaithfulnessPass(mlsae, reader, len(input_ids))
     slices = [slice(i, i + micro_rows) for i in range(0, len(input_ids), micro_rows)]
     bar = tqdm(total=2 * input_ids.numel(), unit=" tokens", unit_scale=True)
     with bar:
         bar.set_description("reconstructions")
-        for at in slices:
-            one_pass.measure(at, input_ids[at].to(device), token_mask[at].to(device))
-            bar.update(input_ids[at].numel())
+        for rows in slices:
+            text_pass.measure(rows, input_ids[rows].to(device), token_mask[rows].to(device))
+            bar.update(input_ids[rows].numel())
         bar.set_description("ablations")
-        for batch, at in enumerate(slices):
-            one_pass.ablate(batch, at, input_ids[at].to(device), token_mask[at].to(device))
-            bar.update(input_ids[at].numel())
-    return Measured(one_pass.rows, one_pass.active, one_pass.pca())
+        for batch, rows in enumerate(slices):
+            text_pass.ablate(batch, rows, input_ids[rows].to(device), token_mask[rows].to(device))
+            bar.update(input_ids[rows].numel())
+    return Faithfulness(text_pass.sums, text_pass.active, text_pass.pca())

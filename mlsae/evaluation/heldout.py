@@ -1,4 +1,4 @@
-"""A trained MLSAE, and the held-out text and transformer to measure it on."""
+"""Open a trained MLSAE, and the transformer and held-out text to measure it on."""
 
 from __future__ import annotations
 
@@ -25,33 +25,34 @@ class HeldoutConfig:
     """Folder of a trained MLSAE, or its name on the Hugging Face hub."""
     dataset: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATASET]")] = None
     """Text: "builtin", a dataset on the hub (streamed), or a local file or folder; its held-out
-    rows are used. None: the run's own."""
+    rows are used. None: the text that the run was trained on."""
     tokens: int = 65_536
-    """Held-out tokens to measure on, special ones among them; fewer where the text has fewer."""
+    """Held-out tokens to measure on, counting special ones; fewer if the text has fewer."""
     layers: tuple[int, ...] | None = None
-    """Layers to measure at, others too. None: those it was trained on, or all if not known."""
+    """Layers to measure at; they may be others than those it was trained on. None: those it was
+    trained on, or all if not known."""
     model: str | None = None
     """The transformer. None: the one it was trained on."""
     column: str | None = None
     """The dataset's column of text. None: as in the run, or "text"."""
     seq_len: int | None = None
-    """Tokens a row. None: as in the run."""
+    """Tokens per row. None: as in the run."""
     micro_tokens: int | None = None
-    """Tokens held in memory at a time; changes nothing else. None: 2,048, or a row where that is
+    """Tokens held in memory at a time; changes nothing else. None: 2,048, or one row if rows are
     longer."""
     resamples: int = 1000
     """Bootstrap resamples of the rows, for the intervals."""
     seed: int | None = None
-    """Seed of the order of rows, and of what is drawn. None: the run's, which gives the held-out
-    rows of its training."""
+    """Seed of the order of rows, of examples and of the bootstrap. None: the run's, which gives
+    the held-out rows that its training validated on."""
     device: str = "auto"
-    """auto: CUDA where there is one, else the CPU."""
+    """auto: CUDA if available, else the CPU."""
     out: Path | None = None
-    """Folder for what is found. None: the run's, which has to be here then."""
+    """Folder for the results. None: the run's folder, which must then be local."""
 
 
 def open_run(config: HeldoutConfig, device: torch.device) -> tuple[MLSAE, DataStream]:
-    """The MLSAE of `config.run`, and the transformer and text to measure it on.
+    """Load the MLSAE of `config.run`, and open the transformer and text to measure it on.
 
     Raises InputError for bad input, before anything is measured.
     """
@@ -61,7 +62,7 @@ def open_run(config: HeldoutConfig, device: torch.device) -> tuple[MLSAE, DataSt
             raise InputError(f"--{name} must be at least 1, got {value}")
     mlsae = MLSAE.from_pretrained(config.run, device).requires_grad_(False)
     if config.out is None and not config.run.exists():
-        raise InputError(f"--out must be given if RUN is on the hub, as {config.run}, got none")
+        raise InputError(f"--out must be given if RUN is on the hub, as {config.run} is, got none")
     trained = mlsae.about.get("training", {})
     data = _data_config(config, mlsae, trained)
     shape = read_shape(data)
@@ -74,7 +75,8 @@ def open_run(config: HeldoutConfig, device: torch.device) -> tuple[MLSAE, DataSt
     if shape.d_in != mlsae.config.d_in:
         raise InputError(
             f"MODEL must have a residual stream of width {mlsae.config.d_in}, as the MLSAE in "
-            f"{config.run}, and {data.model} has {shape.d_in}; give its own with --model"
+            f"{config.run}, and {data.model} has {shape.d_in}; give the model that the "
+            "MLSAE was trained on with --model"
         )
     seed = config.seed if config.seed is not None else trained.get("seed", 0)
     return mlsae, DataStream(

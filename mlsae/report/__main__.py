@@ -9,13 +9,15 @@ where `mlsae.evaluate` or `mlsae.analyze` has not been run, it names the command
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ..errors import InputError, exit_on_bad_input
+from ..cli import parse, run_program
+from ..errors import InputError
 from .comparison import write_comparison
 from .page import write_report
 
@@ -31,27 +33,31 @@ class ReportConfig:
     in the folder you are in."""
 
 
-def main() -> None:
-    """The program."""
-    config = tyro.cli(
-        ReportConfig, description=__doc__, use_underscores=True, prog="python -m mlsae.report"
-    )
-    with exit_on_bad_input():
-        if not config.runs:
-            raise InputError("RUN must be given at least once, got none; name the folder of a run")
-        out = config.out or (
-            Path("comparison.html") if config.runs[1:] else config.runs[0] / "report.html"
+def draw(config: ReportConfig) -> Path:
+    """Write the page that `config` asks for: its path.
+
+    Raises InputError if a folder holds no run, or the page cannot be written there.
+    """
+    if not config.runs:
+        raise InputError("RUN must be given at least once, got none; name the folder of a run")
+    first, *others = config.runs
+    out = config.out or (Path("comparison.html") if others else first / "report.html")
+    if config.out and (out.is_dir() or not out.parent.is_dir()):
+        raise InputError(
+            f"--out must be a file in a folder that is there, got {out}; name a page, as in "
+            "--out comparison.html"
         )
-        if config.out and (out.is_dir() or not out.parent.is_dir()):
-            raise InputError(
-                f"--out must be a file in a folder that is there, got {out}; name a page, as in "
-                "--out comparison.html"
-            )
-        if config.runs[1:]:
-            write_comparison(config.runs, out)
-        else:
-            write_report(config.runs[0], out)
-        print(out)
+    if others:
+        write_comparison(config.runs, out)
+    else:
+        write_report(first, out)
+    return out
+
+
+def main() -> None:
+    """Run the program."""
+    config = parse(ReportConfig, __doc__, sys.argv[1:], "python -m mlsae.report")
+    run_program(lambda: print(draw(config)))
 
 
 if __name__ == "__main__":

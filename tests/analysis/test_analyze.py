@@ -1,6 +1,6 @@
 """`python -m mlsae.analyze`: examples and geometry against brute force, and the program.
 
-Legend: L layers, N tokens, K active latents a token, M latents, R rows, T positions.
+Legend: L layers, N tokens, K active latents per token, M latents, R rows, T positions.
 """
 
 import json
@@ -12,8 +12,9 @@ import torch
 
 from mlsae.analysis.examples import AFTER, BEFORE, Examples
 from mlsae.analysis.geometry import nearest_tokens, neighbors, random_cosines
-from mlsae.analysis.parquet import Text, write_examples
-from mlsae.analyze import analyze, parse
+from mlsae.analysis.parquet import TokenText, write_examples
+from mlsae.analysis.run import AnalyzeConfig, analyze
+from mlsae.cli import parse
 from mlsae.errors import InputError
 from mlsae.model import MLSAE, MLSAEConfig
 from mlsae.training.run_dir import RUN_FILES
@@ -24,13 +25,13 @@ L, R, T, M, K, N_EXAMPLES = 2, 6, 20, 12, 3, 4
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """The examples of random activations, taken in by two rows at a time, as pandas reads them."""
+def collected(tmp_path_factory):
+    """The examples of random activations, updated with two rows at a time, read by pandas."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, 40, (R, T), generator=generator)
     token_mask = input_ids > 3  # the first ids are special: a document ends there
     strings = [f"<{i}>" for i in range(40)]
-    text = Text(input_ids, token_mask, strings)
+    text = TokenText(input_ids, token_mask, strings)
     dense = torch.rand(L, R * T, M, generator=generator)
     values, indices = dense.topk(K)
     kept = torch.zeros_like(dense).scatter(2, indices, values)
@@ -38,7 +39,7 @@ def found(tmp_path_factory):
     for rows in torch.arange(R * T).view(R, T).split(2):
         place = rows[token_mask[rows[0, 0] // T : rows[0, 0] // T + len(rows)]]
         codes = TopK(values[:, place], indices[:, place])
-        examples.update(codes, text.piece[place], place)
+        examples.update(codes, text.segment[place], place)
     path = tmp_path_factory.mktemp("examples") / "examples.parquet"
     n = write_examples(path, examples, text)
     table = pandas.read_parquet(path)
@@ -46,8 +47,8 @@ def found(tmp_path_factory):
     return table, kept, input_ids, token_mask
 
 
-def test_the_top_examples_are_the_highest_activations(found):
-    table, kept, _, token_mask = found
+def test_the_top_examples_are_the_highest_activations(collected):
+    table, kept, _, token_mask = collected
     top = table[table.kind == "top"]
     for j in range(M):
         for layer in range(L):
@@ -57,8 +58,8 @@ def test_the_top_examples_are_the_highest_activations(found):
             assert got == pytest.approx(expected)
 
 
-def test_a_window_is_the_text_around_and_ends_where_a_document_does(found):
-    table, kept, input_ids, token_mask = found
+def test_a_window_is_the_text_around_and_ends_where_its_document_ends(collected):
+    table, kept, input_ids, token_mask = collected
     flat = kept.view(L, R, T, M)
     for example in table.itertuples():
         places = (flat[example.layer, :, :, example.latent] == example.activation).nonzero()
@@ -75,8 +76,8 @@ def test_a_window_is_the_text_around_and_ends_where_a_document_does(found):
     assert table.groupby("document").size().shape[0] > R
 
 
-def test_drawn_examples_are_ordered_quarters(found):
-    table, *_ = found
+def test_drawn_examples_are_ordered_quarters(collected):
+    table, *_ = collected
     drawn = table[table.kind != "top"]
     assert set(drawn.kind) == {"q1", "q2", "q3", "q4"}
     for _, group in drawn.groupby(["latent", "layer"]):
@@ -84,7 +85,7 @@ def test_drawn_examples_are_ordered_quarters(found):
 
 
 def test_the_draw_is_uniform():
-    """Of 40 tokens, in batches of 10, each batch has as many of the 4 that are drawn."""
+    """Of 40 tokens in four batches, 4 are drawn: on average, one from each batch."""
     counts = torch.zeros(40)
     place = torch.arange(40)
     codes = TopK(
@@ -93,9 +94,9 @@ def test_the_draw_is_uniform():
     for seed in range(300):
         examples = Examples(1, 1, 4, seed, torch.device("cpu"))
         for part in place.split(10):
-            some = TopK(codes.values[:, part], codes.indices[:, part])
-            examples.update(some, torch.zeros_like(part), part)
-        ((_, drawn),) = examples.parts(1)
+            batch = TopK(codes.values[:, part], codes.indices[:, part])
+            examples.update(batch, torch.zeros_like(part), part)
+        ((_, drawn),) = examples.batches(1)
         assert len(drawn.place.unique()) == 4
         counts[drawn.place.flatten()] += 1
     assert (counts.view(4, 10).sum(1) / 300).tolist() == pytest.approx([1] * 4, abs=0.2)
@@ -111,7 +112,7 @@ def test_neighbors_and_their_control():
     pairs = cosines[cosines > -2]
     expected = torch.histc(pairs, 200, -1, 1) / len(pairs)
     torch.testing.assert_close(near.share, expected, rtol=0, atol=1e-4)
-    # These directions are random: the control in closed form must be what is found.
+    # These directions are random, so their cosines must match the control in closed form.
     control, mmcs = random_cosines(near.edges, 8, 300)
     assert control.sum().item() == pytest.approx(1)
     assert mmcs == pytest.approx(near.cosine.mean().item(), abs=0.01)
@@ -120,11 +121,11 @@ def test_neighbors_and_their_control():
 
 def test_nearest_tokens_are_those_of_the_centered_embedding():
     generator = torch.Generator().manual_seed(0)
-    E = torch.randn(50, 8, generator=generator) + 30  # all share a large part
+    E = torch.randn(50, 8, generator=generator) + 30  # a large common mean
     W = (E - E.mean(0))[[7, 3]] * 2
-    found = nearest_tokens(W, E, 2)
-    assert found.tokens[:, 0].tolist() == [7, 3]
-    assert found.cosine[:, 0].tolist() == pytest.approx([1, 1], abs=1e-5)
+    nearest = nearest_tokens(W, E, 2)
+    assert nearest.tokens[:, 0].tolist() == [7, 3]
+    assert nearest.cosine[:, 0].tolist() == pytest.approx([1, 1], abs=1e-5)
 
 
 def test_the_program(tmp_path):
@@ -136,7 +137,7 @@ def test_the_program(tmp_path):
     about = json.loads((run / "analysis.json").read_text())
     trained = safetensors.torch.load_file(run / "latents.safetensors")
     arrays = safetensors.torch.load_file(run / "analysis.safetensors")
-    # The same text as the training's held-out figures, so the same counts.
+    # The training validated on the same text, so the counts are the same.
     assert torch.equal(arrays["counts"], trained["counts"])
     torch.testing.assert_close(arrays["totals"].float(), trained["totals"], rtol=1e-4, atol=1e-4)
     latents = pandas.read_parquet(run / "analysis_latents.parquet")
@@ -159,10 +160,10 @@ def test_the_program(tmp_path):
     result = program(run, "--prompt", "def main(argv):", "--seq_len", 64, module="mlsae.analyze")
     assert result.returncode == 0, result.stderr
     assert (run / "analysis.json").read_bytes() == before
-    picture = json.loads((run / "analysis_prompt.json").read_text())
-    assert picture["prompt"] == "".join(picture["tokens"]) == "def main(argv):"
-    entries = picture["entries"]
-    assert set(entries["token"]) == set(range(len(picture["tokens"])))
+    reading = json.loads((run / "analysis_prompt.json").read_text())
+    assert reading["prompt"] == "".join(reading["tokens"]) == "def main(argv):"
+    entries = reading["entries"]
+    assert set(entries["token"]) == set(range(len(reading["tokens"])))
     assert set(entries["layer"]) == set(range(6))
     page = (run / "prompt.html").read_text()
     assert "<script src=" not in page
@@ -178,11 +179,11 @@ def test_bad_input_is_named(tmp_path):
         ([], "DATASET must be given"),
     ):
         with pytest.raises(InputError, match=message):
-            analyze(parse([str(tmp_path), *arguments]))
+            analyze(parse(AnalyzeConfig, "", [str(tmp_path), *arguments], "analyze"))
 
 
-def test_its_files_are_a_runs_own():
-    """Else --overwrite would refuse a run that has been analyzed."""
+def test_the_files_belong_to_a_run():
+    """Otherwise --overwrite would refuse a run that has been analyzed."""
     names = ("json", "safetensors")
     tables = ("latents.parquet", "examples.parquet", "prompt.json")
     written = {f"analysis.{x}" for x in names} | {f"analysis_{x}" for x in tables}

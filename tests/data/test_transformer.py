@@ -14,7 +14,7 @@ from mlsae.data import transformer
 from mlsae.data.residuals import ResidualReader, find_blocks
 from mlsae.data.transformer import load_transformer
 from mlsae.errors import InputError
-from mlsae.evaluate import EvaluateConfig, evaluate
+from mlsae.evaluation.run import EvaluateConfig, evaluate
 from mlsae.training.run import train
 from tests.helpers.models import CONFIGS
 

@@ -1,6 +1,6 @@
-"""`python -m mlsae.evaluate`: SAEs whose figures are known, and a dense oracle.
+"""`python -m mlsae.evaluate`: SAEs with known metrics, and a dense oracle.
 
-Legend: L layers, R rows, T positions, D width of the residual stream.
+Legend: R rows, T positions, D width of the residual stream.
 """
 
 import csv
@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 
 from mlsae import MLSAE, MLSAEConfig, metrics
+from mlsae.cli import parse
 from mlsae.data.residuals import ResidualReader
 from mlsae.errors import InputError
-from mlsae.evaluate import evaluate as measure
-from mlsae.evaluate import parse
 from mlsae.evaluation.faithfulness import measure_faithfulness
-from mlsae.evaluation.token_metrics import RowSums, figures, with_intervals
+from mlsae.evaluation.run import EvaluateConfig, evaluate
+from mlsae.evaluation.token_metrics import (
+    TokenSums,
+    bootstrap_token_metrics,
+    compute_token_metrics,
+)
 from mlsae.training.run_dir import RUN_FILES
 from tests.helpers.models import CONFIGS, forward_with_hook, make
 from tests.helpers.programs import SMALL, program
@@ -37,55 +41,56 @@ def text():
     return input_ids, input_ids > 5  # the first six ids are special
 
 
-def perfect():
-    """±1 times each dimension, all of one sign active: x̂ = x to the bit."""
+def perfect_sae():
+    """Latents are ±1 times each dimension, those of the right sign active: x̂ = x, bit for bit."""
     mlsae = MLSAE(MLSAEConfig(D, 2 * D, D, (0, 1, 2), standardize=False))
     signs = torch.cat([torch.eye(D), -torch.eye(D)])
     mlsae.sae.load_state_dict({"W_enc": signs, "W_dec": signs, "b_dec": torch.zeros(D)})
     return mlsae
 
 
-def constant(vector):
-    """No latent active, x̂ = b_pre = `vector`: the SAE of weights 0."""
+def constant_sae(vector):
+    """With weights 0 no latent is active, so x̂ = b_pre = `vector`."""
     mlsae = MLSAE(MLSAEConfig(D, 8, 2, (1,), standardize=False))
     zeros = torch.zeros(8, D)
     mlsae.sae.load_state_dict({"W_enc": zeros, "W_dec": zeros, "b_dec": vector})
     return mlsae
 
 
-def run(mlsae, model, text, layers=None, micro_rows=2):
+def measure(mlsae, model, text, layers=None, micro_rows=2):
     measured = measure_faithfulness(mlsae, ResidualReader(model, layers), *text, micro_rows)
-    return measured, figures(measured.rows, torch.ones(1, R, dtype=torch.float64))
+    ones = torch.ones(1, R, dtype=torch.float64)
+    return measured, compute_token_metrics(measured.sums, ones)
 
 
 def test_a_perfect_sae_costs_nothing(model, text):
-    measured, found = run(perfect(), model, text)
+    measured, computed = measure(perfect_sae(), model, text)
     zeros, ones = ("fvu", "mse", "delta_ce", "kl"), ("top1", "recovered_zero", "recovered_mean")
     for name, value in [*((name, 0) for name in zeros), *((name, 1) for name in ones)]:
-        assert getattr(found, name).tolist() == [[value] * 3], name
-    # Of D components PCA explains all, too.
+        assert getattr(computed, name).tolist() == [[value] * 3], name
+    # D principal components explain everything, too.
     torch.testing.assert_close(measured.pca, torch.ones(3, dtype=torch.float64))
 
 
-def test_an_sae_of_weights_zero_is_the_mean_ablation(model, text):
+def test_an_sae_with_weights_zero_is_the_mean_ablation(model, text):
     input_ids, token_mask = text
     mean = ResidualReader(model, [1])(input_ids)[0][token_mask].mean(0)
-    measured, found = run(constant(mean), model, text, [1])
-    torch.testing.assert_close(measured.rows.ce, measured.rows.ce_mean)
-    assert found.recovered_mean.item() == pytest.approx(0, abs=1e-5)
-    assert found.fvu.item() == pytest.approx(1)
-    assert found.l0.item() == 0
+    measured, computed = measure(constant_sae(mean), model, text, [1])
+    torch.testing.assert_close(measured.sums.ce, measured.sums.ce_mean)
+    assert computed.recovered_mean.item() == pytest.approx(0, abs=1e-5)
+    assert computed.fvu.item() == pytest.approx(1)
+    assert computed.l0.item() == 0
     assert not measured.active.any()
-    assert found.delta_ce.item() != 0
-    measured, found = run(constant(torch.zeros(D)), model, text, [1])
-    assert found.recovered_zero.item() == pytest.approx(0, abs=1e-5)
+    assert computed.delta_ce.item() != 0
+    measured, computed = measure(constant_sae(torch.zeros(D)), model, text, [1])
+    assert computed.recovered_zero.item() == pytest.approx(0, abs=1e-5)
 
 
-def test_every_figure_against_a_dense_oracle(model, text):
-    """Of an MLSAE trained on layer 1 alone, at every layer, in float64 and with hooks by hand."""
+def test_every_metric_against_a_dense_oracle(model, text):
+    """At every layer, in float64 and with hooks by hand; the MLSAE's own layer is layer 1."""
     torch.manual_seed(2)
     mlsae = MLSAE(MLSAEConfig(D, 40, 4, (1,)))
-    measured, found = run(mlsae, model, text)
+    measured, computed = measure(mlsae, model, text)
     input_ids, token_mask = text
     predicted = token_mask[:, :-1] & token_mask[:, 1:]
     targets = input_ids[:, 1:][predicted]
@@ -113,7 +118,7 @@ def test_every_figure_against_a_dense_oracle(model, text):
             "top1": (logits.argmax(1) == true.argmax(1)).double().mean(),
         }
         for name, value in oracle.items():
-            got = getattr(found, name)[0, layer].item()
+            got = getattr(computed, name)[0, layer].item()
             assert got == pytest.approx(value.item(), rel=1e-4, abs=1e-6), (name, layer)
         singular = torch.linalg.svdvals(centered).square()
         assert measured.pca[layer].item() == pytest.approx(
@@ -121,36 +126,36 @@ def test_every_figure_against_a_dense_oracle(model, text):
         )
 
 
-def test_the_split_changes_nothing(model, text):
+def test_the_split_into_batches_changes_nothing(model, text):
     torch.manual_seed(2)
     mlsae = MLSAE(MLSAEConfig(D, 40, 4, (0, 1, 2)))
-    (one, whole), (other, parts) = (run(mlsae, model, text, micro_rows=n) for n in (R, 2))
+    (once, whole), (split, parts) = (measure(mlsae, model, text, micro_rows=n) for n in (R, 2))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(one.pca, other.pca)
-    assert torch.equal(one.active, other.active)
+    torch.testing.assert_close(once.pca, split.pca)
+    assert torch.equal(once.active, split.active)
 
 
-def test_a_resample_is_the_text_that_it_drew(model, text):
-    """Weights that count rows give the figures of the rows so repeated."""
+def test_weights_repeat_rows(model, text):
+    """Row r counted weights[r] times gives the metrics of a text that repeats it so often."""
     torch.manual_seed(2)
     mlsae = MLSAE(MLSAEConfig(D, 40, 4, (0, 1, 2)))
-    measured, _ = run(mlsae, model, text)
+    measured, _ = measure(mlsae, model, text)
     drawn = torch.tensor([0, 0, 3, 4, 4])
     weights = torch.bincount(drawn, minlength=R).double()[None]
-    resampled = figures(measured.rows, weights)
-    _, direct = run(mlsae, model, tuple(part[drawn] for part in text))
+    resampled = compute_token_metrics(measured.sums, weights)
+    _, direct = measure(mlsae, model, tuple(part[drawn] for part in text))
     for name, a, b in zip(direct._fields, resampled, direct, strict=True):
-        if name != "recovered_mean":  # its ablation keeps the mean of all the text
+        if name != "recovered_mean":  # its ablation keeps the mean of the whole text
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_intervals_are_those_of_the_mean_of_normal_numbers():
-    rows = RowSums(400, 1, 2, torch.device("cpu"))
-    rows.tokens += 1
-    rows.l1 += torch.randn(400, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    value, low, high = with_intervals(rows, resamples=2000, seed=0)["l1"]
-    spread = 1.96 * rows.l1.std().item() / 400**0.5
+def test_the_interval_of_a_mean_of_normal_numbers():
+    sums = TokenSums(400, 1, 2, torch.device("cpu"))
+    sums.tokens += 1
+    sums.l1 += torch.randn(400, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value, low, high = bootstrap_token_metrics(sums, resamples=2000, seed=0)["l1"]
+    spread = 1.96 * sums.l1.std().item() / 400**0.5
     assert (value - low)[0].item() == pytest.approx(spread, rel=0.1)
     assert (high - value)[0].item() == pytest.approx(spread, rel=0.1)
 
@@ -161,22 +166,22 @@ def test_recovered_in_closed_form():
 
 
 def test_the_program(tmp_path):
-    """A single-layer SAE, at its own layer on its own text, and elsewhere at other layers."""
+    """A single-layer SAE: at its own layer, then at another one too, in another folder."""
     one = tmp_path / "one"
     result = program(*SMALL, "--layers", 3, "--out", one)
     assert result.returncode == 0, result.stderr
     small = ["--tokens", 512, "--seq_len", 64, "--resamples", 50]
     result = program(one, *small, module="mlsae.evaluate")
     assert result.returncode == 0, result.stderr
-    found = json.loads((one / "evaluation.json").read_text())
+    content = json.loads((one / "evaluation.json").read_text())
     last = json.loads((one / "metrics.jsonl").read_text().splitlines()[-1])["heldout"]
-    assert found["layers"] == [3]
-    assert found["tokens"] == last["n_tokens"]
+    assert content["layers"] == [3]
+    assert content["tokens"] == last["n_tokens"]
     for name in ("fvu", "fvu_paper", "l0"):
-        assert found["figures"][name]["mean"] == pytest.approx(last[name], rel=1e-4)
-    (low, high), value = (found["figures"]["kl"][key] for key in ("mean_interval", "mean"))
+        assert content["figures"][name]["mean"] == pytest.approx(last[name], rel=1e-4)
+    (low, high), value = (content["figures"]["kl"][key] for key in ("mean_interval", "mean"))
     assert 0 < low < value < high
-    assert found["figures"]["dead"]["mean_interval"] == [None, None]
+    assert content["figures"]["dead"]["mean_interval"] == [None, None]
     assert f"{value:.3f}" in result.stdout
     elsewhere = tmp_path / "elsewhere"
     result = program(
@@ -186,7 +191,7 @@ def test_the_program(tmp_path):
     with (elsewhere / "evaluation.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["layer"] for row in rows] == ["1", "3", "mean"]
-    assert float(rows[1]["fvu"]) == pytest.approx(found["figures"]["fvu"]["mean"], rel=1e-6)
+    assert float(rows[1]["fvu"]) == pytest.approx(content["figures"]["fvu"]["mean"], rel=1e-6)
     assert float(rows[0]["fvu"]) > float(rows[1]["fvu"])
     assert math.isclose(float(rows[2]["kl"]), (float(rows[0]["kl"]) + float(rows[1]["kl"])) / 2)
 
@@ -203,11 +208,11 @@ def test_bad_input_is_named(tmp_path):
         ([folder, "builtin"], "MODEL must have a residual stream of width 8, .* builtin has 192"),
     ):
         with pytest.raises(InputError, match=message):
-            measure(parse(list(map(str, arguments))))
+            evaluate(parse(EvaluateConfig, "", list(map(str, arguments)), "evaluate"))
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "model.safetensors", "README.md"}
 
 
-def test_its_files_are_a_runs_own():
-    """Else --overwrite would refuse a run that has been evaluated."""
+def test_the_files_belong_to_a_run():
+    """Otherwise --overwrite would refuse a run that has been evaluated."""
     assert {"evaluation.csv", "evaluation.json"} <= set(RUN_FILES)

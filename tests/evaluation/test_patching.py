@@ -1,4 +1,4 @@
-"""Substitution against the model's plain forward, and against hooks set by hand.
+"""Substituted residuals against the model's plain forward pass, and against hooks set by hand.
 
 Legend: B rows, T positions, D width of the residual stream.
 """
@@ -15,7 +15,7 @@ from tests.helpers.models import CONFIGS, SMALL, forward_with_hook, make
 B, T, D = 2, 12, 24
 MODELS = {
     **CONFIGS,
-    # A window shorter than a row in every other block, and logits that are capped for certain.
+    # Every other block has a window shorter than a row; the caps are low enough to take effect.
     "gemma2, windows and caps": transformers.Gemma2Config(
         **SMALL, head_dim=12, sliding_window=3, final_logit_softcapping=0.5,
         attn_logit_softcapping=0.5,
@@ -33,12 +33,12 @@ def model(request):
     return make(MODELS[request.param])
 
 
-def some_ids():
+def random_ids():
     return torch.randint(0, 64, (B, T), generator=torch.Generator().manual_seed(1))
 
 
 def test_the_true_residual_gives_the_true_logits(model):
-    reader, input_ids = ResidualReader(model), some_ids()
+    reader, input_ids = ResidualReader(model), random_ids()
     plain = model(input_ids=input_ids).logits
     residuals, logits = reader.with_logits(input_ids)
     torch.testing.assert_close(logits, plain)
@@ -48,21 +48,21 @@ def test_the_true_residual_gives_the_true_logits(model):
         torch.testing.assert_close(substituted, plain)
 
 
-def test_another_residual_gives_what_a_hook_by_hand_gives(model):
-    reader, input_ids = ResidualReader(model), some_ids()
+def test_another_residual_gives_the_logits_of_a_hook_set_by_hand(model):
+    reader, input_ids = ResidualReader(model), random_ids()
     residuals, plain = reader.with_logits(input_ids)
     for layer in range(3):
         other = residuals[layer].flip(1) + torch.randn(B, T, D)
         substituted = substituted_logits(reader, input_ids, layer, other)
         expected = forward_with_hook(model, input_ids, layer, other)
         torch.testing.assert_close(substituted, expected)
-        assert (expected - plain).abs().max() > 0.1, "the substitution changed too little to tell"
+        assert (expected - plain).abs().max() > 0.1, "the substitution changes too little to tell"
 
 
 def test_only_the_blocks_above_run_and_the_model_is_left_as_it_was(model):
     ran = []
     blocks = find_blocks(model)
-    reader, input_ids = ResidualReader(model), some_ids()
+    reader, input_ids = ResidualReader(model), random_ids()
     residuals, plain = reader.with_logits(input_ids)
     for i, block in enumerate(blocks):
         inner = next(m for m in block.modules() if isinstance(m, torch.nn.LayerNorm) or
@@ -76,10 +76,10 @@ def test_only_the_blocks_above_run_and_the_model_is_left_as_it_was(model):
     assert torch.equal(model(input_ids=input_ids).logits, plain)
 
 
-def test_a_forward_that_wraps_a_block_is_put_back():
-    """Accelerate sets one on a block that it offloads."""
+def test_a_wrapped_forward_is_put_back():
+    """Accelerate wraps the forward of a block that it offloads."""
     model = make(CONFIGS["gpt_neox"])
-    reader, input_ids = ResidualReader(model), some_ids()
+    reader, input_ids = ResidualReader(model), random_ids()
     (residual, *_), plain = reader.with_logits(input_ids)
     block = find_blocks(model)[0]
     inside = block.forward
@@ -91,7 +91,7 @@ def test_a_forward_that_wraps_a_block_is_put_back():
 
 def test_a_model_in_bfloat16():
     model = make(CONFIGS["llama"]).bfloat16()
-    reader, input_ids = ResidualReader(model), some_ids()
+    reader, input_ids = ResidualReader(model), random_ids()
     residuals, plain = reader.with_logits(input_ids)
     assert residuals[1].dtype == torch.bfloat16
     assert torch.equal(substituted_logits(reader, input_ids, 1, residuals[1]), plain)
@@ -101,13 +101,13 @@ def test_a_model_in_bfloat16():
     ("take", "message"),
     [
         (lambda memory: memory.pop(), "layer 0, it fails: pop from empty list"),
-        (lambda memory: sum(memory, 0.0), r"layer 0, its logits move by \d"),
+        (lambda memory: sum(memory, 0.0), r"layer 0, its logits change by \d"),
     ],
 )
-def test_a_model_that_hands_on_more_than_the_residual_is_refused(take, message):
-    """Its last block adds what the first one computed, as shared keys and values would be."""
+def test_a_model_that_passes_on_more_than_the_residual_is_refused(take, message):
+    """The last block adds the first one's output, as if keys and values were shared."""
     model, memory = make(CONFIGS["llama"]), []
-    check_substitution(ResidualReader(model), some_ids())
+    check_substitution(ResidualReader(model), random_ids())
     blocks = find_blocks(model)
     first, last = blocks[0].forward, blocks[2].forward
 
@@ -118,5 +118,5 @@ def test_a_model_that_hands_on_more_than_the_residual_is_refused(take, message):
     blocks[0].forward = remember
     blocks[2].forward = lambda *args, **kwargs: last(*args, **kwargs) + take(memory)
     model.register_forward_pre_hook(lambda *_: memory.clear())
-    with pytest.raises(InputError, match=f"MODEL must hand nothing but .* {message}"):
-        check_substitution(ResidualReader(model), some_ids())
+    with pytest.raises(InputError, match=f"MODEL must pass only the residual stream .* {message}"):
+        check_substitution(ResidualReader(model), random_ids())

@@ -1,6 +1,6 @@
 """Metrics against closed forms and direct computation.
 
-Legend: L layers, N tokens, D width of the residual stream, M latents.
+Legend: L layers, N tokens, K active latents per token.
 """
 
 import math
@@ -38,7 +38,7 @@ def test_fvu_of_the_mean_vector_is_one():
     torch.testing.assert_close(
         metrics.fvu(sq_error, 500, moments), torch.ones(2, dtype=torch.float64)
     )
-    # About one scalar mean, the spread of the means of the dimensions counts as variance.
+    # About one scalar mean, the spread of the dimensions' means counts as variance.
     assert (metrics.fvu_paper(sq_error, 500, moments) < 0.01).all()
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlsae.compare import compare, grid, parse
+from mlsae.compare import compare, parse
 from mlsae.data.residuals import ResidualReader
 from mlsae.data.stream import DataStream, read_shape
 from mlsae.data.tokens import not_special
 from mlsae.errors import InputError
+from mlsae.evaluation.sharing import grid
 from mlsae.model import MLSAE
 from tests.helpers.programs import SMALL, program
 

@@ -1,0 +1,71 @@
+"""Where the numbers in evaluation.json and analysis.json come from: keys that both files have."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..data.stream import DataStream
+from ..memory import peak
+from ..model import MLSAE
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which MLSAE was measured, on what text, where, and at what cost."""
+
+    run: str
+    """Folder of the MLSAE, or its name on the hub."""
+    model: str
+    dataset: str
+    tokens: int
+    """Tokens that were measured on: special ones are not among them."""
+    rows: int
+    seq_len: int
+    layers: tuple[int, ...]
+    """Layers that were measured at."""
+    trained_on_layers: tuple[int, ...]
+    n_latents: int
+    k: int
+    interval: str
+    """What the intervals are, in words."""
+    seed: int
+    seconds: float
+    peak_bytes: int
+    device: str
+    versions: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serializable."""
+        return asdict(self)
+
+
+def provenance_of(
+    run: Path, mlsae: MLSAE, stream: DataStream, token_mask: torch.Tensor, interval: str,
+    started: float,
+) -> Provenance:  # fmt: skip
+    """The provenance of a measurement that has just ended and began at `started`
+    (`time.perf_counter`), at the tokens that `token_mask` (rows, T) leaves."""
+    return Provenance(
+        run=str(run),
+        model=stream.config.model,
+        dataset=stream.config.dataset,
+        tokens=int(token_mask.sum()),
+        rows=len(token_mask),
+        seq_len=stream.seq_len,
+        layers=stream.reader.layers,
+        trained_on_layers=mlsae.config.layers,
+        n_latents=mlsae.config.n_latents,
+        k=mlsae.config.k,
+        interval=interval,
+        seed=stream.seed,
+        seconds=time.perf_counter() - started,
+        peak_bytes=peak(stream.device),
+        device=str(stream.device),
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )

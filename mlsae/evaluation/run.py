@@ -1,0 +1,70 @@
+"""Evaluate an MLSAE on held-out text.
+
+Legend: L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+
+from ..bootstrap import Interval, without_interval
+from ..data.tokens import not_special
+from ..distributed import choose_device
+from ..files import write_file
+from .faithfulness import Faithfulness, measure_faithfulness
+from .heldout import HeldoutConfig, open_run
+from .patching import check_substitution
+from .provenance import provenance_of
+from .result import EvaluationResult
+from .token_metrics import append_mean, bootstrap_token_metrics
+
+_CHECKED_POSITIONS = 32  # of one row: enough to see whether the model can run on from a residual
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(HeldoutConfig):
+    """What to measure, and on what; evaluation.csv and evaluation.json hold the result."""
+
+
+def evaluate(config: EvaluateConfig) -> EvaluationResult:
+    """Measure as `config` says, and write evaluation.csv and evaluation.json.
+
+    Raises InputError for bad input, before anything is measured.
+    """
+    started = time.perf_counter()
+    device, out = choose_device(config.device), config.out or config.run
+    mlsae, stream = open_run(config, device)
+    out.mkdir(parents=True, exist_ok=True)
+    input_ids = stream.heldout(config.tokens)
+    token_mask = not_special(input_ids, stream.tokenizer)
+    check_substitution(stream.reader, input_ids[:1, :_CHECKED_POSITIONS].to(device))
+    measured = measure_faithfulness(mlsae, stream.reader, input_ids, token_mask, stream.micro_rows)
+    metrics = _metrics(measured, config.resamples, stream.seed)
+    sums = measured.sums
+    interval = f"95 %, {config.resamples} bootstrap resamples of the rows"
+    result = EvaluationResult(
+        provenance_of(config.run, mlsae, stream, token_mask, interval, started),
+        metrics,
+        predictions=int(sums.predictions.sum()),
+        ce_true=(sums.ce_true.sum() / sums.predictions.sum()).item(),
+        dead_at_every_layer=(~measured.active.any(1)).double().mean().item(),
+    )
+    write_file(out / "evaluation.csv", result.as_csv().encode())
+    write_file(out / "evaluation.json", json.dumps(result.as_dict(), indent=2).encode())
+    return result
+
+
+def _metrics(measured: Faithfulness, resamples: int, seed: int) -> dict[str, Interval]:
+    """All metrics by name, (L + 1,) each. Two are not means over tokens and have no interval:
+
+    dead  the share of latents with h ≤ 1e-3 (`model.ACTIVE`) at every token of the layer
+    pca   `metrics.pca_explained` by k components of the layer's own
+    """
+    dead = (~measured.active).double().mean(0)
+    return {
+        **bootstrap_token_metrics(measured.sums, resamples, seed),
+        "dead": without_interval(append_mean(dead).cpu()),
+        "pca": without_interval(append_mean(measured.pca).cpu()),
+    }
