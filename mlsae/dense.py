@@ -1,4 +1,4 @@
-"""An SAE as tools for dense activations expect it: the interface of SAELens and of SAEBench.
+"""DenseSAE: an SAE with the interface of SAELens and SAEBench, which work on dense activations.
 
 Legend: D inputs, M latents; "…" any leading shape.
 """
@@ -17,26 +17,26 @@ from .model import MLSAE
 
 
 class DenseConfig(SimpleNamespace):
-    """What such tools read as `sae.cfg`; those of SAELens 6 read a part of it as its `metadata`."""
+    """What the tools read as `sae.cfg`. SAELens 6 reads part of it from `cfg.metadata`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The fields without `metadata`, JSON-serializable."""
         return {name: value for name, value in vars(self).items() if name != "metadata"}
 
 
 class DenseSAE(nn.Module):
-    """A view of an MLSAE or a SparseTopKSAE with dense activations; it shares their parameters.
+    """A view of an MLSAE or a SparseTopKSAE with dense activations; it shares the parameters.
 
         f = view.encode(x)       (…, D) → (…, M), M / K times the size of the sparse codes
         x_hat = view.decode(f)   (…, M) → (…, D)
         x_hat = view(x)
 
-    `W_enc` (D, M), `W_dec` (M, D), `b_enc` (M,), `b_dec` (D,), `cfg`, `dtype` and `device` are as
-    SAEBench names them. A vector that an MLSAE standardized can only be decoded with its own mean
-    and deviation, so `decode` takes those of the last `encode`, as SAELens does.
+    The names `W_enc` (D, M), `W_dec` (M, D), `b_enc` (M,), `b_dec` (D,), `cfg`, `dtype` and
+    `device` are SAEBench's. If an MLSAE standardizes, a vector can only be decoded with its own
+    mean and deviation, so `decode` uses those of the last `encode`, as SAELens does.
 
-    `layer` and `model` tell the tools where the residuals come from; None: the SAE's own, where it
-    has one. Raises ValueError if an MLSAE has several layers and none is given.
+    `layer` and `model` name the source of the residuals for the tools; None means the SAE's own,
+    if it has one. Raises ValueError if an MLSAE has several layers and no `layer` is given.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class DenseSAE(nn.Module):
         if layer is None and len(layers) > 1:
             raise ValueError(
                 f"layer must be given, one of {', '.join(map(str, layers))}, since the tools "
-                "measure one at a time"
+                "measure one layer at a time"
             )
         if layer is None and layers:
             layer = layers[0]
@@ -91,18 +91,18 @@ class DenseSAE(nn.Module):
         )
 
     @property
-    def W_enc(self) -> Tensor:  # noqa: N802 # as the tools name it
+    def W_enc(self) -> Tensor:  # noqa: N802 # the tools' name
         """(D, M)."""
         return self.sae.W_enc.T
 
     @property
-    def W_dec(self) -> nn.Parameter:  # noqa: N802 # as the tools name it
+    def W_dec(self) -> nn.Parameter:  # noqa: N802 # the tools' name
         """(M, D)."""
         return self.sae.W_dec
 
     @property
     def b_enc(self) -> Tensor:
-        """(M,); zeros where latents have no bias."""
+        """(M,); zeros if latents have no bias."""
         bias = self.sae.b_enc
         return torch.zeros_like(self.sae.W_enc[:, 0]) if bias is None else bias
 
@@ -113,44 +113,44 @@ class DenseSAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """The parameters' dtype."""
         return self.sae.W_dec.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
+        """The parameters' device."""
         return self.sae.W_dec.device
 
     def encode(self, x: Tensor) -> Tensor:
-        """f (…, M) of x (…, D): zero where a latent is not active."""
+        """x (…, D) → f (…, M): activations, 0 where a latent is not active."""
         if self.mlsae is not None:
             x, *moments = self.mlsae.standardize(x)
             self._moments = (moments[0], moments[1])
         return self.sae.dense(x.to(self.dtype))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """x̂ (…, D) of f (…, M). Raises ValueError if an MLSAE has not encoded vectors of that
-        leading shape last."""
+        """f (…, M) → x̂ (…, D). Raises ValueError if the leading shape of f is not that of the
+        vectors which an MLSAE encoded last."""
         x_hat = feature_acts @ self.sae.W_dec + self.sae.b_dec
         if self.mlsae is None:
             return x_hat
         leading = None if self._moments is None else self._moments[0].shape[:-1]
         if self._moments is None or leading != feature_acts.shape[:-1]:
             raise ValueError(
-                "f must be of the vectors that were encoded last, since each is decoded with its "
-                f"own mean and deviation, got the leading shape {tuple(feature_acts.shape[:-1])} "
+                "f must belong to the vectors encoded last, since each is decoded with its own "
+                f"mean and deviation, got the leading shape {tuple(feature_acts.shape[:-1])} "
                 f"after {None if leading is None else tuple(leading)}"
             )
         mean, std = self._moments
         return (x_hat * std + mean).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x̂ (…, D)."""
+        """x (…, D) → x̂ (…, D)."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
     def check_decoder_norms(self) -> bool:
-        """Whether W_dec's rows have norm 1, to 1e-5 or, in half precision, 1e-2: what SAEBench asks
-        for before it measures."""
+        """Whether the norms of W_dec's rows are 1 within 1e-5, or 1e-2 in half precision: SAEBench
+        requires it before it measures."""
         half = self.dtype in (torch.float16, torch.bfloat16)
         return bool(((self.W_dec.float().norm(dim=1) - 1).abs() <= (1e-2 if half else 1e-5)).all())

@@ -1,10 +1,10 @@
-"""Draw a run as one page, report.html, or compare several runs on another.
+"""Draw the page of a run, report.html, or a page that compares several runs, comparison.html.
 
     python -m mlsae.report runs/demo                       # runs/demo/report.html
     python -m mlsae.report runs/x16 runs/x64 runs/x64-k64  # comparison.html
 
-A page is self-contained: it opens anywhere, offline too. It shows what the files of a run hold;
-where `mlsae.evaluate` or `mlsae.analyze` has not been run, it names the command that fills the gap.
+A page is one self-contained file that opens anywhere, also offline. It shows what the run's files
+hold. If `mlsae.evaluate` or `mlsae.analyze` has not been run yet, it names the command to run.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .page import write_report
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What to draw, and where."""
+    """What to draw, and where to write it."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]
-    """Folder of a run; several are compared."""
+    """The folder of a run. Several folders are compared."""
     out: Path | None = None
-    """The page to write. None: report.html in the run's folder; for several runs, comparison.html
-    in the folder you are in."""
+    """The page to write. None: report.html in the run's folder, or for several runs
+    comparison.html in the current folder."""
 
 
 def draw(config: ReportConfig) -> Path:

@@ -1,4 +1,4 @@
-"""A headless Chromium that reads a page, for the tests of the report."""
+"""A headless Chromium that opens a page of the report."""
 
 import json
 import re
@@ -19,7 +19,7 @@ WIDE, NARROW = (1366, 768), (390, 844)
 
 
 class Reader:
-    """A browser, what it asked of the network, and what it complained of."""
+    """A browser, with helpers to use a page and to list its errors and network requests."""
 
     def __init__(self, profile):
         options = webdriver.ChromeOptions()
@@ -53,7 +53,7 @@ class Reader:
         return self.js(code, selector)
 
     def until(self, code):
-        """Wait for what `code` returns to be true."""
+        """Wait until `code` returns true."""
         WebDriverWait(self.driver, 30, 0.05).until(lambda _: self.js("return " + code))
         return self
 
@@ -61,7 +61,7 @@ class Reader:
         return self.until("document.documentElement.dataset.browser === 'ready'")
 
     def ids(self):
-        """The latents in the rows that are drawn, from the top."""
+        """The latents in the rows drawn, from the top."""
         code = """return [...document.querySelectorAll('#rows > div')]
             .sort((a, b) => a.dataset.index - b.dataset.index)
             .map((row) => Number(row.firstChild.textContent))"""
@@ -80,15 +80,15 @@ class Reader:
         return int(self.one("#match-count").text.split(" of ")[0].replace(",", ""))
 
     def complaints(self):
-        """Errors and warnings of the page, and requests for anything but itself."""
-        found = [entry["message"] for entry in self.driver.get_log("browser")]
+        """The page's errors and warnings, and its requests for anything but itself."""
+        complaints = [entry["message"] for entry in self.driver.get_log("browser")]
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 url = message["params"]["request"]["url"]
                 if not re.match(r"data:|blob:|about:|file:.*\.html", url):
-                    found.append(url)
-        return found
+                    complaints.append(url)
+        return complaints
 
 
 CONTRAST = """
@@ -96,7 +96,7 @@ const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
 const luminance = ([r, g, b]) => [r, g, b].map((v) => v / 255)
   .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
   .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-function back(node) {  // the first opaque background below
+function background(node) {  // the first opaque one behind the node
   for (; node; node = node.parentElement) {
     const color = numbers(getComputedStyle(node).backgroundColor);
     if (color.length === 3) return color;
@@ -104,9 +104,9 @@ function back(node) {  // the first opaque background below
   return [255, 255, 255];
 }
 return [...document.querySelectorAll(arguments[0])].map((node) => {
-  const color = getComputedStyle(node);
-  const ink = numbers(node instanceof SVGElement ? color.fill : color.color);
-  const [a, b] = [luminance(ink), luminance(back(node))].sort((x, y) => y - x);
+  const style = getComputedStyle(node);
+  const ink = numbers(node instanceof SVGElement ? style.fill : style.color);
+  const [a, b] = [luminance(ink), luminance(background(node))].sort((x, y) => y - x);
   return (a + 0.05) / (b + 0.05);
 });
 """

@@ -1,5 +1,7 @@
-"""A hub in miniature on 127.0.0.1: what huggingface_hub's client asks for when it pushes and
-pulls small files. For the tests, which have no network."""
+"""A miniature Hugging Face hub on 127.0.0.1, for tests without a network.
+
+It answers the requests that huggingface_hub's client makes to push and pull small files.
+"""
 
 import base64
 import hashlib
@@ -13,14 +15,14 @@ TOKEN, COMMIT = "hf_ours", "a" * 40
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. `server.repos` holds {repository: {file: content}}."""
+    """Answers one request. `server.repos` is {repository: {file: content}}."""
 
     def do_GET(self):
         path = self.path.split("?")[0]
         if path == "/api/whoami-v2":
-            known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            authorized = self.headers.get("Authorization") == f"Bearer {TOKEN}"
             account = {"name": "me", "type": "user", "orgs": [{"name": "lab"}]}
-            return self.answer(account if known else {"error": "who?"}, 200 if known else 401)
+            return self.answer(*((account, 200) if authorized else ({"error": "who?"}, 401)))
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/[^/]+", path):
             files = self.server.repos.get(match[1])
             if files is None:
@@ -43,8 +45,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
         if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request.get('organization') or 'me'}/{request['name']}"
             self.server.repos.setdefault(name, {})
             return self.answer({"url": f"{self.server.address}/{name}", "name": name})
         if self.path == "/api/validate-yaml":
@@ -87,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub():
-    """The server, and its repositories."""
+    """A running server; its repositories are in `.repos`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repos, server.address = {}, f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()

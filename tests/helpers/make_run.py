@@ -1,4 +1,5 @@
-"""A run's folder with all that train, evaluate and analyze leave, of made-up numbers.
+"""The folder of a run with the files that train, evaluate and analyze write, filled with made-up
+numbers.
 
 Legend: L layers, M latents.
 """
@@ -42,7 +43,7 @@ def make_run(
     alive=True,
     prompt="def f(x): <b>",
 ):
-    """Write the run; `examples` of each latent, layer and kind. Returns what it was made of."""
+    """Write the run, with `examples` per latent, layer and kind; returns the data written."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     layers = list(range(n_layers))
@@ -52,7 +53,7 @@ def make_run(
         "model": model, "training": {"dataset": "builtin", "seed": seed},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    # Each latent lives about a layer of its own, as wide as its own width.
+    # Each latent is active around a center of its own, with a width of its own.
     center, width = random.uniform(0, n_layers - 1, n_latents), random.uniform(0.2, 2, n_latents)
     weight = np.exp(-(((np.arange(n_layers) - center[:, None]) / width[:, None]) ** 2))
     dead = np.arange(n_latents) % 16 == 5
@@ -86,7 +87,7 @@ def _train(folder, layers, totals, random):
 
 
 def _evaluate(folder, config, random):
-    figures = {}
+    metrics = {}
     scales = {
         "fvu": 0.1, "fvu_paper": 0.08, "mse": 1, "l0": config["k"], "l1": 70, "dead": 0.02,
         "explained": 0.9, "pca": 0.5, "delta_ce": 0.4, "kl": 0.3, "top1": 0.8,
@@ -96,14 +97,14 @@ def _evaluate(folder, config, random):
         values = (scale * random.uniform(0.7, 1.1, len(config["layers"]))).tolist()
         mean = float(np.mean(values))
         known = name not in ("dead", "pca")
-        figures[name] = {
+        metrics[name] = {
             "mean": mean,
             "mean_interval": [0.95 * mean, 1.05 * mean] if known else [None, None],
             "layers": values,
             "intervals": [[0.9 * x, 1.1 * x] if known else [None, None] for x in values],
         }
     about = {"model": config["model"], "dataset": "builtin", "tokens": 65_000, "ce_true": 2.1}
-    about |= {"layers": config["layers"], "figures": figures, "k": config["k"], "rows": 128}
+    about |= {"layers": config["layers"], "figures": metrics, "k": config["k"], "rows": 128}
     (folder / "evaluation.json").write_text(json.dumps(about))
 
 
@@ -170,7 +171,7 @@ def _analyze(folder, config, totals, weight, random, prompt):
 
 
 def _examples(folder, weight, dead, random, examples):
-    """Windows of 25 tokens: at every place of some latent, one of `NASTY` or `WORDS`."""
+    """Windows of 25 tokens drawn from `WORDS` and `NASTY`."""
     kinds = ["top", "q1", "q2", "q3", "q4"]
     n_layers = weight.shape[1]
     where = np.argwhere((weight > 0.05) & ~dead[:, None])

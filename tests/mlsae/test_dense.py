@@ -1,5 +1,5 @@
-"""The dense view against the dense formula, and against what SAEBench asks of an SAE (its own
-class is in `test_peers`).
+"""The dense view against the dense formula and SAEBench's requirements (SAEBench's own code runs in
+`tests/formats/test_peers.py`).
 
 Legend: D inputs, M latents, K active latents a token.
 """
@@ -23,14 +23,14 @@ def view(kind, **options):
     else:
         sae = MLSAE(MLSAEConfig(D, M, K, (1, 4), kind == "standardizing", "some/model"))
         options.setdefault("layer", 4)
-    made = DenseSAE(sae, **options)
-    torch.nn.init.normal_(made.W_dec.data)
-    torch.nn.init.normal_(made.b_dec)
-    return made
+    dense = DenseSAE(sae, **options)
+    torch.nn.init.normal_(dense.W_dec.data)
+    torch.nn.init.normal_(dense.b_dec)
+    return dense
 
 
 def by_hand(view, x, standardize):
-    """f and x̂ in float64: all scores, and those of the K largest."""
+    """f and x̂ in float64, from all scores and a threshold at the K-th largest."""
     x = x.double()
     mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
     inner = (x - mean) / (std + 1e-5) if standardize else x
@@ -54,7 +54,7 @@ def test_it_computes_the_dense_formula(kind, shape):
     torch.testing.assert_close(sae.decode(f), sae(x), msg="SAEBench decodes twice")
 
 
-def test_it_is_a_view():
+def test_parameters_are_shared():
     sae = view("SparseTopKSAE")
     assert sae.W_enc.shape == (D, M)
     assert sae.W_dec.shape == (M, D)
@@ -63,16 +63,16 @@ def test_it_is_a_view():
     assert (view("plain").b_enc == torch.zeros(M)).all()
 
 
-def test_a_vector_is_decoded_with_its_own_deviation_or_not_at_all():
+def test_decode_requires_the_mean_and_deviation_of_the_same_vectors():
     sae = view("standardizing")
-    with pytest.raises(ValueError, match="encoded last"):
+    with pytest.raises(ValueError, match="the vectors encoded last"):
         sae.decode(torch.zeros(7, M))
     sae.encode(torch.randn(7, D))
     with pytest.raises(ValueError, match=r"leading shape \(6,\) after \(7,\)"):
         sae.decode(torch.zeros(6, M))
 
 
-def test_norms_are_checked_as_saebench_does():
+def test_norms_are_checked_as_in_saebench():
     sae = SparseTopKSAE(D, M, K)
     assert DenseSAE(sae).check_decoder_norms()
     assert DenseSAE(sae.bfloat16()).check_decoder_norms()
@@ -81,16 +81,16 @@ def test_norms_are_checked_as_saebench_does():
     assert not DenseSAE(sae).check_decoder_norms()
 
 
-def test_cfg_tells_the_tools_where_the_residuals_are():
+def test_cfg_names_the_source_of_the_residuals():
     cfg = view("standardizing").cfg
     assert (cfg.d_in, cfg.d_sae, cfg.architecture) == (D, M, "topk")
     assert (cfg.hook_name, cfg.hook_layer) == ("blocks.4.hook_resid_post", 4)
     assert (cfg.model_name, cfg.dtype, cfg.device) == ("some/model", "float32", "cpu")
     assert cfg.metadata.hook_name == cfg.hook_name
     assert json.loads(json.dumps(cfg.to_dict()))["activation_fn_kwargs"] == {"k": K}
-    one = MLSAE(MLSAEConfig(D, M, K, (3,), model="m"))
-    assert DenseSAE(one).cfg.hook_layer == 3
-    assert DenseSAE(one, layer=1, model="n").cfg.hook_name == "blocks.1.hook_resid_post"
+    single = MLSAE(MLSAEConfig(D, M, K, (3,), model="m"))
+    assert DenseSAE(single).cfg.hook_layer == 3
+    assert DenseSAE(single, layer=1, model="n").cfg.hook_name == "blocks.1.hook_resid_post"
     with pytest.raises(ValueError, match="layer must be given, one of 1, 4"):
         view("plain", layer=None)
 

@@ -1,4 +1,4 @@
-"""The report as a reader has it: in a headless Chromium, skipped where there is none.
+"""The report in a headless Chromium, as a reader sees it; skipped if there is none.
 
 Legend: L layers, M latents.
 """
@@ -34,9 +34,9 @@ def reader(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser") / "run"
-    made = make_run(folder, 2048, L, examples=1)
+    content = make_run(folder, 2048, L, examples=1)
     write_report(folder)
-    return folder / "report.html", made["latents"], made["examples"]
+    return folder / "report.html", content["latents"], content["examples"]
 
 
 def test_a_page_opens_without_errors_or_network(reader, run, tmp_path):
@@ -44,12 +44,11 @@ def test_a_page_opens_without_errors_or_network(reader, run, tmp_path):
     make_run(tmp_path / "b", 64, examples=1)
     write_report(tmp_path / "a")
     write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "c.html")
-    reader.complaints()  # those of before
+    reader.complaints()  # discard earlier ones
     for page in (run[0], tmp_path / "a" / "report.html", tmp_path / "c.html"):
         reader.open(page)
-        figures = len(reader.all(".plot[data-plot]"))
-        assert figures >= 5
-        # Down the page, past every figure, so that each is drawn.
+        assert len(reader.all(".plot[data-plot]")) >= 5
+        # Plots are drawn when they are scrolled into view.
         for node in reader.all(".plot[data-plot]"):
             if node.is_displayed():
                 reader.js("arguments[0].scrollIntoView()", node)
@@ -73,22 +72,22 @@ def test_the_list_sorts_both_ways(reader, run):
     assert reader.sort("latent").ids()[:10] == sorted(active)[:10]
 
 
-def test_a_long_list_draws_the_rows_in_view_alone(reader, run):
+def test_a_long_list_draws_only_the_rows_in_view(reader, run):
     reader.open(run[0]).ready()
     assert len(reader.ids()) < 60
     reader.sort("latent").one("#list").send_keys(Keys.END)
     reader.until("document.querySelector('#latent h3').textContent === 'Latent 2047'")
     assert len(reader.ids()) < 60
     assert reader.ids()[-1] == 2047
-    seen = reader.js(
+    visible = reader.js(
         "const [r, l] = [document.querySelector('[aria-selected=true]'), "
         "document.querySelector('#list')].map((n) => n.getBoundingClientRect());"
         "return r.top >= l.top && r.bottom <= l.bottom"
     )
-    assert seen
+    assert visible
 
 
-def test_the_keyboard_is_enough(reader, run):
+def test_the_list_can_be_used_by_keyboard(reader, run):
     reader.open(run[0]).ready()
     reader.one("body").send_keys("/")
     assert reader.js("return document.activeElement.id") == "search"
@@ -103,28 +102,28 @@ def test_the_keyboard_is_enough(reader, run):
 
 
 def peaks(rows, latent, most=4):
-    """The tokens at which a latent is most active: as many different ones as the list shows."""
-    mine = np.flatnonzero(rows["latent"] == latent)
-    # With one example of each layer and kind: the kinds in order, each by activation.
+    """The different tokens at which a latent is most active, as many as the list shows."""
+    members = np.flatnonzero(rows["latent"] == latent)
+    # With one example per layer and kind, the order is by kind, then by activation.
     rank = {kind: i for i, kind in enumerate(("top", "q4", "q3", "q2", "q1"))}
-    mine = sorted(mine, key=lambda i: (rank[rows["kind"][i]], -rows["activation"][i]))[:16]
-    return list(dict.fromkeys(rows["tokens"][i][rows["position"][i]] for i in mine))[:most]
+    members = sorted(members, key=lambda i: (rank[rows["kind"][i]], -rows["activation"][i]))[:16]
+    return list(dict.fromkeys(rows["tokens"][i][rows["position"][i]] for i in members))[:most]
 
 
 @pytest.mark.parametrize("query", ["name17", "</script>", "naïve ✓", "NoNe", "·name3", "⏎", '"quo'])
-def test_search_finds_the_text_of_tokens(reader, run, query):
+def test_search_matches_the_text_of_tokens(reader, run, query):
     _, table, rows = run
     reader.open(run[0]).ready()
-    token_mask = query.lower().replace("·", " ").replace("⏎", "\n")
+    wanted = query.lower().replace("·", " ").replace("⏎", "\n")
     expected = 0
     for latent in np.flatnonzero(table["tokens_active"]):
         words = [*peaks(rows, latent), *table["tokens_in"][latent], *table["tokens_out"][latent]]
-        expected += any(token_mask in word.lower() for word in words)
+        expected += any(wanted in word.lower() for word in words)
     assert 0 < expected < 1920
     assert reader.find(query) == expected
 
 
-def test_search_finds_an_id_and_says_when_there_is_none(reader, run):
+def test_search_finds_an_id_or_nothing(reader, run):
     reader.open(run[0]).ready()
     assert reader.find("2046") == 1
     assert reader.ids() == [2046]
@@ -138,11 +137,11 @@ def test_a_latent_shows_its_profile_and_its_examples(reader, run):
     reader.open(page, fragment=f"#latent-{latent}").ready()
     reader.until("document.querySelector('.example')")
     assert reader.one("#latent h3").text == f"Latent {latent}"
-    mine = np.flatnonzero(rows["latent"] == latent)
+    members = np.flatnonzero(rows["latent"] == latent)
     texts = reader.texts(".example .text")
     shown = [text.replace("⏎", "\n").replace("⇥", "\t") for text in texts]
-    assert sorted(shown) == sorted("".join(rows["tokens"][i]) for i in mine)
-    strongest = max(mine, key=lambda i: rows["activation"][i])
+    assert sorted(shown) == sorted("".join(rows["tokens"][i]) for i in members)
+    strongest = max(members, key=lambda i: rows["activation"][i])
     assert shown[0] == "".join(rows["tokens"][strongest])
     assert f"layer {rows['layer'][strongest]} · strongest" in reader.texts(".example p")[0]
     peak = rows["tokens"][strongest][rows["position"][strongest]]
@@ -150,24 +149,24 @@ def test_a_latent_shows_its_profile_and_its_examples(reader, run):
     assert first.replace("⏎", "\n").replace("⇥", "\t") == peak
     on = reader.js("return document.querySelector('.example .text').querySelectorAll('.on').length")
     assert on == (np.asarray(rows["activations"][strongest]) > 0.005).sum()
-    # The bars are as high as the shares.
+    # The heights of the bars are the shares.
     heights = reader.js(
         "return [...document.querySelectorAll('.profile .column i')].map((n) => n.style.height)"
     )
-    found = [float(height.rstrip("%")) / 100 for height in heights]
-    mean = float(np.dot(found, np.arange(L)) / sum(found))
+    shares = [float(height.rstrip("%")) / 100 for height in heights]
+    mean = float(np.dot(shares, np.arange(L)) / sum(shares))
     assert mean == pytest.approx(table["mean_layer"][latent], abs=0.01)
-    # Those of one layer.
-    layers = sorted({int(rows["layer"][i]) for i in mine})
+    # The filter by layer.
+    layers = sorted({int(rows["layer"][i]) for i in members})
     reader.js(
         "const s = document.querySelector('.filter select'); s.value = arguments[0];"
         "s.dispatchEvent(new Event('change'))",
         str(layers[-1]),
     )
-    assert len(reader.all(".example")) == sum(rows["layer"][i] == layers[-1] for i in mine)
+    assert len(reader.all(".example")) == sum(rows["layer"][i] == layers[-1] for i in members)
 
 
-def test_what_means_something_to_html_is_shown_as_it_is(reader, run, tmp_path):
+def test_html_in_tokens_is_shown_as_text(reader, run, tmp_path):
     make_run(
         tmp_path, 64, examples=1, prompt='</script><img src=x onerror="alert(1)">', model="<i>m</i>"
     )
@@ -182,7 +181,7 @@ def test_what_means_something_to_html_is_shown_as_it_is(reader, run, tmp_path):
     assert reader.complaints() == []
 
 
-def test_a_click_on_a_column_opens_its_latent(reader, run):
+def test_a_click_on_a_heatmap_column_opens_its_latent(reader, run):
     page, table, _ = run
     reader.open(page).ready().until("document.querySelector('[data-plot=heatmap]').dataset.drawn")
     node = reader.one("[data-plot=heatmap]")
@@ -199,7 +198,7 @@ def test_a_click_on_a_column_opens_its_latent(reader, run):
     reader.until("document.querySelector('#columns [aria-sort]').textContent.startsWith('mean')")
     active = np.flatnonzero(table["tokens_active"])
     order = active[np.argsort(table["mean_layer"][active], kind="stable")]
-    # Two latents share a column, and a pixel is a few of them.
+    # Two latents share a column, and a few columns share a pixel.
     opened = int(reader.one("#latent h3").text.split()[1])
     assert abs(list(order).index(opened) - 1000) <= 12
 
@@ -223,7 +222,7 @@ def test_a_token_of_the_prompt_shows_its_latents(reader, run):
     assert f"{single} of them at one layer only" in reader.one("#token-caption").text
 
 
-def test_buttons_change_what_is_aggregated(reader, run):
+def test_buttons_choose_the_aggregation(reader, run):
     reader.open(run[0]).ready()
     assert not reader.one("[data-plot=heatmap-totals]").is_displayed()
     reader.one("[data-choice=totals]").click()
@@ -233,8 +232,8 @@ def test_buttons_change_what_is_aggregated(reader, run):
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_is_read_in_light_and_in_dark(reader, run, dark):
-    """The contrast that WCAG 2.2 AA asks of text: 4.5."""
+def test_text_has_contrast_in_light_and_dark(reader, run, dark):
+    """WCAG 2.2 AA requires a contrast of 4.5 for text."""
     reader.open(run[0], dark=dark).ready()
     reader.until("document.querySelector('[data-plot=heatmap]').dataset.drawn")
     reader.until("document.querySelector('.example')")
@@ -253,7 +252,7 @@ def test_text_is_read_in_light_and_in_dark(reader, run, dark):
         assert min(ratios) >= 4.5, selector
 
 
-def test_figures_follow_when_the_mode_changes(reader, run):
+def test_plots_follow_when_the_mode_changes(reader, run):
     reader.open(run[0]).ready()
     reader.until("document.querySelector('[data-plot=heatmap]').dataset.drawn")
     tick = "getComputedStyle(document.querySelector('[data-plot=heatmap] .xtick text')).fill"
@@ -263,7 +262,7 @@ def test_figures_follow_when_the_mode_changes(reader, run):
     reader.until(f"{tick} !== '{before}'")
 
 
-def test_figures_stand_side_by_side_or_below_one_another(reader, run):
+def test_plots_stand_side_by_side_on_a_wide_screen_only(reader, run):
     tops = (
         "return [...document.querySelectorAll('#layers figure')]"
         ".map((n) => n.getBoundingClientRect().top)"

@@ -1,4 +1,4 @@
-"""`python -m mlsae.report`: what is in the page of a run, and in that of several.
+"""`python -m mlsae.report`: the content of the page of one run, and of a comparison.
 
 Legend: L layers, M latents.
 """
@@ -24,63 +24,63 @@ PYTHIA = "EleutherAI/pythia-70m-deduped"
 
 
 def packed(page, name):
-    """What the page unpacks, unpacked without it."""
-    found = re.search(rf'<script type="text/plain" id="packed-{name}">([^<]*)</script>', page)
-    return json.loads(gzip.decompress(base64.b64decode(found[1])))
+    """The data that the page's script would unpack."""
+    match = re.search(rf'<script type="text/plain" id="packed-{name}">([^<]*)</script>', page)
+    return json.loads(gzip.decompress(base64.b64decode(match[1])))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "run"
-    made = make_run(folder, 320, 5)
+    content = make_run(folder, 320, 5)
     write_report(folder)
-    return folder, made, (folder / "report.html").read_text()
+    return folder, content, (folder / "report.html").read_text()
 
 
-def test_a_column_of_the_heatmap_is_a_latent_or_the_mean_of_neighbors():
+def test_a_heatmap_column_is_a_latent_or_the_mean_of_neighbors():
     share = torch.rand(7, 3, dtype=torch.float64)
     share /= share.sum(1, keepdim=True)
     order = sorted(range(7), key=lambda j: float(share[j, 1] + 2 * share[j, 2]))
-    figure = latent_plots.heatmap(share, [0, 4, 9])
-    np.testing.assert_allclose(np.array(figure.data[0].z), share[order].T, atol=6e-4)
-    assert list(figure.data[0].y) == ["0", "4", "9"]
+    plot = latent_plots.heatmap(share, [0, 4, 9])
+    np.testing.assert_allclose(np.array(plot.data[0].z), share[order].T, atol=6e-4)
+    assert list(plot.data[0].y) == ["0", "4", "9"]
     many = torch.rand(2 * latent_plots.MAX_COLUMNS + 1, 3, dtype=torch.float64)
     many /= many.sum(1, keepdim=True)
-    figure = latent_plots.heatmap(many, [0, 1, 2])
+    plot = latent_plots.heatmap(many, [0, 1, 2])
     order = (many @ torch.arange(3.0).double()).argsort()
-    z = np.array(figure.data[0].z)
+    z = np.array(plot.data[0].z)
     assert z.shape[1] <= latent_plots.MAX_COLUMNS
     np.testing.assert_allclose(z[:, 1], many[order][3:6].mean(0), atol=6e-4)
-    assert (figure.data[0].x0, figure.data[0].dx) == (2, 3)
+    assert (plot.data[0].x0, plot.data[0].dx) == (2, 3)
 
 
-def test_every_latent_counts_in_the_histogram_its_ends_too():
-    figure = latent_plots.mean_layers(torch.tensor([0.0, 0.0, 2.5, 5.0, float("nan")]), 6)
-    counts = np.array(figure.data[0].y)
+def test_the_histogram_counts_every_latent_also_at_its_ends():
+    plot = latent_plots.mean_layers(torch.tensor([0.0, 0.0, 2.5, 5.0, float("nan")]), 6)
+    counts = np.array(plot.data[0].y)
     assert (counts[0], counts[24], counts[-1], counts.sum()) == (2, 1, 1, 4)
-    assert figure.data[1].x[0] == pytest.approx(7.5 / 4)
+    assert plot.data[1].x[0] == pytest.approx(7.5 / 4)
 
 
-def test_the_browser_holds_the_active_latents_the_most_frequent_first(whole):
-    _, made, page = whole
-    data, table = packed(page, "latents"), made["latents"]
+def test_the_browser_lists_active_latents_most_frequent_first(whole):
+    _, content, page = whole
+    data, table = packed(page, "latents"), content["latents"]
     active = np.flatnonzero(table["tokens_active"])
     assert data["latent"] == sorted(active, key=lambda j: (-table["tokens_active"][j], j))
     for name in ("mean_layer", "entropy", "frequency", "max_activation", "nearest_cosine"):
         np.testing.assert_allclose(data[name], table[name][data["latent"]], rtol=1e-3)
     shares = np.array(data["profile_totals"]).reshape(-1, 5) / 1000
-    totals = made["totals"][data["latent"]]
+    totals = content["totals"][data["latent"]]
     np.testing.assert_allclose(shares, totals / totals.sum(1, keepdims=True), atol=6e-4)
     assert data["tokens_in"] == [table["tokens_in"][j] for j in data["latent"]]
 
 
 def by_latent(rows, latent):
-    """A latent's examples as the page should order them: round after round through the pairs of
-    layer and kind, the strongest of each left."""
-    mine = [i for i in range(len(rows["latent"])) if rows["latent"][i] == latent]
-    mine.sort(key=lambda i: -rows["activation"][i])
+    """A latent's examples in the page's order: in rounds, each with the strongest remaining example
+    of every pair of layer and kind."""
+    members = [i for i in range(len(rows["latent"])) if rows["latent"][i] == latent]
+    members.sort(key=lambda i: -rows["activation"][i])
     seen, ranked = {}, []
-    for i in mine:
+    for i in members:
         group = (rows["layer"][i], rows["kind"][i])
         seen[group] = seen.get(group, -1) + 1
         ranked.append((seen[group], KINDS.index(rows["kind"][i]), -rows["activation"][i], i))
@@ -88,24 +88,24 @@ def by_latent(rows, latent):
 
 
 def examples_in(data, chunks):
-    """The activations of the examples of each latent in the page, by id."""
-    found = {}
+    """The activations of each latent's examples in the page, by the latent's id."""
+    activations = {}
     for index, chunk in enumerate(chunks):
         for i, end in enumerate(chunk["ends"]):
             start = chunk["ends"][i - 1] if i else 0
-            found[data["latent"][index * data["chunk"] + i]] = chunk["activation"][start:end]
-    return found
+            activations[data["latent"][index * data["chunk"] + i]] = chunk["activation"][start:end]
+    return activations
 
 
-def test_all_examples_are_there_where_they_fit_in_order(whole):
-    _, made, page = whole
-    data, rows = packed(page, "latents"), made["examples"]
+def test_all_examples_are_in_the_page_in_order_if_they_fit(whole):
+    _, content, page = whole
+    data, rows = packed(page, "latents"), content["examples"]
     chunks = [packed(page, f"examples-{i}") for i in range(-(-len(data["latent"]) // 64))]
-    found = examples_in(data, chunks)
-    assert sum(map(len, found.values())) == len(rows["latent"])
+    activations = examples_in(data, chunks)
+    assert sum(map(len, activations.values())) == len(rows["latent"])
     for latent in (data["latent"][0], data["latent"][63], data["latent"][64], data["latent"][-1]):
         expected = rows["activation"][by_latent(rows, latent)]
-        np.testing.assert_allclose(found[latent], expected, rtol=1e-3)
+        np.testing.assert_allclose(activations[latent], expected, rtol=1e-3)
     first = by_latent(rows, data["latent"][64])[0]
     assert chunks[1]["tokens"][0] == list(rows["tokens"][first])
     assert chunks[1]["position"][0] == rows["position"][first]
@@ -116,34 +116,39 @@ def test_all_examples_are_there_where_they_fit_in_order(whole):
 
 
 @pytest.mark.parametrize("budget", [1_000_000, 300_000, 120_000, 60_000])
-def test_what_does_not_fit_is_left_out_evenly_and_said(whole, budget):
-    folder, made, _ = whole
-    found = browser_data(read_run_data(folder).analysis, budget)
-    assert sum(map(len, found.packed.values())) <= budget
+def test_what_does_not_fit_is_left_out_evenly_and_reported(whole, budget):
+    folder, content, _ = whole
+    browser = browser_data(read_run_data(folder).analysis, budget)
+    assert sum(map(len, browser.packed.values())) <= budget
     texts = {
         name: json.loads(gzip.decompress(base64.b64decode(text)))
-        for name, text in found.packed.items()
+        for name, text in browser.packed.items()
     }
     data = texts.pop("latents")
     kept = examples_in(data, list(texts.values()))
     counts = [len(activations) for activations in kept.values()]
-    assert found.examples == sum(counts) < found.total_examples == len(made["examples"]["latent"])
-    assert found.reached == len(counts)
-    assert max(counts, default=0) <= found.depth
+    assert (
+        browser.examples
+        == sum(counts)
+        < browser.total_examples
+        == len(content["examples"]["latent"])
+    )
+    assert browser.reached == len(counts)
+    assert max(counts, default=0) <= browser.depth
     for latent in list(kept)[:3]:
-        expected = made["examples"]["activation"][by_latent(made["examples"], latent)]
-        np.testing.assert_allclose(kept[latent], expected[: found.depth], rtol=1e-3)
+        expected = content["examples"]["activation"][by_latent(content["examples"], latent)]
+        np.testing.assert_allclose(kept[latent], expected[: browser.depth], rtol=1e-3)
 
 
 def test_a_page_of_32768_latents_is_under_10_mb(tmp_path):
     make_run(tmp_path / "run", 32768, 6, examples=1)
     write_report(tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_bytes()
-    assert 5_000_000 < len(page) < 10_000_000  # and is not kept small by leaving all out
+    assert 5_000_000 < len(page) < 10_000_000  # by using the limit, not by leaving all out
     assert len(packed(page.decode(), "latents")["latent"]) == 32768 * 15 // 16
 
 
-def test_what_is_not_measured_yet_is_a_line_with_its_command(tmp_path):
+def test_a_missing_measurement_is_a_line_with_its_command(tmp_path):
     folder = tmp_path / "a run"
     make_run(folder, evaluated=False, analyzed=False)
     write_report(folder)
@@ -160,7 +165,7 @@ def test_what_is_not_measured_yet_is_a_line_with_its_command(tmp_path):
     assert "delta-ce" in packed(page, "plots")
 
 
-def test_an_sae_from_elsewhere_that_was_analyzed_has_a_page(tmp_path):
+def test_an_analyzed_sae_from_elsewhere_has_a_page(tmp_path):
     make_run(tmp_path, trained=False)
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
@@ -168,7 +173,7 @@ def test_an_sae_from_elsewhere_that_was_analyzed_has_a_page(tmp_path):
     assert "python -m mlsae" not in page
 
 
-def test_one_layer_has_no_spread_and_still_a_page(tmp_path):
+def test_a_run_of_one_layer_has_a_page(tmp_path):
     make_run(tmp_path, 64, 1, examples=1)
     about = json.loads((tmp_path / "analysis.json").read_text())
     for estimator in about["ratios"].values():
@@ -182,7 +187,7 @@ def test_one_layer_has_no_spread_and_still_a_page(tmp_path):
     assert packed(page, "latents")["layers"] == [0]
 
 
-def test_nothing_active_is_a_page_too(tmp_path):
+def test_a_run_without_active_latents_has_a_page(tmp_path):
     make_run(tmp_path, 64, 3, examples=1, alive=False)
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
@@ -191,7 +196,7 @@ def test_nothing_active_is_a_page_too(tmp_path):
     write_report(tmp_path / "trained")
 
 
-def test_a_damaged_file_is_one_clear_line(tmp_path):
+def test_a_damaged_file_is_an_input_error(tmp_path):
     make_run(tmp_path)
     for name in ("analysis_latents.parquet", "analysis.safetensors", "config.json"):
         content = (tmp_path / name).read_bytes()
@@ -221,7 +226,7 @@ def table_of(page):
     return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
 
 
-def test_a_comparison_has_a_row_a_run_and_the_papers_below_its_like(several):
+def test_a_comparison_has_a_row_per_run_and_published_results_below(several):
     runs, page = several
     heading, *rows = table_of(page)
     assert [row[0] for row in rows] == [
@@ -231,15 +236,15 @@ def test_a_comparison_has_a_row_a_run_and_the_papers_below_its_like(several):
     evaluation = json.loads((runs[0] / "evaluation.json").read_text())
     assert cells[0]["ΔCE"] == f"{evaluation['figures']['delta_ce']['mean']:.3f}"
     assert (cells[0]["ratio A"], cells[0]["A, released"]) == ("0.620", "0.710")
-    # Pythia 70M of R = 64 and k = 32, as paper's Tables have it.
+    # Pythia 70M with R = 64 and k = 32, from the paper's tables.
     names = ("FVU, paper’s", "ΔCE", "L1", "A, released", "B, released", "entropy", "MMCS")
     published = [cells[3][name] for name in names]
     expected = [0.097, 0.565, 66.5, 0.536, 0.0100, 0.501, 0.275]
     np.testing.assert_allclose(
         [float(value) for value in published], expected, atol=0.002, rtol=2e-3
     )
-    assert cells[3]["FVU"] == cells[3]["ratio A"] == "–"  # what it did not publish
-    # Not evaluated, but measured while training; not analyzed at all.
+    assert cells[3]["FVU"] == cells[3]["ratio A"] == "–"  # not published
+    # run-2 was measured only in training; run-1 was not analyzed.
     heldout = json.loads((runs[2] / "metrics.jsonl").read_text().splitlines()[-1])["heldout"]
     assert cells[4]["FVU"] == f"{heldout['fvu']:.4f}"
     assert cells[4]["ΔCE"] == cells[2]["ratio A"] == "–"
@@ -248,17 +253,17 @@ def test_a_comparison_has_a_row_a_run_and_the_papers_below_its_like(several):
     ]  # fmt: skip
 
 
-def test_lines_join_what_differs_in_the_axis_alone(several):
+def test_a_line_joins_runs_that_differ_only_in_its_axis(several):
     _, page = several
-    figures = packed(page, "plots")
-    by_r = figures["ratio_a-expansion"]["data"]
+    plots = packed(page, "plots")
+    by_r = plots["ratio_a-expansion"]["data"]
     assert [(list(trace["x"]), len(trace["y"])) for trace in by_r] == [
         ([16], 1),  # run-0; run-1 is not analyzed
-        ([1, 2, 4, 8, 16, 32, 64, 128, 256], 9),  # the paper's, k = 32
-        ([64], 1),  # run-2, k = 100: the paper has none
+        ([1, 2, 4, 8, 16, 32, 64, 128, 256], 9),  # published, k = 32
+        ([64], 1),  # run-2, k = 100: none published
         ([16], 1),  # run-3, another model
     ]
-    by_k = figures["l1-k"]["data"]
+    by_k = plots["l1-k"]["data"]
     assert [list(trace["x"]) for trace in by_k] == [
         [32], [32], [32], [16, 32, 64, 128, 256, 512], [32]
     ]  # fmt: skip
@@ -275,15 +280,15 @@ def test_lines_join_what_differs_in_the_axis_alone(several):
         ("openai-community/gpt2", 0.093, 0.663, 0.1166),
     ],
 )
-def test_the_published_numbers_are_the_papers(tmp_path, model, fvu, ratio_a, ratio_b):
+def test_the_published_results_are_the_papers(tmp_path, model, fvu, ratio_a, ratio_b):
     for name in ("a", "b"):
         make_run(tmp_path / name, 64, model=model, expansion=64, examples=1, analyzed=False)
     write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "c.html")
     heading, *rows = table_of((tmp_path / "c.html").read_text())
     assert len(rows) == 3
     cells = dict(zip(heading, rows[2], strict=True))
-    found = [float(cells[name]) for name in ("FVU, paper’s", "A, released", "B, released")]
-    np.testing.assert_allclose(found, [fvu, ratio_a, ratio_b], atol=6e-4)
+    published = [float(cells[name]) for name in ("FVU, paper’s", "A, released", "B, released")]
+    np.testing.assert_allclose(published, [fvu, ratio_a, ratio_b], atol=6e-4)
 
 
 def test_the_program_compares_and_names_bad_input(several, tmp_path):
