@@ -5,9 +5,9 @@
         --sae.expansion 64 --tokens 1000000000 --batch_tokens 131072 --out runs/70m-compare
 
 The MLSAE and the single-layer SAEs have the same size, settings and tokens; the MLSAE has seen a
-vector of each layer for every token, a single-layer SAE those of its own layer. Every argument is that
-of `python -m mlsae.train`; --layers are the layers that are trained on, alone and together, and
-measured at. It leaves a folder per run (OUT/all, OUT/layer-0, …, each with its evaluation) and
+vector of each layer for every token, a single-layer SAE those of its own layer. Every argument is
+that of `python -m mlsae.train`; --layers are the layers to train on, alone and together, and to
+measure at. It leaves a folder per run (OUT/all, OUT/layer-0, …, each with its evaluation) and
 comparison.csv in OUT; with --resume it resumes after a stop.
 """
 

@@ -87,7 +87,7 @@ def open_run(config: HeldoutConfig, device: torch.device) -> tuple[MLSAE, DataSt
 def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -> DataConfig:
     """The text, the transformer and the layers to measure at. What `config` leaves open is as in
     the settings that the MLSAE was `trained` with."""
-    dataset = config.dataset or trained.get("dataset")
+    dataset: str = config.dataset or trained.get("dataset", "")
     model = config.model or mlsae.config.model
     for name, value in (("DATASET", dataset), ("--model", model)):
         if not value:
