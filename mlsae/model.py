@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, constants, snapshot_downlo
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
-from sparse_topk import SparseTopKSAE, TopK, topk_sae
+from sparse_topk import SparseTopKSAE, TopK
 
 from . import formats
 from .card import model_card
@@ -144,42 +144,37 @@ class MLSAE(nn.Module, ModelHubMixin):
         `dead` are a shard's own; None where no shard has any.
         """
         standard, mean, std = self.standardize(x)
-        reconstruction, codes = self.sae.reconstruct(standard)
+        out = self.sae.reconstruct(standard)
+        reconstruction, codes = out.x_hat, out.codes
         error = standard - reconstruction
         sq_error = (x - reconstruction * std - mean).square().sum((1, 2))  # (L,)
         loss = (sq_error / variance).mean() / n_tokens
         aux = torch.zeros((), device=x.device)
         some_dead = dead is not None and (len(dead) > 0 or self.shards.size > 1)
         if dead is not None and some_dead and error_variance is not None:
-            predicted = self._among((standard - self.sae.b_dec).detach(), dead, k_aux)
+            centered = (standard - self.sae.b_dec).detach()
+            predicted = self.sae.reconstruct_subset(centered, dead, k_aux)
             missed = (error.detach() - predicted).square().sum((1, 2))
             aux = (missed / error_variance).mean() / n_tokens
         return Losses(
             loss + aux_weight * aux, aux.detach(), sq_error.detach(), error.detach(), codes
         )
 
-    def _among(self, x: Tensor, latents: Tensor, k: int) -> Tensor:
-        """x̂ without b_pre (…, D), from the k largest among `latents` (Q,) only; all, if fewer."""
-        sae = self.sae
-        if isinstance(sae, ShardedSAE):
-            return sae.among(x, latents, k)
-        b_enc = None if sae.b_enc is None else sae.b_enc[latents]
-        W_enc, W_dec = sae.W_enc[latents], sae.W_dec[latents]
-        return topk_sae(x, W_enc, b_enc, W_dec, None, min(k, len(latents)))[0]
+    def gather_rows(self, part: Tensor) -> Tensor:
+        """All latents' rows (M, …) of a tensor with one row per latent, of which this process holds
+        `part`. Collective when sharded: every rank must call it; only rank 0 receives all rows,
+        and the others get `part` back."""
+        return self.sae.gather_rows(part)
 
-    def whole(self, part: Tensor) -> Tensor:
-        """What all shards hold of something with a row a latent, (M, …), in the process of the
-        first; the others get their own part back. All must call it."""
-        return self.sae.whole(part) if isinstance(self.sae, ShardedSAE) else part
-
-    def part(self, whole: Tensor) -> Tensor:
-        """The rows (M/S, …) of something (M, …) that are of this process's latents."""
-        return whole[self.sae.rows].clone() if isinstance(self.sae, ShardedSAE) else whole
+    def own_rows(self, whole: Tensor) -> Tensor:
+        """This process's rows (M/S, …) of `whole` (M, …), a tensor with one row per latent."""
+        return self.sae.own_rows(whole)
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, as those of one that is not sharded: see `whole`."""
+        """The parameters by name, as those of an unsharded one: see `gather_rows`."""
         return {
-            name: self.whole(p) if p.ndim == 2 else p for name, p in self.sae.state_dict().items()
+            name: self.gather_rows(p) if p.ndim == 2 else p
+            for name, p in self.sae.state_dict().items()
         }
 
     def save_pretrained(  # type: ignore[override] # `extra` goes into config.json

@@ -143,7 +143,8 @@ class Pass:
         """x̂ of the i-th layer's residuals x (B, T, D), its sums taken in."""
         rows, keep = self.rows, token_mask[..., None]
         standard, mean, std = self.mlsae.standardize(x)
-        reconstruction, codes = self.mlsae.sae.reconstruct(standard)
+        out = self.mlsae.sae.reconstruct(standard)
+        reconstruction, codes = out.x_hat, out.codes
         error = (x - reconstruction * std - mean) * keep
         values = codes.values.float() * keep  # (B, T, K)
         deviation = (x - rows.origin[i]) * keep

@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from sparse_topk import UnitNormAdam
 
 from .. import metrics
 from ..distributed import ALONE, Group
 from ..model import ACTIVE, MLSAE
-from ..sharding import ShardedSAE
 
 
 class NonFiniteError(FloatingPointError):
@@ -97,7 +95,7 @@ class Trainer:
         self.optimizer = UnitNormAdam(
             sae.parameter_groups(),
             max_grad_norm=max_grad_norm,
-            total_norm=sae.total_norm if isinstance(sae, ShardedSAE) else get_total_norm,
+            total_norm=sae.total_norm,
         )
         self.tokens = 0
         self.steps = 0
@@ -138,13 +136,15 @@ class Trainer:
         """All that the next step depends on: tensors, and values as JSON has them. It does not
         depend on the number of processes. Of shards, all must call it, and the first one has it."""
         optimizer = {
-            str(i): {name: self._rows(value, self.mlsae.whole) for name, value in moments.items()}
+            str(i): {
+                name: self._rows(value, self.mlsae.gather_rows) for name, value in moments.items()
+            }
             for i, moments in self.optimizer.state_dict()["state"].items()
         }
         return {
             "tokens": self.tokens,
             "steps": self.steps,
-            "inactive_tokens": self.mlsae.whole(self.inactive_tokens),
+            "inactive_tokens": self.mlsae.gather_rows(self.inactive_tokens),
             "moments": self.moments.state_dict(),
             "error_variance": self.error_variance,
             "weights": self.mlsae.weights(),
@@ -154,18 +154,18 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.tokens, self.steps = state["tokens"], state["steps"]
-        part = self.mlsae.part
-        self.inactive_tokens.copy_(part(state["inactive_tokens"]))
+        own_rows = self.mlsae.own_rows
+        self.inactive_tokens.copy_(own_rows(state["inactive_tokens"]))
         self.moments.load_state_dict(state["moments"])
         error_variance = state["error_variance"]
         if error_variance is not None:
             error_variance = error_variance.to(self.device)
         self.error_variance = error_variance
-        weights = {name: self._rows(weight, part) for name, weight in state["weights"].items()}
+        weights = {name: self._rows(weight, own_rows) for name, weight in state["weights"].items()}
         self.mlsae.sae.load_state_dict(weights)
         groups = self.optimizer.state_dict()["param_groups"]
         saved = {
-            int(i): {name: self._rows(value, part) for name, value in moments.items()}
+            int(i): {name: self._rows(value, own_rows) for name, value in moments.items()}
             for i, moments in state["optimizer"].items()
         }
         self.optimizer.load_state_dict({"state": saved, "param_groups": groups})

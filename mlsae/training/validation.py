@@ -70,7 +70,8 @@ class _Sums:
     def add(self, x: Tensor) -> None:
         """Take in residuals (L, N, D) float32."""
         standard, mean, std = self.mlsae.standardize(x)
-        reconstruction, codes = self.mlsae.sae.reconstruct(standard)
+        out = self.mlsae.sae.reconstruct(standard)
+        reconstruction, codes = out.x_hat, out.codes
         self.moments.update(x)
         self.sq_error += (x - reconstruction * std - mean).square().sum((1, 2))
         totals, counts = metrics.latent_layer_totals(*codes, len(self.totals))
@@ -89,8 +90,8 @@ class _Sums:
             metrics.fvu(self.sq_error, n_tokens, self.moments),
             metrics.fvu_paper(self.sq_error, n_tokens, self.moments),
             active / n_tokens,
-            self.mlsae.whole(self.totals),
-            self.mlsae.whole(self.counts),
+            self.mlsae.gather_rows(self.totals),
+            self.mlsae.gather_rows(self.counts),
         )
 
 

@@ -1,6 +1,6 @@
-"""The gate: what the compiler makes of every kernel for three chips, without a GPU.
+"""The gate: what the compiler makes of every kernel for several chips, without a GPU.
 
-A compiler needs a process whose kernels are not interpreted, hence the subprocesses.
+The compiler needs a process whose kernels are not interpreted, hence the subprocesses.
 """
 
 import ast
@@ -30,10 +30,10 @@ def test_every_kernel_compiles_as_it_must():
 
 
 def test_no_kernel_is_left_out():
-    """A kernel is a function of `triton.jit` that a launcher starts: its name ends in _kernel."""
+    """A kernel is a `triton.jit` function that a launcher starts: its name ends in _kernel."""
     kernels = {
         node.name
-        for path in (ROOT / "kernels/sparse_topk/triton_ops").glob("*.py")
+        for path in (ROOT / "kernels/sparse_topk/triton_ops").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
@@ -91,8 +91,8 @@ def product(chip, **changes):
     return replace(good, signature=signature, constexprs=good.constexprs | changes)
 
 small = {"BLOCK_N": 16, "BLOCK_M": 64, "BLOCK_D": 32}
-show(product(80, **small, PRECISION="ieee", signature={"x": "*fp32", "W": "*fp32"}))
-described = {"x": "tensordesc<bf16[16, 32]>", "W": "tensordesc<bf16[64, 32]>"}
+show(product(80, **small, PRECISION="ieee", signature={"x_ptr": "*fp32", "W_ptr": "*fp32"}))
+described = {"x_desc": "tensordesc<bf16[16, 32]>", "W_desc": "tensordesc<bf16[64, 32]>"}
 for chip in (90, 100):
     show(replace(product(chip, **small, signature=described), num_warps=4))
 show(replace(product(80), num_stages=7))
