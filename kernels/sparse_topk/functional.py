@@ -1,4 +1,4 @@
-"""The ops with argument checks and gradients: `topk_encode`, `sparse_decode`, `topk_sae`.
+"""Functions with argument checks and gradients: `topk_encode`, `sparse_decode`, `topk_sae`.
 
 Every function here is differentiable in its float arguments; each line of a backward is an op.
 
@@ -26,9 +26,9 @@ class TopK(NamedTuple):
 
 
 class SAEOutput(NamedTuple):
-    """What a whole SAE computes in one pass: its output, and the active latents behind it.
+    """The output of an SAE, and the active latents that it comes from.
 
-    In the order of sparsify's `sae_out, latent_acts, latent_indices`.
+    The order is that of sparsify's `sae_out, latent_acts, latent_indices`.
     """
 
     x_hat: Tensor
@@ -96,8 +96,8 @@ def topk_sae(
     k: int,
     shards: Shards | None = None,
 ) -> SAEOutput:
-    """x̂ = sparse_decode(topk_encode(x − b_dec)), and the codes. One autograd Function does both,
-    so its backward sorts the selections once for both weights.
+    """x̂ = sparse_decode(topk_encode(x − b_dec)), and its codes. One autograd Function does both, so
+    its backward sorts the selections once for both weights.
 
     x (…, D), W_enc and W_dec (M, D), b_enc (M,), b_dec (D,) → x̂ (…, D), values, indices (…, K).
 

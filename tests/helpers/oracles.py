@@ -1,4 +1,4 @@
-"""What results are compared with, where torch has no such function."""
+"""Oracles: slow and simple computations that results are compared with."""
 
 import torch
 

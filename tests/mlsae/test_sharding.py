@@ -134,8 +134,8 @@ def traffic(world, n_latents, n):
 
 
 def test_the_traffic_of_a_token_does_not_grow_with_the_latents(team):
-    """A process hands over K candidates and a count of 4 B a token, D numbers of partial
-    reconstructions, and D numbers a pass for b_dec's gradient."""
+    """Per token, a process sends K candidates, a count of 4 bytes and D numbers of its partial
+    reconstruction; per pass, D numbers for b_dec's gradient."""
     n, size = 64, 8  # bytes of a float64
     for n_latents in (64, 1024):
         for sent in team.run(traffic, n_latents, n):

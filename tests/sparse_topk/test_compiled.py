@@ -22,7 +22,8 @@ def run(*arguments):
 
 
 def test_every_kernel_compiles_as_it_must():
-    """No spill, tensor cores and 16-byte loads where they belong, shared memory that exists."""
+    """No spills, tensor cores and 16-byte loads where they are due, no more shared memory than a
+    chip has."""
     made = run("-m", "bench.compiled")
     assert made.returncode == 0, made.stdout + made.stderr
     for chip in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"):
@@ -42,7 +43,8 @@ def test_no_kernel_is_left_out():
 
 
 def test_the_gate_shuts():
-    """A row of 16384 spills; one of 770 cannot be loaded 16 bytes at a time; and the rest."""
+    """It refuses spills (rows of 16384), loads of less than 16 bytes (rows that may have any
+    length), missing tensor cores, and too much shared memory."""
     code = """
 from dataclasses import replace
 from bench.compiled import adam_build

@@ -186,7 +186,7 @@ def test_a_nan_token_is_nan_and_the_others_are_not(path):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, of Inf − Inf
 def test_an_infinite_input(path, infinity):
     x, W, b = integers(2, 3, 70, seed=2)
-    x[0, 1] = infinity  # ±Inf where W is not 0, NaN where it is; what pads the 70 must not show
+    x[0, 1] = infinity  # ±Inf where W is not 0, NaN where it is; padding must not show
     check_stable_topk(x, W, b, 9, path)
 
 

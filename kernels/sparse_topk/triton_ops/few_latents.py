@@ -1,7 +1,7 @@
 """The sparse products where latents are few against K, as AuxK's dead ones are.
 
-There, K rows gathered per token cost more than a product with all latents. `latents_are_few` tells,
-and the ops of `sparse.py` then become
+There, K rows gathered per token cost more than a product with all latents. If `latents_are_few`
+says so, the ops of `sparse.py` become
 
     gather_sum      codes W                 codes (N, M): values at indices, 0 elsewhere
     gather_dot      x Wᵀ, at indices

@@ -1,8 +1,8 @@
-"""Keys: int32 that are in the order of the float32 scores they stand for.
+"""Keys: int32 values in the order of the float32 scores that they stand for.
 
-A maximum of keys is one integer instruction, and a key's last bits can carry something else, as
-the place of a latent in its group. It is apart from `select.py` because both ways to the scores
-(`product.py`, `chunked.py`) make keys.
+The largest of several keys takes one integer instruction each, and a key's last bits can carry
+something else, such as the place of a latent in its group. This file is apart from `select.py`
+because both ways to the scores (`product.py`, `chunked.py`) make keys.
 """
 
 from __future__ import annotations
