@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparse_topk.triton_ops import adam, dense, sparse
+from sparse_topk.triton_ops import adam, few_latents, precision, sparse
 
 from . import compiled_encode
 from .compiled_build import Build, Compiled, compile_for, violations
@@ -28,7 +28,7 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
     name = f"{str(dtype).removeprefix('torch.')} D={d} K={k}"
     some = torch.empty(0, dtype=dtype)
     data, ids = TYPES[dtype], "*i64"
-    sums = sparse.sum_type(some)
+    acc_dtype = precision.sum_type(some)
     aligned = ("D",) if d % 16 == 0 else ()
     divisible = aligned + (("K",) if k % 16 == 0 else ())
 
@@ -40,7 +40,7 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
             f"{op} {name}",
             kernel,
             arguments | {"D": "i32", "K": "i32"},
-            {"BLOCK_D": block, "ROWS": rows, "SUM": sums, **more},
+            {"BLOCK_D": block, "ROWS": rows, "ACC_DTYPE": acc_dtype, **more},
             num_warps=warps,
             divisible=divisible,
             needs={"wide_loads": rows} if aligned else {},
@@ -51,28 +51,28 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
         build(
             "gather_sum",
             sparse.gather_sum_kernel,
-            {"values": data, "indices": ids, "W": data, "out": data},
+            {"values_ptr": data, "indices_ptr": ids, "W_ptr": data, "out_ptr": data},
             sparse.gather_sum_tile(d, k, some.element_size()),
         ),
         build(
             "gather_dot",
             sparse.gather_dot_kernel,
-            {"x": data, "indices": ids, "W": data, "out": data},
+            {"x_ptr": data, "indices_ptr": ids, "W_ptr": data, "out_ptr": data},
             sparse.gather_dot_tile(some.element_size()),
         ),
         build(
             "sum_chunks",
             sparse.sum_chunks_kernel,
-            {"values": data, "order": ids, "offsets": ids, "owners": ids}
-            | {"x": data, "partials": "*fp32"},
+            {"values_ptr": data, "perm_ptr": ids, "indptr_ptr": ids, "owners_ptr": ids}
+            | {"x_ptr": data, "partials_ptr": "*fp32"},
             sparse.sum_chunks_tile(d, some.element_size()),
             CHUNK=sparse.CHUNK,
         ),
         build(
             "scatter_outer",
             sparse.scatter_outer_kernel,
-            {"values": data, "order": ids, "offsets": ids}
-            | {"x": data, "partials": "*fp32", "out": data},
+            {"values_ptr": data, "perm_ptr": ids, "indptr_ptr": ids}
+            | {"x_ptr": data, "partials_ptr": "*fp32", "out_ptr": data},
             sparse.scatter_outer_tile(d, some.element_size()),
             CHUNK=sparse.CHUNK,
         ),
@@ -82,19 +82,25 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
 def dense_builds(dtype: torch.dtype) -> list[Build]:
     """The kernels that write dense codes, for products with few latents."""
     data, ids = TYPES[dtype], "*i64"
-    block, warps = dense.codes_tile()
+    block, warps = few_latents.codes_tile()
     return [
         Build(
             f"{name} {data[1:]}",
             kernel,
-            {"values": data, "codes": data, "K": "i32", size: "i32"} | dict.fromkeys(places, ids),
+            {"values_ptr": data, "codes_ptr": data, "K": "i32", size: "i32"}
+            | dict.fromkeys(places, ids),
             {"BLOCK": block},
             num_warps=warps,
             divisible=("K", size),
         )
         for name, kernel, size, places in (
-            ("codes_of_token", dense.codes_of_token_kernel, "M", ("indices",)),
-            ("codes_of_latent", dense.codes_of_latent_kernel, "N", ("order", "offsets")),
+            ("codes_of_token", few_latents.codes_of_token_kernel, "M", ("indices_ptr",)),
+            (
+                "codes_of_latent",
+                few_latents.codes_of_latent_kernel,
+                "N",
+                ("perm_ptr", "indptr_ptr"),
+            ),
         )
     ]
 
@@ -102,13 +108,13 @@ def dense_builds(dtype: torch.dtype) -> list[Build]:
 def adam_build(d: int | None, clip: bool) -> Build:
     """Adam on rows of D float32 weights, or without the unit norm if D is None. With `clip`, the
     gradient is scaled by a factor, and a bfloat16 shadow is written."""
-    arguments = dict.fromkeys(("weight", "grad", "exp_avg", "exp_avg_sq"), "*fp32")
-    arguments |= {"rate": "fp32", "eps": "fp32", "c1": "fp32", "c2": "fp32"}
-    constants: dict[str, Any] = {"SUM": sparse.sum_type()}
+    arguments = dict.fromkeys(("weight_ptr", "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"), "*fp32")
+    arguments |= {"step_size": "fp32", "eps": "fp32", "c1": "fp32", "c2": "fp32"}
+    constants: dict[str, Any] = {"ACC_DTYPE": precision.sum_type()}
     if clip:
-        arguments |= {"shadow": "*bf16", "grad_scale": "*fp32"}
+        arguments |= {"shadow_ptr": "*bf16", "grad_scale_ptr": "*fp32"}
     else:
-        constants |= {"shadow": None, "grad_scale": None}
+        constants |= {"shadow_ptr": None, "grad_scale_ptr": None}
     block, warps = adam.adam_flat_tile() if d is None else adam.adam_rows_tile(d)
     size, width = ("size", "BLOCK") if d is None else ("D", "BLOCK_D")
     vectors = block // (warps * 32 * 4)  # of 16 bytes per thread

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from sparse_topk.triton_ops import encode, fused, rescore, select
+from sparse_topk.triton_ops.topk import chunked, product, rescore, select
 
 from .compiled_build import CHIPS, SHARED_LIMIT, Build
 
@@ -21,19 +21,19 @@ def product_build(
 ) -> Build:
     """The fused product on one chip: with tensor descriptors, if the chip and D allow them."""
     capability = (chip // 10, chip % 10)
-    tma = fused.describes(capability) and aligned
-    tile = fused.fused_tile(capability, dtype, precision, tma)
-    name, group = _TYPES[dtype], fused.fused_group(m, k)
+    tma = product.describes(capability) and aligned
+    tile = product.fused_tile(capability, dtype, precision, tma)
+    name, group = _TYPES[dtype], product.fused_group(m, k)
     described = {
-        "x": f"tensordesc<{name}[{tile.block_n}, {tile.block_d}]>",
-        "W": f"tensordesc<{name}[{tile.block_m}, {tile.block_d}]>",
+        "x_desc": f"tensordesc<{name}[{tile.block_n}, {tile.block_d}]>",
+        "W_desc": f"tensordesc<{name}[{tile.block_m}, {tile.block_d}]>",
     }
-    results = {"bias": f"*{name}", "best": "*i32", "second": "*i32"}
-    sizes = {"N": "i32", "M": "i32", "D": "i32", "ROWS": "i32"}
+    results = {"bias_ptr": f"*{name}", "best_ptr": "*i32", "second_ptr": "*i32"}
+    sizes = {"N": "i32", "M": "i32", "D": "i32", "BAND_N": "i32"}
     return Build(
         f"best_two{'_tma' * tma} {name} {precision} G={group}{'' if aligned else ' odd D'}",
-        fused.best_two_tma_kernel if tma else fused.best_two_kernel,
-        (described if tma else {"x": f"*{name}", "W": f"*{name}"}) | results | sizes,
+        product.best_two_tma_kernel if tma else product.best_two_kernel,
+        (described if tma else {"x_ptr": f"*{name}", "W_ptr": f"*{name}"}) | results | sizes,
         {"G": group, "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m}
         | {"BLOCK_D": tile.block_d, "PRECISION": precision},
         num_warps=tile.warps,
@@ -47,14 +47,14 @@ def product_build(
 
 def producer_builds(m: int, k: int, dtype: torch.dtype) -> list[Build]:
     """The kernels that read or compute scores outside the product."""
-    data, group = f"*{_TYPES[dtype]}", fused.fused_group(m, k)
-    wide = encode.chunked_group(m, k)
+    data, group = f"*{_TYPES[dtype]}", product.fused_group(m, k)
+    wide = chunked.chunked_group(m, k)
     return [
         Build(
             f"group_best M={m} K={k}",
-            encode.group_best_kernel,
-            {"scores": "*fp32", "bias": data, "best": "*i32", "M": "i32", "J": "i32"},
-            {"G": wide, "BLOCK_J": encode.group_best_block(wide)},
+            chunked.group_best_kernel,
+            {"scores_ptr": "*fp32", "bias_ptr": data, "best_ptr": "*i32", "M": "i32", "J": "i32"},
+            {"G": wide, "BLOCK_J": chunked.group_best_block(wide)},
             num_warps=4,
             divisible=("M",),
             needs={"wide_loads": 8},
@@ -62,7 +62,13 @@ def producer_builds(m: int, k: int, dtype: torch.dtype) -> list[Build]:
         Build(
             f"rescore {data[1:]} M={m} K={k}",
             rescore.rescore_kernel,
-            {"x": data, "W": data, "bias": data, "picks": "*i32", "scores": "*fp32"}
+            {
+                "x_ptr": data,
+                "W_ptr": data,
+                "bias_ptr": data,
+                "picks_ptr": "*i32",
+                "scores_ptr": "*fp32",
+            }
             | {"D": "i32", "M": "i32", "P": "i32"},
             {"G": group, "BLOCK_P": triton.next_power_of_2(k)}
             | {"BLOCK_D": rescore.rescore_width(group)},
@@ -75,7 +81,7 @@ def producer_builds(m: int, k: int, dtype: torch.dtype) -> list[Build]:
 
 def selection_builds(m: int, k: int, dtype: torch.dtype, *, two: bool) -> list[Build]:
     """The selection from fused keys (`two`) or from stored scores."""
-    group = fused.fused_group(m, k) if two else encode.chunked_group(m, k)
+    group = product.fused_group(m, k) if two else chunked.chunked_group(m, k)
     n_groups = triton.cdiv(m, group)
     slots = min(k, n_groups)
     keys, pick_warps = select.keys_tile(n_groups)
@@ -86,11 +92,11 @@ def selection_builds(m: int, k: int, dtype: torch.dtype, *, two: bool) -> list[B
         Build(
             f"pick_groups {name}",
             select.pick_groups_kernel,
-            {"best": "*i32", "picks": "*i32", "J": "i32", "P": "i32", "K": "i32"}
-            | ({"second": "*i32"} if two else {}),
-            {"STEP": group if two else 1, "BLOCK": keys}
+            {"best_ptr": "*i32", "picks_ptr": "*i32", "J": "i32", "P": "i32", "K": "i32"}
+            | ({"second_ptr": "*i32"} if two else {}),
+            {"STEP": group if two else 1, "BLOCK_J": keys}
             | {"BLOCK_P": triton.next_power_of_2(slots)}
-            | ({} if two else {"second": None}),
+            | ({} if two else {"second_ptr": None}),
             num_warps=pick_warps,
             divisible=("J",),
             needs={"wide_loads": 4},
@@ -98,10 +104,10 @@ def selection_builds(m: int, k: int, dtype: torch.dtype, *, two: bool) -> list[B
         Build(
             f"rank {name}",
             select.rank_kernel,
-            {"scores": "*fp32", "best": "*i32", "picks": "*i32", "values": data}
-            | {"indices": "*i64", "M": "i32", "P": "i32", "K": "i32"}
-            | ({} if two else {"bias": data}),
-            {"G": group, "TWO": two, "BLOCK": candidates} | ({"bias": None} if two else {}),
+            {"scores_ptr": "*fp32", "best_ptr": "*i32", "picks_ptr": "*i32", "values_ptr": data}
+            | {"indices_ptr": "*i64", "M": "i32", "P": "i32", "K": "i32"}
+            | ({} if two else {"bias_ptr": data}),
+            {"G": group, "TWO": two, "BLOCK_C": candidates} | ({"bias_ptr": None} if two else {}),
             num_warps=rank_warps,
             divisible=("M",),
             needs={"wide_loads": 4},

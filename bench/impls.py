@@ -12,7 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_topk import SparseTopKSAE, TopK, UnitNormAdam, decode, encode, reference, topk_sae
+from sparse_topk import (
+    SparseTopKSAE,
+    TopK,
+    UnitNormAdam,
+    reference,
+    sparse_decode,
+    topk_encode,
+    topk_sae,
+)
 
 
 class Impl(NamedTuple):
@@ -38,7 +46,7 @@ def _our_activations(codes: TopK | Tensor) -> Tensor:
 
 def _our_decode(codes: TopK | Tensor, W_dec: Tensor) -> Tensor:
     assert isinstance(codes, TopK)
-    return decode(codes, W_dec, None)
+    return sparse_decode(codes, W_dec, None)
 
 
 def fused_adam(parameters: Iterable[Tensor]) -> torch.optim.Adam:
@@ -88,10 +96,10 @@ def _dense_optimizer(sae: SparseTopKSAE) -> Callable[[], None]:
 
 OURS = Impl(
     "ours",
-    lambda x, W_enc, k: encode(x, W_enc, None, k),
+    lambda x, W_enc, k: topk_encode(x, W_enc, None, k),
     _our_activations,
     _our_decode,
-    lambda x, W_enc, W_dec, b_dec, k: topk_sae(x, W_enc, None, W_dec, b_dec, k)[0],
+    lambda x, W_enc, W_dec, b_dec, k: topk_sae(x, W_enc, None, W_dec, b_dec, k).x_hat,
     _our_optimizer,
 )
 DENSE = Impl(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_topk import SparseTopKSAE
 
-from .model import MLSAE
+from .model import MLSAE, Standardized
 
 
 class DenseConfig(SimpleNamespace):
@@ -45,7 +45,7 @@ class DenseSAE(nn.Module):
         super().__init__()
         self.mlsae = sae if isinstance(sae, MLSAE) else None
         self.sae = sae.sae if isinstance(sae, MLSAE) else sae
-        self._moments: tuple[Tensor, Tensor] | None = None
+        self._standardized: Standardized | None = None
         layers = self.mlsae.config.layers if self.mlsae else ()
         if layer is None and len(layers) > 1:
             raise ValueError(
@@ -124,8 +124,8 @@ class DenseSAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """x (…, D) → f (…, M): activations, 0 where a latent is not active."""
         if self.mlsae is not None:
-            x, *moments = self.mlsae.standardize(x)
-            self._moments = (moments[0], moments[1])
+            self._standardized = self.mlsae.standardize(x)
+            x = self._standardized.x
         return self.sae.dense(x.to(self.dtype))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -134,15 +134,14 @@ class DenseSAE(nn.Module):
         x_hat = feature_acts @ self.sae.W_dec + self.sae.b_dec
         if self.mlsae is None:
             return x_hat
-        leading = None if self._moments is None else self._moments[0].shape[:-1]
-        if self._moments is None or leading != feature_acts.shape[:-1]:
+        leading = None if self._standardized is None else self._standardized.mean.shape[:-1]
+        if self._standardized is None or leading != feature_acts.shape[:-1]:
             raise ValueError(
                 "f must belong to the vectors encoded last, since each is decoded with its own "
                 f"mean and deviation, got the leading shape {tuple(feature_acts.shape[:-1])} "
                 f"after {None if leading is None else tuple(leading)}"
             )
-        mean, std = self._moments
-        return (x_hat * std + mean).to(self.dtype)
+        return self._standardized.invert(x_hat).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D) → x̂ (…, D)."""

@@ -7,19 +7,20 @@ x_hat = sae(x)  # differentiable; the (tokens, latents) matrix is never stored
 """
 
 from .allocator import keep_freed_memory
-from .backend import backend_name
-from .functional import Shards, TopK, decode, encode, topk_sae
+from .functional import SAEOutput, Shards, TopK, sparse_decode, topk_encode, topk_sae
 from .module import SparseTopKSAE
+from .ops import backend_name
 from .optim import UnitNormAdam
 
 __all__ = [
+    "SAEOutput",
     "Shards",
     "SparseTopKSAE",
     "TopK",
     "UnitNormAdam",
     "backend_name",
-    "decode",
-    "encode",
     "keep_freed_memory",
+    "sparse_decode",
+    "topk_encode",
     "topk_sae",
 ]

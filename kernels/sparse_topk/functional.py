@@ -1,8 +1,8 @@
-"""The door to the verbs: argument checks, the choice of backend, and the gradients.
+"""Functions with argument checks and gradients: `topk_encode`, `sparse_decode`, `topk_sae`.
 
-Every function here is differentiable in its float arguments; each line of a backward is a verb.
+Every function here is differentiable in its float arguments; each line of a backward is an op.
 
-Legend: N tokens, D inputs, M latents, K active latents a token; "…" any leading shape.
+Legend: N tokens, D inputs, M latents, K active latents per token; "…" any leading shape.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import operators as ops
+from . import ops
 
 
 class TopK(NamedTuple):
@@ -23,6 +23,25 @@ class TopK(NamedTuple):
     """(…, K) activations, ≥ 0."""
     indices: Tensor
     """(…, K) int64 ids of the latents, ascending within a token."""
+
+
+class SAEOutput(NamedTuple):
+    """The output of an SAE, and the active latents that it comes from.
+
+    The order is that of sparsify's `sae_out, latent_acts, latent_indices`.
+    """
+
+    x_hat: Tensor
+    """(…, D) the reconstruction."""
+    values: Tensor
+    """(…, K) activations, ≥ 0."""
+    indices: Tensor
+    """(…, K) int64 ids of the latents, ascending within a token."""
+
+    @property
+    def codes(self) -> TopK:
+        """The active latents, as `sparse_decode` takes them."""
+        return TopK(self.values, self.indices)
 
 
 class Shards(Protocol):
@@ -35,13 +54,13 @@ class Shards(Protocol):
         """Σ over the shards, the same in each."""
 
 
-def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> TopK:
-    """ReLU of the K largest of x W_encᵀ + b_enc, without ever storing the (N, M) scores.
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> TopK:
+    """ReLU of the K largest of x W_encᵀ + b_enc; the (N, M) scores are never stored whole.
 
     x (…, D), W_enc (M, D), b_enc (M,) or None → values and indices (…, K). Computed in W_enc's
-    dtype, or in autocast's where that is on. Ties go to the smaller index; NaN is kept.
+    dtype, or in autocast's if that is on. Ties go to the smaller index; NaN is kept.
 
-    Gradients: of a value clipped by ReLU, 0; of the selection, none (it is piecewise constant).
+    A value clipped by ReLU has the gradient 0. The selection has none: it is piecewise constant.
 
     Raises ValueError if a shape does not fit or k is not in [1, M].
     """
@@ -51,13 +70,13 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> TopK:
     return TopK(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k))
 
 
-def decode(top: TopK, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    """Σ_k values · W_dec[indices] + b_dec: (…, K) → (…, D), as (dense codes) @ W_dec would be.
+def sparse_decode(codes: TopK, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """Σ_k values · W_dec[indices] + b_dec: (…, K) → (…, D), equal to (dense codes) @ W_dec + b_dec.
 
-    Raises ValueError if a shape does not fit. An index outside [0, M) raises on a CPU; on a
-    GPU, where looking would stop the stream, it is undefined as in torch's own indexing.
+    Raises ValueError if a shape does not fit. An index outside [0, M) raises on a CPU; on a GPU,
+    where a check would wait for the device, it is undefined as in torch's own indexing.
     """
-    values, indices = top
+    values, indices = codes
     if values.shape != indices.shape:
         raise ValueError(
             "values and indices must have the same shape, "
@@ -76,16 +95,16 @@ def topk_sae(
     b_dec: Tensor | None,
     k: int,
     shards: Shards | None = None,
-) -> tuple[Tensor, TopK]:
-    """x̂ = decode(encode(x − b_dec)), and the codes: `encode` and `decode` in one Function, whose
-    backward sorts the selections once for both weights.
+) -> SAEOutput:
+    """x̂ = sparse_decode(topk_encode(x − b_dec)), and its codes. One autograd Function does both, so
+    its backward sorts the selections once for both weights.
 
-    x (…, D), W_enc and W_dec (M, D), b_enc (M,), b_dec (D,) → x̂ (…, D) and codes (…, K).
+    x (…, D), W_enc and W_dec (M, D), b_enc (M,), b_dec (D,) → x̂ (…, D), values, indices (…, K).
 
     With `shards`, the weights are one shard's, and k is how many candidates it offers: x̂ and the
-    gradients of x and b_dec are those of all shards together, and the codes are its own.
+    gradients of x and b_dec are those of all shards together; the codes are this shard's own.
 
-    Raises ValueError as `encode` does.
+    Raises ValueError as `topk_encode` does.
     """
     _check_weights(x, W_enc, b_enc, b_dec)
     if W_dec.shape != W_enc.shape:
@@ -99,7 +118,7 @@ def topk_sae(
         flat, W_enc, b_enc, W_dec, b_dec, k, _dtype(W_enc), shards
     )
     shape = x.shape[:-1]
-    return out.view(x.shape), TopK(values.view(*shape, k), indices.view(*shape, k))
+    return SAEOutput(out.view(x.shape), values.view(*shape, k), indices.view(*shape, k))
 
 
 def _check_weights(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None) -> None:
@@ -129,7 +148,9 @@ def check_k(k: int, n_latents: int) -> None:
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, k: int, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, k: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         cast_x, cast_W = x.to(dtype), W.to(dtype)
         scores, indices = ops.topk_encode(cast_x, cast_W, None if b is None else b.to(dtype), k)
         values = scores.relu()
@@ -148,19 +169,19 @@ class _Encode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = ops.gather_sum(d_scores, indices, W).to(x_dtype)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            order = ops.order_by_latent(indices, len(W))
+            csc = ops.csc_by_latent(indices, len(W))
             if ctx.needs_input_grad[1]:
-                dW = ops.scatter_outer(d_scores, order, x).to(W_dtype)
+                dW = ops.scatter_outer(d_scores, csc, x).to(W_dtype)
             if ctx.needs_input_grad[2]:
-                db = ops.sum_by_latent(d_scores, indices, order).to(b_dtype)
+                db = ops.sum_by_latent(d_scores, indices, csc).to(b_dtype)
         return dx, dW, db, None, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
+    def forward(
         ctx: Any, values: Tensor, indices: Tensor, W: Tensor, b: Tensor | None, dtype: torch.dtype
-    ):
+    ) -> Tensor:
         cast_values, cast_W = values.to(dtype), W.to(dtype)
         out = ops.gather_sum(cast_values, indices, cast_W)
         ctx.save_for_backward(cast_values, indices, cast_W)
@@ -176,8 +197,8 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_values = ops.gather_dot(d_out, indices, W).to(values_dtype)
         if ctx.needs_input_grad[2]:
-            order = ops.order_by_latent(indices, len(W))
-            dW = ops.scatter_outer(values, order, d_out).to(W_dtype)
+            csc = ops.csc_by_latent(indices, len(W))
+            dW = ops.scatter_outer(values, csc, d_out).to(W_dtype)
         if ctx.needs_input_grad[3]:
             db = d_out.sum(0).to(b_dtype)
         return d_values, None, dW, db, None
@@ -185,7 +206,7 @@ class _Decode(torch.autograd.Function):
 
 class _TopKSAE(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
+    def forward(
         ctx: Any,
         x: Tensor,
         W_enc: Tensor,
@@ -195,7 +216,7 @@ class _TopKSAE(torch.autograd.Function):
         k: int,
         dtype: torch.dtype,
         shards: Shards | None,
-    ):
+    ) -> tuple[Tensor, Tensor, Tensor]:
         centered = (x if b_dec is None else x - b_dec).to(dtype)
         cast_enc, cast_dec = W_enc.to(dtype), W_dec.to(dtype)
         cast_b = None if b_enc is None else b_enc.to(dtype)
@@ -222,31 +243,31 @@ class _TopKSAE(torch.autograd.Function):
         d_scores = _relu_backward(d_values, values)
         dx = d_enc = d_b_enc = d_dec = d_b_dec = None
         if need_enc or need_dec or need_b_enc or need_b_dec:
-            order = ops.order_by_latent(indices, len(W_enc))
+            csc = ops.csc_by_latent(indices, len(W_enc))
             if need_enc:
-                d_enc = ops.scatter_outer(d_scores, order, centered).to(enc_dtype)
+                d_enc = ops.scatter_outer(d_scores, csc, centered).to(enc_dtype)
             if need_dec:
-                d_dec = ops.scatter_outer(values, order, d_out).to(dec_dtype)
-        total = (lambda partial: partial) if ctx.shards is None else ctx.shards.sum
+                d_dec = ops.scatter_outer(values, csc, d_out).to(dec_dtype)
+        sum_shards = (lambda partial: partial) if ctx.shards is None else ctx.shards.sum
         if need_x:
-            dx = total(ops.gather_sum(d_scores, indices, W_enc)).to(x_dtype)
+            dx = sum_shards(ops.gather_sum(d_scores, indices, W_enc)).to(x_dtype)
         if need_b_enc or need_b_dec:
-            by_latent = ops.sum_by_latent(d_scores, indices, order)
+            by_latent = ops.sum_by_latent(d_scores, indices, csc)
             if need_b_enc:
                 d_b_enc = by_latent.to(b_enc_dtype)
             if need_b_dec:
                 # Σ_n dx[n] = by_latent @ W_enc: one matrix-vector product, no dx needed.
-                sum_dx = total(by_latent.to(W_enc.dtype) @ W_enc)
+                sum_dx = sum_shards(by_latent.to(W_enc.dtype) @ W_enc)
                 d_b_dec = (d_out.sum(0) - sum_dx).to(b_dec_dtype)
         return dx, d_enc, d_b_enc, d_dec, d_b_dec, None, None, None
 
 
 def _relu_backward(d_values: Tensor, values: Tensor) -> Tensor:
-    """0 where ReLU clipped; `values <= 0` and not its opposite, so that NaN is passed on."""
+    """0 where ReLU clipped. The test is `values <= 0`, and not its opposite, to pass NaN on."""
     return torch.where(values <= 0, torch.zeros_like(d_values), d_values)
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
-    """What to compute in: autocast's dtype where it is on, else the weights'."""
+    """The dtype to compute in: autocast's if it is on, else the weight's."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -1,6 +1,7 @@
 """`SparseTopKSAE`: a TopK sparse autoencoder as a drop-in module.
 
-Legend: D inputs, M latents, K active latents a token; "…" any leading shape.
+Legend: D inputs, M latents, K active latents per token, Q latents of a subset; "…" any leading
+shape.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import safetensors.torch
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
-from . import functional
-from .functional import TopK
+from .functional import SAEOutput, TopK, check_k, sparse_decode, topk_encode, topk_sae
 
 _CARD = """---
 {{ card_data }}
@@ -23,7 +24,7 @@ _CARD = """---
 
 # A TopK sparse autoencoder
 
-{{ d_in }} inputs, {{ n_latents }} latents, {{ k }} of them active a token.
+{{ d_in }} inputs, {{ n_latents }} latents, {{ k }} of them active per token.
 
 ```python
 from sparse_topk import SparseTopKSAE
@@ -37,24 +38,25 @@ values, indices = sae.encode(x)
 class SparseTopKSAE(
     nn.Module,
     ModelHubMixin,
-    library_name="mlsae",
+    library_name="sparse-topk",
     tags=["sparse-autoencoder"],
     model_card_template=_CARD,
 ):
     """A TopK sparse autoencoder that never stores the dense activations.
 
-        encode(x)  = ReLU(TopK((x − b_dec) W_encᵀ + b_enc))    (…, D) → values, indices (…, K)
-        decode(top) = Σ_k values · W_dec[indices] + b_dec       (…, K) → (…, D)
-        forward(x) = decode(encode(x))                          (…, D) → (…, D)
+        encode(x)      = ReLU(TopK((x − b_dec) W_encᵀ + b_enc))    (…, D) → values, indices (…, K)
+        decode(codes)  = Σ_k values · W_dec[indices] + b_dec       (…, K) → (…, D)
+        forward(x)     = decode(encode(x))                         (…, D) → (…, D)
+        reconstruct(x) = forward(x) and encode(x) in one pass      (…, D) → x_hat, values, indices
 
     Parameters: `W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,) and, with `bias`, `b_enc` (M,). Both
-    weights have a row a latent. At first W_enc = W_dec, with rows of norm 1, and the biases are 0.
-    `UnitNormAdam` keeps W_dec's rows at norm 1 (Gao et al., arXiv 2406.04093, §2).
+    weights have one row per latent. Initially W_enc = W_dec, with rows of norm 1, and the biases
+    are 0. `UnitNormAdam` keeps W_dec's rows at norm 1 (Gao et al., arXiv 2406.04093, §2).
 
     Computes in the parameters' dtype, or in autocast's. Raises ValueError if k is not in [1, M].
 
     `save_pretrained(folder)`, `from_pretrained(folder or name, device=…)` and `push_to_hub(name)`
-    are those of huggingface_hub's mixin: `config.json` and `model.safetensors`.
+    come from huggingface_hub's mixin; the files are `config.json` and `model.safetensors`.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class SparseTopKSAE(
         super().__init__()
         if d_in < 1:
             raise ValueError(f"d_in must be at least 1, got {d_in}")
-        functional.check_k(k, n_latents)
+        check_k(k, n_latents)
         self.d_in, self.n_latents, self.k = d_in, n_latents, k
         rows = nn.functional.normalize(torch.randn(n_latents, d_in, device=device), dim=1)
         self.W_enc = nn.Parameter(rows.to(dtype or torch.get_default_dtype()))
@@ -80,29 +82,60 @@ class SparseTopKSAE(
 
     def encode(self, x: Tensor) -> TopK:
         """The active latents of each token: values ≥ 0 and int64 indices, each (…, K)."""
-        return functional.encode(x - self.b_dec, self.W_enc, self.b_enc, self.k)
+        return topk_encode(x - self.b_dec, self.W_enc, self.b_enc, self.k)
 
-    def decode(self, top: TopK) -> Tensor:
-        """The reconstruction from active latents, (…, K) → (…, D). Any K will do."""
-        return functional.decode(top, self.W_dec, self.b_dec)
+    def decode(self, codes: TopK) -> Tensor:
+        """The reconstruction from active latents, (…, K) → (…, D), for any K."""
+        return sparse_decode(codes, self.W_dec, self.b_dec)
 
-    def reconstruct(self, x: Tensor) -> tuple[Tensor, TopK]:
-        """x̂ and the active latents behind it, in one differentiable pass."""
-        return functional.topk_sae(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k)
+    def reconstruct(self, x: Tensor) -> SAEOutput:
+        """Output, activations and indices of one differentiable pass:
+
+            x_hat, values, indices = sae.reconstruct(x)
+
+        This is what calling a `SparseCoder` of sparsify returns as `sae_out, latent_acts,
+        latent_indices`. The same codes as one argument for `decode` are `reconstruct(x).codes`.
+        """
+        return topk_sae(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k)
+
+    def reconstruct_subset(self, x: Tensor, latents: Tensor, k: int) -> Tensor:
+        """x̂ without b_dec (…, D), from the k largest among `latents` (Q,) only; all if fewer.
+
+        Nothing is subtracted from x (…, D). Raises ValueError if `latents` is empty.
+        """
+        b_enc = None if self.b_enc is None else self.b_enc[latents]
+        W_enc, W_dec = self.W_enc[latents], self.W_dec[latents]
+        return topk_sae(x, W_enc, b_enc, W_dec, None, min(k, len(latents))).x_hat
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂ (…, D)."""
-        return self.reconstruct(x)[0]
+        return self.reconstruct(x).x_hat
 
     def dense(self, x: Tensor) -> Tensor:
-        """The activations as a dense tensor (…, M), zero where a latent is not active: for tools
-        that expect one. It is M / K times the size of `encode(x)`; differentiable."""
+        """The activations as a dense tensor (…, M), 0 where a latent is not active; differentiable.
+        For tools that expect one: it is M / K times the size of `encode(x)`."""
         values, indices = self.encode(x)
         zeros = values.new_zeros(*values.shape[:-1], self.n_latents)
         return zeros.scatter(-1, indices, values)
 
+    # An SAE whose latents are split among processes overrides these and `reconstruct_subset`, so
+    # that callers need not ask which of the two they have.
+
+    def gather_rows(self, part: Tensor) -> Tensor:
+        """All latents' rows (M, …) of a tensor with one row per latent; `part` is this process's.
+        Here it holds all of them."""
+        return part
+
+    def own_rows(self, whole: Tensor) -> Tensor:
+        """This process's rows of `whole` (M, …), a tensor with one row per latent; here, all."""
+        return whole
+
+    def total_norm(self, grads: list[Tensor]) -> Tensor:
+        """The norm of the gradients of all parameters together, as `UnitNormAdam` asks for it."""
+        return get_total_norm(grads)
+
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The model card that `save_pretrained` writes where there is none."""
+        """The model card that `save_pretrained` writes if the folder has none."""
         sizes = {"d_in": self.d_in, "n_latents": self.n_latents, "k": self.k}
         return super().generate_model_card(*args, **sizes, **kwargs)
 
@@ -131,8 +164,8 @@ class SparseTopKSAE(
             raise ValueError(f"{model_id} must hold a config.json, and does not")
         if config.get("standardize"):
             raise ValueError(
-                f"{model_id} must be a SparseTopKSAE, and standardizes its inputs; "
-                "load it with mlsae.MLSAE.from_pretrained"
+                f"{model_id} standardizes its inputs, which a SparseTopKSAE cannot; "
+                "load it with the library that saved it"
             )
         path: Path | str = Path(model_id) / "model.safetensors"
         if not Path(model_id).is_dir():
@@ -142,7 +175,7 @@ class SparseTopKSAE(
         return sae.requires_grad_().to(dtype)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The parameters for `UnitNormAdam`: W_dec on the unit sphere, the rest off it."""
+        """The parameter groups for `UnitNormAdam`: W_dec with its rows at norm 1, and the rest."""
         rest = [p for p in self.parameters() if p is not self.W_dec]
         return [{"params": rest}, {"params": [self.W_dec], "unit_norm": True}]
 

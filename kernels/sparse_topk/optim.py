@@ -1,4 +1,4 @@
-"""Adam with, on request, rows kept on the unit sphere."""
+"""`UnitNormAdam`: Adam that can keep the rows of a weight on the unit sphere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import ops_for
+from . import ops
 
 
 class UnitNormAdam(torch.optim.Optimizer):
@@ -17,14 +17,13 @@ class UnitNormAdam(torch.optim.Optimizer):
         optimizer = UnitNormAdam(sae.parameter_groups(), lr=4e-4)
 
     For a row w of such a group: g ← g − (g·w) w, then Adam (Kingma and Ba, 2015), then
-    w ← w / |w|. The constraint thus holds after every step, the last one too. `eps` defaults to
-    6.25e-10, as in the MLSAE paper (arXiv 2409.04185, App. A).
+    w ← w / |w|. The constraint thus holds after every step, including the last. `eps` defaults to
+    6.25e-10, as in arXiv 2409.04185, App. A.
 
     With `max_grad_norm`, the gradients of all groups together are first scaled to at most this
-    norm, as `torch.nn.utils.clip_grad_norm_` would, but without waiting for the device. It is the
-    optimizer's, not its state's: give it again on resuming. `total_norm` is how that norm is had
-    from the gradients, in the order of the groups: where each process holds but a part of them, a
-    function that asks the others.
+    norm, as `torch.nn.utils.clip_grad_norm_` would, but without waiting for the device. It is not
+    part of the state dict; pass it again when resuming. `total_norm` computes the norm of the list
+    of gradients, which is in the order of the groups; override it when gradients are sharded.
 
     Raises ValueError if lr, a beta, eps or max_grad_norm is out of range, or a `unit_norm`
     parameter is not a matrix; RuntimeError on sparse gradients.
@@ -60,8 +59,8 @@ class UnitNormAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient. The gradients are left as they were, not
-        clipped."""
+        """Update every parameter that has a gradient. The gradients themselves are not written to,
+        even when the step is clipped."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -77,7 +76,7 @@ class UnitNormAdam(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
                 state["step"] += 1
-                ops_for(p).adam_unit_norm_(
+                ops.adam_unit_norm_(
                     p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"],
                     lr=group["lr"], betas=group["betas"], eps=group["eps"],
                     unit_norm=group["unit_norm"],
@@ -86,7 +85,7 @@ class UnitNormAdam(torch.optim.Optimizer):
         return loss
 
     def _grad_scale(self) -> Tensor | None:
-        """min(1, max_grad_norm / |all gradients|), on the device; None where nothing is clipped."""
+        """min(1, max_grad_norm / |all gradients|), on the device; None if not clipping."""
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         if self.max_grad_norm is None or not grads:
             return None

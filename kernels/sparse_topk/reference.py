@@ -3,7 +3,7 @@
 This is the oracle of the tests and the baseline of the benchmarks. It stores every (N, M)
 matrix that the rest of the package avoids, and shares no code with it.
 
-Legend: N tokens, D inputs, M latents, K active latents a token.
+Legend: N tokens, D inputs, M latents, K active latents per token.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Tensor:
-    """f = ReLU(TopK(x W_encᵀ + b_enc)), the k largest scores of each row kept; of equal ones, those
-    that `torch.topk` takes. x (N, D), W_enc (M, D), b_enc (M,) → f (N, M), 0 where not kept."""
+    """f = ReLU(TopK(x W_encᵀ + b_enc)): the k largest scores of each row are kept, ties as in
+    `torch.topk`. x (N, D), W_enc (M, D), b_enc (M,) → f (N, M), 0 where not kept."""
     scores = x @ W_enc.T if b_enc is None else x @ W_enc.T + b_enc  # (N, M)
     values, indices = scores.topk(k, dim=1)  # (N, K)
     return torch.zeros_like(scores).scatter(1, indices, values.relu())

@@ -1,9 +1,9 @@
-"""The verbs in plain torch: what runs on a CPU, and wherever Triton is turned off.
+"""The ops in plain torch: what runs on a CPU, and wherever Triton is turned off.
 
-No (N, K, D) array is ever made, and of the (N, M) scores only a block of rows at a time.
-Arguments are checked in `functional`; here they are trusted.
+No (N, K, D) array is ever made, and the (N, M) scores are made a block of rows at a time.
+`functional` checks the arguments; here they are trusted.
 
-Legend: N tokens, D inputs, M latents, K active latents a token, G latents a group.
+Legend: N tokens, D inputs, M latents, K active latents per token, G latents per group.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 _BLOCK_BYTES = 64 * 2**20  # of scores held at a time
-_TILE_BYTES = 4 * 2**20  # of them computed at a time, so that their maxima are found in the cache
-_MIN_BLOCK_ROWS = 256  # fewer rows stream W again too often: 32 measured 2.1 times slower
-_ADAM_BLOCK_BYTES = 2**21  # of weights updated at a time, so that they stay in the cache
+_TILE_BYTES = 4 * 2**20  # of scores computed at a time: their maxima are then taken in the cache
+_MIN_BLOCK_ROWS = 256  # with fewer, W is read too often: 32 measured 2.1 times slower
+_ADAM_BLOCK_BYTES = 2**21  # of weights updated at a time: they stay in the cache
 
 
-class LatentOrder(NamedTuple):
-    """The N·K selections sorted by latent, tokens ascending within one: a CSC of the codes."""
+class CSC(NamedTuple):
+    """The codes' (N, M) matrix by columns, without its values: which tokens chose each latent.
 
-    order: Tensor
-    """(N·K,) positions into the flattened selections."""
-    offsets: Tensor
-    """(M + 1,) where each latent's run begins in `order`."""
+    Latent m was chosen by the selections perm[indptr[m] : indptr[m + 1]], tokens ascending.
+    Selection n · K + k is the k-th of token n.
+    """
+
+    perm: Tensor
+    """(N·K,) the selections, sorted by latent."""
+    indptr: Tensor
+    """(M + 1,) where each latent's run begins in `perm`."""
 
 
 def topk_encode(
@@ -47,8 +51,8 @@ def topk_encode(
     rows = max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // max(1, m * x.element_size()))
     values, indices = x.new_empty(n, k), x.new_empty(n, k, dtype=torch.int64)
     for start in range(0, n, rows):
-        part = slice(start, start + rows)
-        values[part], indices[part] = _encode_block(x[part], W, b, k)
+        block = slice(start, start + rows)
+        values[block], indices[block] = _encode_block(x[block], W, b, k)
     return values, indices
 
 
@@ -69,32 +73,32 @@ def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return dots.view(n, k)
 
 
-def order_by_latent(indices: Tensor, n_latents: int) -> LatentOrder:
-    """Sort the selections by latent, stably: the one sort that every `scatter_outer` shares."""
-    latents, order = indices.flatten().int().sort(stable=True)
+def csc_by_latent(indices: Tensor, n_latents: int) -> CSC:
+    """Sort the selections (N, K) by latent, stably: every `scatter_outer` shares this one sort."""
+    latents, perm = indices.flatten().int().sort(stable=True)
     bounds = torch.arange(n_latents + 1, device=indices.device, dtype=torch.int32)
-    return LatentOrder(order, torch.searchsorted(latents, bounds))
+    return CSC(perm, torch.searchsorted(latents, bounds))
 
 
-def scatter_outer(values: Tensor, order: LatentOrder, x: Tensor) -> Tensor:
+def scatter_outer(values: Tensor, csc: CSC, x: Tensor) -> Tensor:
     """out[m] = Σ values[n, k] · x[n] over the (n, k) that chose m; in a fixed order.
 
     values (N, K), x (N, D) → (M, D), zero where no token chose m.
     """
-    tokens = order.order // values.shape[1]
-    weights = values.flatten()[order.order]
+    tokens = csc.perm // values.shape[1]
+    weights = values.flatten()[csc.perm]
     return F.embedding_bag(
-        tokens, x, order.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+        tokens, x, csc.indptr, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
 
 
-def sum_by_latent(values: Tensor, indices: Tensor, order: LatentOrder) -> Tensor:
+def sum_by_latent(values: Tensor, indices: Tensor, csc: CSC) -> Tensor:
     """out[m] = Σ values[n, k] over the (n, k) that chose m, in float32 at least; in a fixed order.
 
     values and indices (N, K) → (M,).
     """
     dtype = torch.promote_types(values.dtype, torch.float32)
-    total = values.new_zeros(len(order.offsets) - 1, dtype=dtype)
+    total = values.new_zeros(len(csc.indptr) - 1, dtype=dtype)
     return total.index_add_(0, indices.flatten(), values.flatten().to(dtype))
 
 
@@ -116,14 +120,14 @@ def adam_unit_norm_(
     """One Adam step in place; with `unit_norm`, on the unit sphere of each row.
 
     For each row w of `weight` with gradient g:
-        g ← grad_scale · g       a factor that stays on the device, for clipping; 1 if None
+        g ← grad_scale · g       for clipping: a factor on the device, or 1 if None
         g ← g − (g·w) w          the part that would only change the norm is removed
         w ← Adam(w, g)           bias-corrected (Kingma and Ba, 2015), `step` counted from 1
         w ← w / |w|              also stored in `shadow`, in its dtype, if given
 
     weight, grad, exp_avg, exp_avg_sq, shadow (…) of one shape; (M, D) with `unit_norm`.
-    grad_scale () on the weight's device. `grad` is left as it was. Where there is more to do than
-    Adam, rows are done a block at a time, so that memory is passed over once.
+    grad_scale () on the weight's device. `grad` is not written to. If there is more to do than
+    Adam, it is done a block of rows at a time, so that memory is read and written once.
     """
     if not weight.numel():
         return
@@ -152,16 +156,16 @@ def adam_unit_norm_(
 
 
 def _group_size(m: int, k: int) -> int:
-    """Latents a group: near √(M/K), where group maxima and candidates cost the least together, but
-    no fewer than 32, below which amax is not vectorized; 1, no groups, where that does not pay."""
+    """Latents per group: near √(M/K), where group maxima and candidates cost the least together,
+    and at least 32, because amax is not vectorized below; 1, no groups, if groups do not pay."""
     if m < 128 * k:
         return 1
     return max(32, 2 ** round(math.log2(math.sqrt(m / k))))
 
 
 def _encode_block(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """`topk_encode` of few rows. The K groups with the largest maxima hold the top K: were an
-    element of it in another group, K groups would each hold a larger one.
+    """`topk_encode` of few rows. The K groups with the largest maxima hold the top K: if one of
+    them were in another group, K groups would each hold a larger one.
 
     The scores are laid out tile by tile, (M/C, N, C), so that a tile's maxima are taken while it
     is in the cache (see bench/NOTES.md, 2026-11-24).
@@ -169,43 +173,43 @@ def _encode_block(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> tuple[Tenso
     n, m, group = len(x), len(W), _group_size(len(W), k)
     if group == 1:
         scores = x @ W.T if b is None else torch.addmm(b, x, W.T)
-        chosen = _top_positions(scores, k)
-        return scores.gather(1, chosen), chosen
+        indices = _top_positions(scores, k)
+        return scores.gather(1, indices), indices
     width = max(1, min(_TILE_BYTES // (max(1, n) * x.element_size()), m) // group) * group
-    in_tile = width // group  # groups of a tile
+    tile_groups = width // group
     scores = x.new_empty(math.ceil(m / width), n, width)
     maxima = []
     for tile, first in zip(scores, range(0, m, width), strict=True):
-        some = W[first : first + width]
-        if len(some) < width:  # padding comes last, so no real latent ever loses a tie to it
-            tile[:, len(some) :] = -math.inf
+        W_rows = W[first : first + width]
+        if len(W_rows) < width:  # padding comes last, so it wins no tie with a latent
+            tile[:, len(W_rows) :] = -math.inf
         if b is None:
-            torch.mm(x, some.T, out=tile[:, : len(some)])
+            torch.mm(x, W_rows.T, out=tile[:, : len(W_rows)])
         else:
-            torch.addmm(b[first : first + width], x, some.T, out=tile[:, : len(some)])
+            torch.addmm(b[first : first + width], x, W_rows.T, out=tile[:, : len(W_rows)])
         wide = tile.to(torch.promote_types(x.dtype, torch.float32))  # bf16's amax is slow
-        maxima.append(wide.unflatten(1, (in_tile, group)).amax(2))
+        maxima.append(wide.unflatten(1, (tile_groups, group)).amax(2))
     groups = _top_positions(torch.cat(maxima, 1), k)  # (N, K)
-    row = torch.arange(n, device=x.device)[:, None]
-    at = (groups // in_tile * n + row) * in_tile + groups % in_tile
-    candidates = F.embedding(at, scores.view(-1, group)).flatten(1)  # (N, K·G), indices ascending
-    chosen = _top_positions(candidates, k)
-    indices = groups.gather(1, chosen // group) * group + chosen % group
-    return candidates.gather(1, chosen), indices
+    tokens = torch.arange(n, device=x.device)[:, None]
+    group_rows = (groups // tile_groups * n + tokens) * tile_groups + groups % tile_groups
+    candidates = F.embedding(group_rows, scores.view(-1, group)).flatten(1)  # (N, K·G), by latent
+    positions = _top_positions(candidates, k)
+    indices = groups.gather(1, positions // group) * group + positions % group
+    return candidates.gather(1, positions), indices
 
 
 def _top_positions(scores: Tensor, k: int) -> Tensor:
     """Positions of the K largest of each row, ascending, ties to the smaller position."""
-    wanted = min(k + 1, scores.shape[1])
-    top = scores.topk(wanted, dim=1)
-    chosen = top.indices[:, :k].sort(1).values
-    if wanted > k:
-        least = top.values[:, k - 1, None]
-        tied = (least == top.values[:, k:]).nonzero()[:, 0]
-        if len(tied):  # topk took any of the equal ones
-            scores, least = scores[tied], least[tied]
-            larger, equal = (scores <= least).logical_not_(), scores == least  # NaN is larger
-            missing = k - larger.sum(1, keepdim=True)
-            larger |= equal & (equal.cumsum(1) <= missing)
-            chosen[tied] = larger.nonzero()[:, 1].view(-1, k)
-    return chosen
+    n_top = min(k + 1, scores.shape[1])
+    top = scores.topk(n_top, dim=1)
+    positions = top.indices[:, :k].sort(1).values
+    if n_top > k:
+        kth = top.values[:, k - 1, None]
+        tied_rows = (kth == top.values[:, k:]).nonzero()[:, 0]
+        if len(tied_rows):  # topk took any of the equal scores
+            scores, kth = scores[tied_rows], kth[tied_rows]
+            kept, equal = (scores <= kth).logical_not_(), scores == kth  # NaN is larger
+            missing = k - kept.sum(1, keepdim=True)
+            kept |= equal & (equal.cumsum(1) <= missing)
+            positions[tied_rows] = kept.nonzero()[:, 1].view(-1, k)
+    return positions

@@ -1,6 +1,6 @@
 """An SAE in shards is the SAE: codes, reconstruction and every gradient.
 
-Legend: N tokens, D inputs, M latents, K active latents a token, S shards.
+Legend: N tokens, D inputs, M latents, K active latents per token, S shards.
 """
 
 import pytest
@@ -57,16 +57,14 @@ def make(sae_class, *group, kind="plain"):
 def passes(sae, x):
     """x̂, the gradients, and the positive codes as (token, latent, value)."""
     x = x.clone().requires_grad_()
-    x_hat, codes = sae.reconstruct(x)
+    x_hat, values, indices = sae.reconstruct(x)
     (x_hat * torch.linspace(1, 2, D, dtype=torch.float64)).square().sum().backward()
     first = getattr(sae, "rows", slice(0, M)).start
-    tokens, places = (codes.values > 0).nonzero(as_tuple=True)
-    latents = codes.indices[tokens, places] + first
-    found = zip(
-        tokens.tolist(), latents.tolist(), codes.values[tokens, places].tolist(), strict=True
-    )
+    tokens, slots = (values > 0).nonzero(as_tuple=True)
+    latents = indices[tokens, slots] + first
+    codes = zip(tokens.tolist(), latents.tolist(), values[tokens, slots].tolist(), strict=True)
     gradients = {"x": x.grad, "b_dec": sae.b_dec.grad}
-    return x_hat.detach(), gradients, (sae.W_enc.grad, sae.W_dec.grad), list(found)
+    return x_hat.detach(), gradients, (sae.W_enc.grad, sae.W_dec.grad), list(codes)
 
 
 def sharded_passes(world, shards, kind):
@@ -131,13 +129,13 @@ def test_equal_values_go_to_the_smaller_id_and_nan_is_kept(team):
 def traffic(world, n_latents, n):
     latents = Counted(groups(world, world.size).latents)
     sae = ShardedSAE(D, n_latents, K, latents).double()
-    sae.reconstruct(inputs("plain", n))[0].sum().backward()
+    sae.reconstruct(inputs("plain", n)).x_hat.sum().backward()
     return latents.bytes
 
 
 def test_the_traffic_of_a_token_does_not_grow_with_the_latents(team):
-    """A process hands over K candidates and a count of 4 B a token, D numbers of partial
-    reconstructions, and D numbers a pass for b_dec's gradient."""
+    """Per token, a process sends K candidates, a count of 4 bytes and D numbers of its partial
+    reconstruction; per pass, D numbers for b_dec's gradient."""
     n, size = 64, 8  # bytes of a float64
     for n_latents in (64, 1024):
         for sent in team.run(traffic, n_latents, n):

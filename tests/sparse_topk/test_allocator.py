@@ -1,4 +1,4 @@
-"""What becomes of freed memory, in a process of its own: the setting is the whole process's."""
+"""Freed memory is kept. Tested in a process of its own, because the setting is the process's."""
 
 import platform
 import subprocess

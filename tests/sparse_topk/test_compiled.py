@@ -1,6 +1,6 @@
-"""The gate: what the compiler makes of every kernel for three chips, without a GPU.
+"""The gate: what the compiler makes of every kernel for several chips, without a GPU.
 
-A compiler needs a process whose kernels are not interpreted, hence the subprocesses.
+The compiler needs a process whose kernels are not interpreted, hence the subprocesses.
 """
 
 import ast
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import compiled
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments):
@@ -22,7 +22,8 @@ def run(*arguments):
 
 
 def test_every_kernel_compiles_as_it_must():
-    """No spill, tensor cores and 16-byte loads where they belong, shared memory that exists."""
+    """No spills, tensor cores and 16-byte loads where they are due, no more shared memory than a
+    chip has."""
     made = run("-m", "bench.compiled")
     assert made.returncode == 0, made.stdout + made.stderr
     for chip in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"):
@@ -30,10 +31,10 @@ def test_every_kernel_compiles_as_it_must():
 
 
 def test_no_kernel_is_left_out():
-    """A kernel is a function of `triton.jit` that a launcher starts: its name ends in _kernel."""
+    """A kernel is a `triton.jit` function that a launcher starts: its name ends in _kernel."""
     kernels = {
         node.name
-        for path in (ROOT / "kernels/sparse_topk/triton_ops").glob("*.py")
+        for path in (ROOT / "kernels/sparse_topk/triton_ops").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
@@ -42,7 +43,8 @@ def test_no_kernel_is_left_out():
 
 
 def test_the_gate_shuts():
-    """A row of 16384 spills; one of 770 cannot be loaded 16 bytes at a time; and the rest."""
+    """It refuses spills (rows of 16384), loads of less than 16 bytes (rows that may have any
+    length), missing tensor cores, and too much shared memory."""
     code = """
 from dataclasses import replace
 from bench.compiled import adam_build
@@ -91,8 +93,8 @@ def product(chip, **changes):
     return replace(good, signature=signature, constexprs=good.constexprs | changes)
 
 small = {"BLOCK_N": 16, "BLOCK_M": 64, "BLOCK_D": 32}
-show(product(80, **small, PRECISION="ieee", signature={"x": "*fp32", "W": "*fp32"}))
-described = {"x": "tensordesc<bf16[16, 32]>", "W": "tensordesc<bf16[64, 32]>"}
+show(product(80, **small, PRECISION="ieee", signature={"x_ptr": "*fp32", "W_ptr": "*fp32"}))
+described = {"x_desc": "tensordesc<bf16[16, 32]>", "W_desc": "tensordesc<bf16[64, 32]>"}
 for chip in (90, 100):
     show(replace(product(chip, **small, signature=described), num_warps=4))
 show(replace(product(80), num_stages=7))

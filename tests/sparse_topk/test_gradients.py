@@ -1,18 +1,18 @@
 """Gradients of the SAE against autograd through the dense reference, in float64.
 
-Legend: N tokens, D inputs, M latents, K active latents a token.
+Legend: N tokens, D inputs, M latents, K active latents per token.
 """
 
 import pytest
 import torch
 
-from sparse_topk import SparseTopKSAE, TopK, decode, encode, reference, topk_sae
+from sparse_topk import SparseTopKSAE, TopK, reference, sparse_decode, topk_encode, topk_sae
 
 N, D, M, K = 12, 5, 40, 6
 
 
 def weights(bias=True, seed=0):
-    """Leaves that want a gradient. The bias is negative, so that ReLU clips selected latents."""
+    """Leaves that require a gradient. The bias is negative, so that ReLU clips selected latents."""
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape):
@@ -25,49 +25,49 @@ def weights(bias=True, seed=0):
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_gradient_equals_dense_autograd(bias):
     ours, truth = weights(bias), weights(bias)
-    x_hat, codes = topk_sae(*ours, K)
+    x_hat, values, _ = topk_sae(*ours, K)
     x, W_enc, b_enc, W_dec, b_dec = truth
     f = reference.encode(x - b_dec, W_enc, b_enc, K)
     expected = reference.decode(f, W_dec, b_dec)
     if bias:
-        assert ((codes.values == 0).any(1)).any(), "no row with fewer than k positive values"
+        assert ((values == 0).any(1)).any(), "no row with fewer than k positive values"
     torch.testing.assert_close(x_hat, expected)
-    torch.testing.assert_close(codes.values.sum(1), f.sum(1))
+    torch.testing.assert_close(values.sum(1), f.sum(1))
     # A loss of both outputs, so that both of their gradients count.
-    (x_hat.sin().sum() + codes.values.square().sum()).backward()
+    (x_hat.sin().sum() + values.square().sum()).backward()
     (expected.sin().sum() + f.square().sum()).backward()
-    for one, other in zip(ours, truth, strict=True):
-        if one is not None:
-            torch.testing.assert_close(one.grad, other.grad)
+    for leaf, expected_leaf in zip(ours, truth, strict=True):
+        if leaf is not None:
+            torch.testing.assert_close(leaf.grad, expected_leaf.grad)
 
 
-def test_the_pieces_equal_the_whole():
-    whole, pieces = weights(), weights()
-    x_hat, _ = topk_sae(*whole, K)
-    x, W_enc, b_enc, W_dec, b_dec = pieces
-    other = decode(encode(x - b_dec, W_enc, b_enc, K), W_dec, b_dec)
-    torch.testing.assert_close(x_hat, other)
+def test_encode_and_decode_equal_topk_sae():
+    whole, parts = weights(), weights()
+    x_hat = topk_sae(*whole, K).x_hat
+    x, W_enc, b_enc, W_dec, b_dec = parts
+    decoded = sparse_decode(topk_encode(x - b_dec, W_enc, b_enc, K), W_dec, b_dec)
+    torch.testing.assert_close(x_hat, decoded)
     x_hat.sin().sum().backward()
-    other.sin().sum().backward()
-    for one, two in zip(whole, pieces, strict=True):
-        torch.testing.assert_close(one.grad, two.grad)
+    decoded.sin().sum().backward()
+    for leaf, part_leaf in zip(whole, parts, strict=True):
+        torch.testing.assert_close(leaf.grad, part_leaf.grad)
 
 
-@pytest.mark.parametrize("token_mask", range(5))
-def test_one_gradient_alone_is_the_same(token_mask):
-    """Each gradient is computed only when asked for, and does not hang on the others."""
+@pytest.mark.parametrize("index", range(5))
+def test_one_gradient_alone_is_the_same(index):
+    """Each gradient is computed only if asked for, and does not depend on the others."""
     together = weights()
-    topk_sae(*together, K)[0].sin().sum().backward()
-    alone = [t.detach().requires_grad_(i == token_mask) for i, t in enumerate(weights())]
-    topk_sae(*alone, K)[0].sin().sum().backward()
-    torch.testing.assert_close(alone[token_mask].grad, together[token_mask].grad)
-    assert all(t.grad is None for i, t in enumerate(alone) if i != token_mask)
+    topk_sae(*together, K).x_hat.sin().sum().backward()
+    alone = [t.detach().requires_grad_(i == index) for i, t in enumerate(weights())]
+    topk_sae(*alone, K).x_hat.sin().sum().backward()
+    torch.testing.assert_close(alone[index].grad, together[index].grad)
+    assert all(t.grad is None for i, t in enumerate(alone) if i != index)
 
 
 def test_a_clipped_latent_has_no_gradient():
     """Selected, but negative before ReLU: its rows must not move."""
     W = torch.tensor([[1.0], [-1.0]], requires_grad=True)
-    values, indices = encode(torch.tensor([[2.0]]), W, None, 2)
+    values, indices = topk_encode(torch.tensor([[2.0]]), W, None, 2)
     assert values.tolist() == [[2.0, 0.0]]
     assert indices.tolist() == [[0, 1]]
     values.sum().backward()
@@ -78,7 +78,7 @@ def test_nan_reaches_the_loss_and_the_gradients():
     x, *rest = [t.detach().clone().requires_grad_() for t in weights()]
     with torch.no_grad():
         x[3, 2] = torch.nan
-    x_hat, _ = topk_sae(x, *rest, K)
+    x_hat = topk_sae(x, *rest, K).x_hat
     assert x_hat[3].isnan().all()
     assert not x_hat[[0, 1, 2, *range(4, N)]].isnan().any()
     x_hat.sum().backward()
@@ -87,7 +87,7 @@ def test_nan_reaches_the_loss_and_the_gradients():
 
 def test_a_second_derivative_is_refused_not_wrong():
     x, *rest = weights()
-    (grad,) = torch.autograd.grad(topk_sae(x, *rest, K)[0].sin().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(topk_sae(x, *rest, K).x_hat.sin().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -136,18 +136,18 @@ def test_autocast_computes_low_and_keeps_full_gradients():
 def test_bad_arguments_are_named():
     x, W = torch.randn(4, 8), torch.randn(16, 8)
     with pytest.raises(ValueError, match=r"k must be in \[1, 16\] \(the number of latents\), got"):
-        encode(x, W, None, 40)
+        topk_encode(x, W, None, 40)
     with pytest.raises(ValueError, match="k must be in"):
         SparseTopKSAE(8, 16, 0)
     with pytest.raises(ValueError, match=r"x's last dimension must be 8 .* got .*\(4, 7\)"):
-        encode(x[:, :7], W, None, 2)
+        topk_encode(x[:, :7], W, None, 2)
     with pytest.raises(ValueError, match=r"W_dec must have W_enc's shape .* got \(8, 16\)"):
         topk_sae(x, W, None, W.T, None, 2)
     with pytest.raises(ValueError, match=r"b_enc must have the shape \(16,\)"):
-        encode(x, W, torch.zeros(8), 2)
+        topk_encode(x, W, torch.zeros(8), 2)
     with pytest.raises(ValueError, match="floating-point"):
-        encode(x.long(), W, None, 2)
+        topk_encode(x.long(), W, None, 2)
     with pytest.raises(ValueError, match="same shape"):
-        decode(TopK(torch.ones(2, 3), torch.zeros(2, 2, dtype=torch.int64)), W, None)
+        sparse_decode(TopK(torch.ones(2, 3), torch.zeros(2, 2, dtype=torch.int64)), W, None)
     with pytest.raises(RuntimeError, match="range"):
-        decode(TopK(torch.ones(1, 1), torch.tensor([[16]])), W, None)
+        sparse_decode(TopK(torch.ones(1, 1), torch.tensor([[16]])), W, None)

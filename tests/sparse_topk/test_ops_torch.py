@@ -1,6 +1,6 @@
-"""The verbs of `torch_ops` against dense mathematics in float64.
+"""The ops of `torch_ops` against dense mathematics in float64.
 
-Legend: N tokens, D inputs, M latents, K active latents a token.
+Legend: N tokens, D inputs, M latents, K active latents per token.
 """
 
 import math
@@ -11,18 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_topk import torch_ops as ops
+from tests.helpers.oracles import stable_topk
 
 
 def dense(values: torch.Tensor, indices: torch.Tensor, n_latents: int) -> torch.Tensor:
     """The codes as a dense float64 (N, M)."""
     zeros = torch.zeros(len(values), n_latents, dtype=torch.float64)
     return zeros.scatter(1, indices, values.double())
-
-
-def stable_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The oracle: sort everything, ties to the smaller index, then indices ascending."""
-    chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
-    return scores.gather(1, chosen), chosen
 
 
 def random_case(n, d, m, k, seed=0, dtype=torch.float64):
@@ -62,16 +57,16 @@ def test_topk_encode_goes_block_by_block(monkeypatch):
     x, W, _, _ = random_case(1000, 8, 100, 5)
     whole = ops.topk_encode(x, W, None, 5)
     monkeypatch.setattr(ops, "_BLOCK_BYTES", 1)
-    for one, other in zip(ops.topk_encode(x, W, None, 5), whole, strict=True):
-        assert torch.equal(one, other)
+    for actual, expected in zip(ops.topk_encode(x, W, None, 5), whole, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 4000, 2**22])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("m", "k"), [(4999, 7), (5000, 32), (4096, 1)])
 def test_topk_encode_goes_tile_by_tile(monkeypatch, tile_bytes, dtype, m, k):
-    """Tiles of one group, of several, and of all; the last one short. Ties abound, across tiles
-    too, and small integers are exact in bfloat16."""
+    """Tiles of one group, of several, and of all; the last tile is short. Ties abound, also across
+    tiles, and small integers are exact in bfloat16."""
     monkeypatch.setattr(ops, "_TILE_BYTES", tile_bytes)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-2, 3, (50, 3), generator=generator).to(dtype)
@@ -85,7 +80,7 @@ def test_topk_encode_goes_tile_by_tile(monkeypatch, tile_bytes, dtype, m, k):
 
 @pytest.mark.parametrize("m", [3, 64, 1000])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_topk_encode_never_drops_what_is_not_finite(m, k):
+def test_topk_encode_never_drops_values_that_are_not_finite(m, k):
     x = torch.ones(4, 2)
     x[0, 0] = math.nan  # the whole row is NaN
     x[1] = math.inf  # inf − inf or inf + inf
@@ -106,7 +101,7 @@ def test_topk_encode_orders_infinities():
     assert values.tolist() == [[-math.inf, 1.0, math.inf, 0.0]]
 
 
-def test_topk_encode_among_some_latents():
+def test_topk_encode_among_a_subset_of_latents():
     x, W, _, _ = random_case(20, 8, 200, 5)
     latents = torch.arange(3, 200, 7)
     values, indices = ops.topk_encode(x, W, None, 5, latents)
@@ -122,18 +117,18 @@ def test_sparse_products_equal_dense_ones(n, d, m, seed):
     k = 1 + seed % m
     x, W, values, indices = random_case(n, d, m, k, seed)
     codes = dense(values, indices, m)
-    order = ops.order_by_latent(indices, m)
+    csc = ops.csc_by_latent(indices, m)
     torch.testing.assert_close(ops.gather_sum(values, indices, W), codes @ W)
     torch.testing.assert_close(ops.gather_dot(x, indices, W), (x @ W.T).gather(1, indices))
-    torch.testing.assert_close(ops.scatter_outer(values, order, x), codes.T @ x)
+    torch.testing.assert_close(ops.scatter_outer(values, csc, x), codes.T @ x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sparse_products_err_no_more_than_dense_ones(dtype):
-    """In low precision: at most a few times the rounding of the dense product itself."""
+    """In low precision, they err at most three times as much as the dense product itself."""
     x, W, values, indices = random_case(64, 48, 200, 16, dtype=dtype)
     codes = dense(values, indices, 200)
-    order = ops.order_by_latent(indices, 200)
+    csc = ops.csc_by_latent(indices, 200)
     for ours, dense_product, truth in (
         (ops.gather_sum(values, indices, W), codes.to(dtype) @ W, codes @ W.double()),
         (
@@ -141,14 +136,14 @@ def test_sparse_products_err_no_more_than_dense_ones(dtype):
             (x @ W.T).gather(1, indices),
             (x.double() @ W.double().T).gather(1, indices),
         ),
-        (ops.scatter_outer(values, order, x), codes.to(dtype).T @ x, codes.T @ x.double()),
+        (ops.scatter_outer(values, csc, x), codes.to(dtype).T @ x, codes.T @ x.double()),
     ):
         error = (ours.double() - truth).norm()
         assert error <= 3 * (dense_product.double() - truth).norm() + 1e-12
 
 
-def test_order_by_latent_is_stable_and_complete():
+def test_csc_by_latent_is_stable_and_complete():
     indices = torch.tensor([[1, 3], [0, 3], [3, 4]])
-    order, offsets = ops.order_by_latent(indices, 6)
-    assert order.tolist() == [2, 0, 1, 3, 4, 5]  # tokens ascend within latent 3
-    assert offsets.tolist() == [0, 1, 2, 2, 5, 6, 6]
+    perm, indptr = ops.csc_by_latent(indices, 6)
+    assert perm.tolist() == [2, 0, 1, 3, 4, 5]  # tokens ascend within latent 3
+    assert indptr.tolist() == [0, 1, 2, 2, 5, 6, 6]

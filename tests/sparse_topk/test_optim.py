@@ -1,5 +1,7 @@
-"""`UnitNormAdam` against torch's own Adam with the projection and the norm written out, with both
-backends: Triton's under its interpreter where there is no GPU."""
+"""`UnitNormAdam` against torch's own Adam with the projection and the norm written out.
+
+Both backends are tested, Triton's under its interpreter if there is no GPU.
+"""
 
 import copy
 import io
@@ -12,7 +14,7 @@ from sparse_topk import SparseTopKSAE, UnitNormAdam, torch_ops
 
 @pytest.fixture(params=["torch", "triton"])
 def device(request, monkeypatch):
-    """Where to put the parameters so that the backend takes them."""
+    """A device whose parameters the backend takes."""
     monkeypatch.setenv("SPARSE_TOPK_BACKEND", request.param)
     return "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
 
@@ -64,8 +66,8 @@ def test_it_resumes_from_its_state_to_the_same_bits(device, max_grad_norm):
     start = torch.nn.functional.normalize(torch.randn(4, 3), dim=1).to(device)
     grads = [g.float() for g in gradients((4, 3), 6, device=device)]
 
-    def run(p, optimizer, some):
-        for grad in some:
+    def run(p, optimizer, grads):
+        for grad in grads:
             p.grad = grad.clone()
             optimizer.step()
 
@@ -89,8 +91,8 @@ def test_it_resumes_from_its_state_to_the_same_bits(device, max_grad_norm):
 
 @pytest.mark.parametrize("max_grad_norm", [0.5, 100.0])
 def test_it_clips_as_torch_does(device, max_grad_norm):
-    """All groups share one norm, 0.5 of which is too much for any of these gradients, 100 for
-    none; a parameter without a gradient has no part in it."""
+    """All groups share one norm. Each of these gradients exceeds 0.5, and none exceeds 100. A
+    parameter without a gradient does not count."""
 
     def parameters():
         generator = torch.Generator().manual_seed(0)
@@ -105,20 +107,20 @@ def test_it_clips_as_torch_does(device, max_grad_norm):
     ours, truth = parameters(), parameters()
     clipping, plain = optimizer(ours, max_grad_norm=max_grad_norm), optimizer(truth)
     for grads in zip(gradients((4, 3), device=device), gradients(5, device=device), strict=True):
-        for one, other, grad in zip(ours, truth, grads, strict=False):
-            one.grad, other.grad = grad.clone(), grad.clone()
+        for p, true_p, grad in zip(ours, truth, grads, strict=False):
+            p.grad, true_p.grad = grad.clone(), grad.clone()
         norm = torch.nn.utils.clip_grad_norm_(truth, max_grad_norm)
         assert 0.5 < norm < 100
         clipping.step()
         plain.step()
         assert all(torch.equal(p.grad, grad) for p, grad in zip(ours, grads, strict=False))
-    for one, other in zip(ours, truth, strict=True):
-        torch.testing.assert_close(one, other)
+    for p, true_p in zip(ours, truth, strict=True):
+        torch.testing.assert_close(p, true_p)
     torch.testing.assert_close(ours[0].norm(dim=1), torch.ones_like(ours[0][:, 0]))
 
 
 def test_a_backward_after_the_step_is_refused(device):
-    """It would take its gradients at weights that the forward pass has not seen."""
+    """It would compute gradients at weights that the forward pass did not use."""
     sae = SparseTopKSAE(4, 16, 2).to(device)
     optimizer = UnitNormAdam(sae.parameter_groups())
     x = torch.randn(3, 4, device=device)

@@ -1,6 +1,6 @@
-"""The kernels at the sizes they are for; all of it needs a GPU of 24 GiB or more.
+"""The kernels at the sizes they are for, on a GPU with at least 24 GiB.
 
-Legend: N tokens, D inputs, M latents, K active latents a token.
+Legend: N tokens, D inputs, M latents, K active latents per token.
 """
 
 import pytest
@@ -20,30 +20,31 @@ def randn(*size, dtype=torch.bfloat16, seed=0):
     return torch.randn(size, generator=generator, device=DEVICE, dtype=dtype)
 
 
-def twice(verb, *arguments, **options):
-    """What `verb` gives: the same bits twice, within a tenth of the scores' memory beyond it."""
+def twice(op, *arguments, **options):
+    """The results of `op`, which must have the same bits a second time, and take at most a tenth of
+    the scores' memory beyond them."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    once = verb(*arguments, **options)
+    once = op(*arguments, **options)
     torch.cuda.synchronize()
     results = once if isinstance(once, tuple) else (once,)
     extra = torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in results)
     assert extra <= TENTH
-    again = verb(*arguments, **options)
-    for one, other in zip(results, again if isinstance(once, tuple) else (again,), strict=True):
-        assert torch.equal(one, other)
+    again = op(*arguments, **options)
+    for a, b in zip(results, again if isinstance(once, tuple) else (again,), strict=True):
+        assert torch.equal(a, b)
     return once
 
 
-def some(length, count=64):
-    """Positions throughout `length`, its first and last among them."""
+def sample(length, count=64):
+    """Positions throughout `length`, including its first and last."""
     return torch.linspace(0, length - 1, min(count, length), device=DEVICE).long()
 
 
 def assert_largest(x, W, values, indices, k):
-    """In rows throughout: no smaller than the K-th, ascending, and with the score's value."""
-    rows = some(len(x))
+    """In a sample of rows: no smaller than the K-th, ascending, and with the score's value."""
+    rows = sample(len(x))
     scores = x[rows].double() @ W.T.double()
     kth = scores.topk(k).values[:, -1:]
     chosen = scores.gather(1, indices[rows])
@@ -75,7 +76,7 @@ def test_the_largest_k_of_the_most_latents(path):
 
 @pytest.mark.parametrize(("m", "k"), [(M, 32), (M // 10, 512)])
 def test_sparse_products_of_many_tokens(m, k):
-    """By rows, and densely for as few latents as AuxK has; one latent fires on 30 % of tokens."""
+    """By rows, and densely if latents are as few as AuxK's; one is active on 30 % of tokens."""
     from sparse_topk import triton_ops as ops
 
     x, W, values = randn(N, D), randn(m, D, seed=1), randn(N, k, seed=2)
@@ -84,28 +85,28 @@ def test_sparse_products_of_many_tokens(m, k):
     indices[: 3 * N // 10, 0] = 0
     summed = twice(ops.gather_sum, values, indices, W)
     dots = twice(ops.gather_dot, x, indices, W)
-    order = ops.order_by_latent(indices, m)
-    outer = twice(ops.scatter_outer, values, order, x)
-    by_latent = twice(ops.sum_by_latent, values, indices, order)
+    csc = ops.csc_by_latent(indices, m)
+    outer = twice(ops.scatter_outer, values, csc, x)
+    by_latent = twice(ops.sum_by_latent, values, indices, csc)
 
     def close(ours, truth):
         assert (ours.double() - truth).norm() <= 2**-8 * truth.norm()
 
-    tokens = some(N)
-    lines = W[indices[tokens]].double()  # (64, K, D)
-    close(summed[tokens], (values[tokens, :, None].double() * lines).sum(1))
-    close(dots[tokens], (lines @ x[tokens, :, None].double())[..., 0])
-    latents = torch.cat([some(m), torch.zeros(1, device=DEVICE, dtype=torch.int64)])
+    tokens = sample(N)
+    W_rows = W[indices[tokens]].double()  # (64, K, D)
+    close(summed[tokens], (values[tokens, :, None].double() * W_rows).sum(1))
+    close(dots[tokens], (W_rows @ x[tokens, :, None].double())[..., 0])
+    latents = torch.cat([sample(m), torch.zeros(1, device=DEVICE, dtype=torch.int64)])
     for latent in latents.tolist():
-        at = (indices == latent).nonzero()
-        chosen = values[at[:, 0], at[:, 1]].double()
-        close(outer[latent], chosen @ x[at[:, 0]].double())
+        tokens, slots = (indices == latent).nonzero(as_tuple=True)
+        chosen = values[tokens, slots].double()
+        close(outer[latent], chosen @ x[tokens].double())
         assert (by_latent[latent] - chosen.sum()).abs() <= 1e-5 * chosen.abs().sum()
 
 
 def test_a_step_is_the_same_bits_twice():
-    """Forward, backward and optimizer, a latent firing on every token among the rest; after the
-    first step, which compiles, nothing waits for the device."""
+    """Forward, backward and optimizer, with one latent active on every token. After the first step,
+    which compiles, nothing waits for the device."""
 
     def step():
         torch.manual_seed(0)
@@ -126,6 +127,6 @@ def test_a_step_is_the_same_bits_twice():
                 torch.cuda.set_sync_debug_mode("default")
         return [p.detach().clone() for p in sae.parameters()]
 
-    for one, other in zip(step(), step(), strict=True):
-        assert torch.equal(one, other)
-        assert one.isfinite().all()
+    for once, again in zip(step(), step(), strict=True):
+        assert torch.equal(once, again)
+        assert once.isfinite().all()

@@ -44,7 +44,7 @@ def formulas(weight, grads, unit_norm, scale=1.0, *, lr, betas, eps):
 
 
 def run(module, weight, grads, unit_norm, device=DEVICE, scale=None, shadow=None, **settings):
-    """Weight, exp_avg and exp_avg_sq after the steps, by the module's verb, on the CPU."""
+    """Weight, exp_avg and exp_avg_sq after the steps, by the module's op, on the CPU."""
     w = weight.clone().to(device)
     m, v = torch.zeros_like(w), torch.zeros_like(w)
     grad_scale = None if scale is None else torch.tensor(scale, device=device)
@@ -62,9 +62,9 @@ def assert_errs_as_torch(weight, grads, unit_norm, scale=None, **settings):
     truth = formulas(weight, grads, unit_norm, 1.0 if scale is None else scale, **settings)
     ours = run(ops, weight, grads, unit_norm, scale=scale, **settings)
     plain = run(torch_ops, weight, grads, unit_norm, "cpu", scale=scale, **settings)
-    for one, two, true in zip(ours, plain, truth, strict=True):
-        due = (two.double() - true).norm() + torch.finfo(weight.dtype).eps * true.norm()
-        assert (one.double() - true).norm() <= 3 * due
+    for actual, torchs, true in zip(ours, plain, truth, strict=True):
+        due = (torchs.double() - true).norm() + torch.finfo(weight.dtype).eps * true.norm()
+        assert (actual.double() - true).norm() <= 3 * due
     if unit_norm:
         torch.testing.assert_close(ours[0].norm(dim=1), torch.ones(len(weight)))
 
@@ -79,7 +79,7 @@ def test_on_the_sphere(shape, scale):
 @pytest.mark.parametrize("scale", [None, 0.25])
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (1500,), (1024,), (0,)])
 def test_off_the_sphere(shape, scale):
-    """Any shape; one block, one and a part."""
+    """Any shape: within one block, exactly one block, and more than one."""
     assert_errs_as_torch(*start(shape), unit_norm=False, scale=scale)
 
 
@@ -93,7 +93,7 @@ def test_other_settings(unit_norm):
 
 @pytest.mark.parametrize("unit_norm", [True, False])
 def test_late_steps_are_hardly_corrected(unit_norm):
-    """At step 10 000 neither bias is left: lr · m / (√v + eps)."""
+    """At step 10 000 both bias corrections are nearly 1: lr · m / (√v + eps)."""
     weight, (grad, *_) = start((2, 6), unit_norm)
     w, m, v = weight.clone().to(DEVICE), torch.zeros(2, 6), torch.ones(2, 6)
     m, v = m.to(DEVICE), v.to(DEVICE)
@@ -115,7 +115,7 @@ def test_the_shadow_is_the_weight_rounded(unit_norm, dtype):
     ours = run(ops, weight, grads, unit_norm, shadow=shadow, **SETTINGS)
     assert torch.equal(shadow.cpu(), ours[0].to(dtype))
     alone = run(ops, weight, grads, unit_norm, **SETTINGS)
-    assert all(torch.equal(one, two) for one, two in zip(ours, alone, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))
 
 
 @pytest.mark.parametrize("unit_norm", [True, False])
@@ -123,13 +123,13 @@ def test_the_shadow_is_the_weight_rounded(unit_norm, dtype):
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
 def test_low_precision_rounds_once_a_step(unit_norm, dtype):
-    """Weight, gradient and moments in half precision, the arithmetic between in float32."""
+    """Weight, gradient and moments are in half precision, the arithmetic between in float32."""
     weight, grads = start((3, 40), unit_norm, dtype)
     settings = SETTINGS | {"eps": 1e-2}
     ours = run(ops, weight, grads[:1], unit_norm, **settings)
-    for one, true in zip(ours, formulas(weight, grads[:1], unit_norm, **settings), strict=True):
+    for actual, true in zip(ours, formulas(weight, grads[:1], unit_norm, **settings), strict=True):
         bound = torch.finfo(dtype).eps * true.abs() + 1e-6
-        assert ((one.double() - true).abs() <= bound).all()
+        assert ((actual.double() - true).abs() <= bound).all()
 
 
 def test_a_nan_stays_in_its_row():
@@ -145,12 +145,12 @@ def test_a_gradient_that_is_not_contiguous():
     transposed = grad.T.contiguous().T
     assert not transposed.is_contiguous()
     for unit_norm in (True, False):
-        straight = run(ops, weight, [grad], unit_norm, **SETTINGS)
-        turned = run(ops, weight, [transposed], unit_norm, **SETTINGS)
-        assert all(torch.equal(one, two) for one, two in zip(straight, turned, strict=True))
+        expected = run(ops, weight, [grad], unit_norm, **SETTINGS)
+        actual = run(ops, weight, [transposed], unit_norm, **SETTINGS)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_what_it_cannot_write_is_named():
+def test_a_tensor_that_cannot_be_written_is_named():
     good = torch.zeros(3, 6, device=DEVICE)
     bad = torch.zeros(6, 3, device=DEVICE).T
     for i, name in ((0, "weight"), (2, "exp_avg"), (3, "exp_avg_sq"), (4, "shadow")):
@@ -169,4 +169,4 @@ def test_real_sizes(d):
     assert_errs_as_torch(weight, grads, unit_norm=True)
     assert_errs_as_torch(weight, grads, unit_norm=False)
     once, twice = (run(ops, weight, grads, True, **SETTINGS) for _ in range(2))
-    assert all(torch.equal(one, two) for one, two in zip(once, twice, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))

@@ -1,9 +1,9 @@
 """The sparse products in Triton against dense float64 mathematics.
 
-Without a GPU the kernels run under Triton's interpreter: sizes are tiny, and bfloat16, in which the
-interpreter cannot calculate, waits for one.
+Without a GPU the kernels run under Triton's interpreter: sizes are tiny, and tests of bfloat16, in
+which the interpreter cannot calculate, are skipped.
 
-Legend: N tokens, D inputs, M latents, K active latents a token.
+Legend: N tokens, D inputs, M latents, K active latents per token.
 """
 
 import math
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_topk import torch_ops
-from sparse_topk.triton_ops import dense as dense_ops
+from sparse_topk.triton_ops import few_latents
 from sparse_topk.triton_ops import sparse as ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True, scope="module")
 def _poison():
-    """What a kernel leaves unwritten is NaN."""
+    """An element that a kernel leaves unwritten is NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1, device=DEVICE).isnan()
     yield
@@ -32,12 +32,12 @@ def _poison():
 @pytest.fixture(autouse=True)
 def _gather(monkeypatch):
     """Rows are gathered, unless a test asks for the dense products."""
-    monkeypatch.setattr(ops, "few_latents", lambda *shape: False)
+    monkeypatch.setattr(ops, "latents_are_few", lambda *shape: False)
 
 
 def go_dense(patch):
-    """Take the dense products, which float64 does not have."""
-    patch.setattr(ops, "few_latents", lambda n, d, m, k, dtype: dtype != torch.float64)
+    """Take the dense products, which do not exist in float64."""
+    patch.setattr(ops, "latents_are_few", lambda n, d, m, k, dtype: dtype != torch.float64)
 
 
 def random_case(n, d, m, k, seed=0, dtype=torch.float32):
@@ -50,14 +50,14 @@ def random_case(n, d, m, k, seed=0, dtype=torch.float32):
 
 
 def dense(values, indices, n_latents):
-    """The codes as a float64 (N, M); of a latent that a token chose twice, the sum."""
+    """The codes as a float64 (N, M); values of a latent that a token chose twice are summed."""
     zeros = torch.zeros(len(values), n_latents, dtype=torch.float64)
     return zeros.scatter_add(1, indices.cpu(), values.cpu().double())
 
 
 def assert_rounds_only(ours, truth, magnitude, terms):
-    """|ours − truth| is at most what rounding can do: to the result's dtype once, and in the dtype
-    of the sum once a term. `magnitude` is the sum of the terms' absolute values."""
+    """|ours − truth| is at most what rounding can do: once to the result's dtype, and once per term
+    in the dtype of the sum. `magnitude` is the sum of the terms' absolute values."""
     inner = torch.finfo(torch.promote_types(ours.dtype, torch.float32)).eps
     bound = torch.finfo(ours.dtype).eps * truth.abs() + (terms + 2) * inner * magnitude
     if ours.dtype == torch.float16:
@@ -67,7 +67,7 @@ def assert_rounds_only(ours, truth, magnitude, terms):
 
 
 def assert_equal_dense(x, W, values, indices):
-    """All three products, each against its dense equivalent in float64; both ways to each."""
+    """All three products, computed both ways, against their dense equivalents in float64."""
     assert_products(x, W, values, indices)
     with pytest.MonkeyPatch.context() as patch:
         go_dense(patch)
@@ -88,7 +88,7 @@ def assert_products(x, W, values, indices):
     assert dots.dtype == x.dtype
     truth, magnitude = tokens @ rows.T, tokens.abs() @ rows.abs().T
     assert_rounds_only(dots, truth.gather(1, indices.cpu()), magnitude.gather(1, indices.cpu()), d)
-    outer = ops.scatter_outer(values, ops.order_by_latent(indices, m), x)
+    outer = ops.scatter_outer(values, ops.csc_by_latent(indices, m), x)
     assert outer.shape == (m, d)
     assert outer.dtype == x.dtype
     assert_rounds_only(outer, codes.T @ tokens, sizes.T @ tokens.abs(), n)
@@ -110,7 +110,7 @@ def test_several_blocks_of_columns(d, dtype):
 
 @pytest.mark.parametrize("k", [1, 7, 8, 9, 17, 40])
 def test_any_k(k):
-    """One latent, a multiple of the rows at once or not, every latent."""
+    """One latent, all latents, and numbers that ROWS divides or does not."""
     assert_equal_dense(*random_case(2, 8, 40, k))
 
 
@@ -126,7 +126,7 @@ def test_latents_of_many_tokens_are_summed_in_chunks(monkeypatch, chunk, shape):
     counts = indices.flatten().bincount(minlength=m)
     assert counts.max() >= 7
     assert_equal_dense(x, W, values, indices)
-    outer = ops.scatter_outer(values, ops.order_by_latent(indices, m), x)
+    outer = ops.scatter_outer(values, ops.csc_by_latent(indices, m), x)
     assert (outer[counts == 0] == 0).all()
 
 
@@ -136,18 +136,18 @@ def test_latents_of_many_tokens_are_summed_in_chunks(monkeypatch, chunk, shape):
 )
 @settings(deadline=None, max_examples=25)
 def test_any_runs_in_any_chunks(choices, chunk):
-    """Integers, so that every sum is exact: every selection is counted once, whatever the runs."""
+    """Every selection is counted once, whatever the runs. Integers, so that every sum is exact."""
     indices = torch.tensor(choices, device=DEVICE)[:, None]
     n = len(choices)
     x = torch.arange(1.0, n + 1, device=DEVICE)[:, None]
     values = 2 * torch.ones(n, 1, device=DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "CHUNK", chunk)
-        ours = ops.scatter_outer(values, ops.order_by_latent(indices, 7), x)
+        ours = ops.scatter_outer(values, ops.csc_by_latent(indices, 7), x)
     assert torch.equal(ours.cpu().double(), dense(values, indices, 7).T @ x.cpu().double())
 
 
-def test_a_chunk_as_it_is_shipped():
+def test_a_chunk_of_the_default_length():
     x, W, values, indices = random_case(3 * ops.CHUNK, 4, 3, 2)
     assert_equal_dense(x, W, values, indices)
 
@@ -158,7 +158,7 @@ def test_a_chunk_as_it_is_shipped():
 )
 @settings(deadline=None, max_examples=10)
 def test_a_latent_chosen_again_and_again(choices, bytes_):
-    """Within what a program writes at a time and beyond it; integers, so that sums are exact."""
+    """Within what a program writes at a time, and beyond it. Integers, so that sums are exact."""
     indices = torch.tensor(choices, device=DEVICE)
     n, k = indices.shape
     values = torch.arange(1.0, n * k + 1, device=DEVICE).view(n, k)
@@ -166,23 +166,23 @@ def test_a_latent_chosen_again_and_again(choices, bytes_):
     codes = dense(values, indices, 6)
     with pytest.MonkeyPatch.context() as patch:
         go_dense(patch)
-        patch.setattr(dense_ops, "_BYTES", bytes_)
+        patch.setattr(few_latents, "_BYTES", bytes_)
         summed = ops.gather_sum(values, indices, W[:, None])
-        outer = ops.scatter_outer(values, ops.order_by_latent(indices, 6), x)
+        outer = ops.scatter_outer(values, ops.csc_by_latent(indices, 6), x)
     assert torch.equal(summed.cpu().double(), codes @ W.cpu().double()[:, None])
     assert torch.equal(outer.cpu().double(), codes.T @ x.cpu().double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_dense_products_in_pieces(monkeypatch, dtype):
-    """More tokens and latents than a piece holds; bfloat16 too, which is only moved about here."""
+def test_dense_products_in_segments(monkeypatch, dtype):
+    """More tokens and latents than a segment holds; in bfloat16 too, which is only moved here."""
     go_dense(monkeypatch)
-    monkeypatch.setattr(dense_ops, "_BYTES", 3 * 40 * 4)
+    monkeypatch.setattr(few_latents, "_BYTES", 3 * 40 * 4)
     assert_products(*random_case(11, 9, 40, 6, dtype=dtype))
 
 
-def test_an_index_that_is_none_writes_nothing(monkeypatch):
-    """Undefined, but never another token's codes."""
+def test_an_index_out_of_range_writes_nothing(monkeypatch):
+    """The result is undefined, but it never changes another token's codes."""
     go_dense(monkeypatch)
     indices = torch.tensor([[0, 5], [-1, 2]], device=DEVICE)
     out = ops.gather_sum(torch.ones(2, 2, device=DEVICE), indices, torch.eye(5, device=DEVICE))
@@ -190,8 +190,8 @@ def test_an_index_that_is_none_writes_nothing(monkeypatch):
 
 
 def test_when_latents_are_few():
-    """Those of AuxK are, those of the whole dictionary are not."""
-    few, half = dense_ops.few_latents, torch.bfloat16
+    """AuxK's latents are few, the whole dictionary's are not."""
+    few, half = few_latents.latents_are_few, torch.bfloat16
     assert few(8192, 2048, 13107, 512, half)
     assert few(8192, 512, 3276, 256, half)
     assert not few(8192, 2048, 131072, 512, half)
@@ -216,8 +216,8 @@ def test_many_selections_make_longer_chunks_not_more_memory():
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter: ∞ · 0
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("k", [1, 3])
-def test_what_is_not_finite_stays_where_it_belongs(k, poison):
-    """Latent 0 and token 0 stand in for the lanes beyond K and beyond a run; they must not leak."""
+def test_values_that_are_not_finite_stay_in_their_rows(k, poison):
+    """Lanes beyond K and beyond a run load latent 0 and token 0, which must not leak."""
     x, W, values, indices = random_case(6, 5, 9, k)
     indices = indices % 8 + 1
     indices[4, 0] = 0
@@ -226,7 +226,7 @@ def test_what_is_not_finite_stays_where_it_belongs(k, poison):
     assert (~summed.isfinite()).nonzero().tolist() == [[4, 2]]
     assert (~dots.isfinite()).nonzero().tolist() == [[4, 0]]
     x[0, 1] = poison
-    outer = ops.scatter_outer(values, ops.order_by_latent(indices, 9), x)
+    outer = ops.scatter_outer(values, ops.csc_by_latent(indices, 9), x)
     chosen = indices[0].unique().tolist()
     assert (~outer.isfinite()).nonzero().tolist() == [[m, 1] for m in chosen]
     values[5] = poison
@@ -237,7 +237,7 @@ def test_what_is_not_finite_stays_where_it_belongs(k, poison):
     "low", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
 def test_two_dtypes_at_once(low):
-    """float32 values with a low-precision weight, and the reverse: the sum is in float32."""
+    """float32 values with a low-precision weight, and the reverse; the sum is in float32."""
     x, W, values, indices = random_case(4, 40, 30, 6)
     assert_equal_dense(x, W.to(low), values, indices)
     assert_equal_dense(x.to(low), W, values.to(low), indices)
@@ -247,10 +247,10 @@ def test_views_that_are_not_contiguous():
     x, W, values, indices = random_case(6, 4, 9, 3)
     wide = W.T.contiguous().T
     tall = x.T.contiguous().T
-    apart = values.repeat_interleave(2, dim=1)[:, ::2]
-    kept = indices.repeat_interleave(2, dim=1)[:, ::2]
-    assert not any(t.is_contiguous() for t in (wide, tall, apart, kept))
-    assert_equal_dense(tall, wide, apart, kept)
+    strided_values = values.repeat_interleave(2, dim=1)[:, ::2]
+    strided_indices = indices.repeat_interleave(2, dim=1)[:, ::2]
+    assert not any(t.is_contiguous() for t in (wide, tall, strided_values, strided_indices))
+    assert_equal_dense(tall, wide, strided_values, strided_indices)
     assert_equal_dense(torch.ones((), device=DEVICE).expand(6, 4), W, values, indices)
 
 
@@ -273,26 +273,26 @@ def test_real_sizes_err_no_more_than_torch(dtype, d):
     """Against plain torch on the same device; and the same bits every time."""
     x, W, values, indices = random_case(2048, d, 8192, 32, dtype=dtype)
     indices[: 2048 // 3, 0] = 0
-    order = ops.order_by_latent(indices, 8192)
+    csc = ops.csc_by_latent(indices, 8192)
     codes, rows, tokens = dense(values, indices, 8192), W.cpu().double(), x.cpu().double()
     dots = (tokens @ rows.T).gather(1, indices.cpu())
-    for verb, arguments, truth in (
+    for op, arguments, truth in (
         ("gather_sum", (values, indices, W), codes @ rows),
         ("gather_dot", (x, indices, W), dots),
-        ("scatter_outer", (values, order, x), codes.T @ tokens),
+        ("scatter_outer", (values, csc, x), codes.T @ tokens),
     ):
-        ours = getattr(ops, verb)(*arguments)
-        plain = getattr(torch_ops, verb)(*arguments)
+        ours = getattr(ops, op)(*arguments)
+        plain = getattr(torch_ops, op)(*arguments)
         error, due = ((t.cpu().double() - truth).norm() for t in (ours, plain))
-        assert error <= 2 * due, verb
-        assert torch.equal(getattr(ops, verb)(*arguments), ours), verb
+        assert error <= 2 * due, op
+        assert torch.equal(getattr(ops, op)(*arguments), ours), op
 
 
 @pytest.mark.gpu
 def test_gradients_far_beyond_two_to_the_31():
-    """dW of 2³¹ + 4096 elements: the last latent's row is where it belongs, all others are zero."""
+    """dW has 2³¹ + 4096 elements: the last latent's row is in place, all others are zero."""
     x = torch.ones(3, 2048, dtype=torch.bfloat16, device=DEVICE)
     indices = torch.full((3, 1), 2**20 + 1, device=DEVICE)
-    outer = ops.scatter_outer(x[:, :1], ops.order_by_latent(indices, 2**20 + 2), x)
+    outer = ops.scatter_outer(x[:, :1], ops.csc_by_latent(indices, 2**20 + 2), x)
     assert (outer[-1] == 3).all()
     assert not outer[:-1].any()

@@ -1,10 +1,10 @@
-"""What the verbs allocate at the sizes they are for, and that none waits for the device.
+"""The memory that the ops allocate at the sizes they are for, and that none waits for the device.
 
-On fake tensors, which have shapes and no data, with the launches left out: it needs no GPU, and
-what would ask a tensor for a value fails. What torch's own kernels (sort, matrix product) take
-inside is not seen; `test_real_sizes.py` measures all of it where there is a GPU.
+Tensors are fake: they have shapes and no data, and nothing is launched. So no GPU is needed, and
+code that asks a tensor for a value fails. Memory that torch's own kernels (sort, matrix product)
+take inside is not seen; `test_real_sizes.py` measures all of it on a GPU.
 
-Legend: N tokens, D inputs, M latents, K active latents a token.
+Legend: N tokens, D inputs, M latents, K active latents per token.
 """
 
 import weakref
@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_topk import UnitNormAdam, triton_ops
-from sparse_topk.triton_ops import adam, dense, encode, fused, rescore, select, sparse
+from sparse_topk.triton_ops import adam, few_latents, sparse
+from sparse_topk.triton_ops.topk import chunked, product, rescore, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
@@ -25,7 +26,7 @@ LIMIT = 600 * 2**20  # a third of a tenth of the scores in half precision, N · 
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of the tensors alive, and the most there were at a time."""
+    """Counts the bytes of the tensors alive, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -50,10 +51,10 @@ class Memory(TorchDispatchMode):
         self.known.remove(key)
         self.alive -= size
 
-    def extra(self, verb, *arguments, **options):
+    def extra(self, op, *arguments, **options):
         """Bytes beyond arguments and results at the peak of one call; and the results."""
         self.peak = before = self.alive
-        results = verb(*arguments, **options)
+        results = op(*arguments, **options)
         outputs = sum(t.nbytes for t in tree_leaves(results) if isinstance(t, torch.Tensor))
         return self.peak - before - outputs, results
 
@@ -67,16 +68,16 @@ class NoKernel:
 
 @pytest.fixture
 def memory(monkeypatch):
-    for module in (adam, dense, encode, fused, rescore, select, sparse):
+    for module in (adam, few_latents, sparse, chunked, product, rescore, select):
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, NoKernel())
 
-    def product(left, right):  # as on CUDA, where nothing is converted first
-        return torch.empty(len(left), right.shape[1])
+    def fake_product(a, b):  # as on CUDA, where nothing is converted first
+        return torch.empty(len(a), b.shape[1])
 
-    monkeypatch.setattr(dense, "product", product)
-    monkeypatch.setattr(encode, "product", product)
+    monkeypatch.setattr(few_latents, "product", fake_product)
+    monkeypatch.setattr(chunked, "product", fake_product)
     monkeypatch.setenv("SPARSE_TOPK_BACKEND", "triton")
     with FakeTensorMode(), Memory() as counted:
         yield counted
@@ -102,26 +103,26 @@ def test_encode(memory, path, dtype, k):
     assert memory.extra(triton_ops.topk_encode, x, W, W[:, 0], k, path=path)[0] <= LIMIT
 
 
-def test_encode_among_some_latents(memory):
-    """Beyond that, their rows are copied."""
+def test_encode_among_a_subset_of_latents(memory):
+    """In addition, the rows of the subset are copied."""
     x, W = torch.empty(N, D, dtype=torch.float16), torch.empty(M, D, dtype=torch.float16)
-    some = torch.empty(13107, dtype=torch.int64)
-    extra, _ = memory.extra(triton_ops.topk_encode, x, W, None, 512, some)
-    assert extra <= LIMIT + len(some) * D * 2
+    latents = torch.empty(13107, dtype=torch.int64)
+    extra, _ = memory.extra(triton_ops.topk_encode, x, W, None, 512, latents)
+    assert extra <= LIMIT + len(latents) * D * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("m", "k"), [(M, 32), (M, 1024), (13107, 512), (4096, 512)])
 def test_sparse_products(memory, m, k, dtype):
-    """Of the whole dictionary, and of AuxK's latents, by rows or densely."""
+    """With all latents, and with AuxK's, by rows or densely."""
     x, W = torch.empty(N, D, dtype=dtype), torch.empty(m, D, dtype=dtype)
     values, indices = torch.empty(N, k, dtype=dtype), torch.empty(N, k, dtype=torch.int64)
     assert memory.extra(triton_ops.gather_sum, values, indices, W)[0] <= LIMIT
     assert memory.extra(triton_ops.gather_dot, x, indices, W)[0] <= LIMIT
-    extra, order = memory.extra(triton_ops.order_by_latent, indices, m)
+    extra, csc = memory.extra(triton_ops.csc_by_latent, indices, m)
     assert extra <= LIMIT
-    assert memory.extra(triton_ops.scatter_outer, values, order, x)[0] <= LIMIT
-    assert memory.extra(triton_ops.sum_by_latent, values, indices, order)[0] <= LIMIT
+    assert memory.extra(triton_ops.scatter_outer, values, csc, x)[0] <= LIMIT
+    assert memory.extra(triton_ops.sum_by_latent, values, indices, csc)[0] <= LIMIT
 
 
 def test_the_optimizer_clips_without_asking(memory):

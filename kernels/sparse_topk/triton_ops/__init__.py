@@ -1,22 +1,15 @@
-"""The verbs in Triton, with the names, arguments and results of `torch_ops`."""
+"""The ops in Triton, with the names, arguments and results of `torch_ops`."""
 
 from .adam import adam_unit_norm_
-from .encode import topk_encode
-from .sparse import (
-    LatentOrder,
-    gather_dot,
-    gather_sum,
-    order_by_latent,
-    scatter_outer,
-    sum_by_latent,
-)
+from .sparse import CSC, csc_by_latent, gather_dot, gather_sum, scatter_outer, sum_by_latent
+from .topk import topk_encode
 
 __all__ = [
-    "LatentOrder",
+    "CSC",
     "adam_unit_norm_",
+    "csc_by_latent",
     "gather_dot",
     "gather_sum",
-    "order_by_latent",
     "scatter_outer",
     "sum_by_latent",
     "topk_encode",

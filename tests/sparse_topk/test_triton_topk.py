@@ -1,8 +1,8 @@
 """`topk_encode` in Triton, both ways, against a stable sort and against float64.
 
-Interpreted where there is no GPU, so sizes are small.
+Kernels are interpreted if there is no GPU, so sizes are small.
 
-Legend: N tokens, D inputs, M latents, K active latents a token, G latents a group.
+Legend: N tokens, D inputs, M latents, K active latents per token, G latents per group.
 """
 
 import math
@@ -14,8 +14,10 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_topk.triton_ops import encode, fused, rescore, select
-from sparse_topk.triton_ops.encode import choose, topk_encode
+from sparse_topk.triton_ops.precision import dot_precision
+from sparse_topk.triton_ops.topk import chunked, product, rescore, select, topk_encode
+from sparse_topk.triton_ops.topk.dispatch import choose
+from tests.helpers.oracles import stable_topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = math.nan, math.inf
@@ -24,22 +26,16 @@ PATHS = ("chunked", "fused")
 
 @pytest.fixture(autouse=True, scope="module")
 def poison():
-    """What a kernel leaves unwritten is NaN, or an index that is none."""
+    """An element that a kernel leaves unwritten is NaN, or an index out of range."""
     with pytest.MonkeyPatch.context() as patch:
         empty = torch.empty
 
         def poisoned(*size, **options):
-            made = empty(*size, **options)
-            return made.fill_(NAN if made.is_floating_point() else 0x7EADBEEF)
+            tensor = empty(*size, **options)
+            return tensor.fill_(NAN if tensor.is_floating_point() else 0x7EADBEEF)
 
         patch.setattr(torch, "empty", poisoned)
         yield
-
-
-def stable_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The oracle: sort everything, ties to the smaller index, then indices ascending."""
-    chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
-    return scores.gather(1, chosen), chosen
 
 
 def check_stable_topk(x, W, b, k, path, latents=None):
@@ -47,9 +43,9 @@ def check_stable_topk(x, W, b, k, path, latents=None):
     values, indices = topk_encode(x, W, b, k, latents, path=path)
     truth = x.double() @ W.double().T + (0 if b is None else b.double())
     if latents is not None:
-        kept = torch.full_like(truth, -INF)
-        kept[:, latents] = truth[:, latents]
-        truth = kept
+        masked = torch.full_like(truth, -INF)
+        masked[:, latents] = truth[:, latents]
+        truth = masked
     expected_values, expected_indices = stable_topk(truth, k)
     assert values.dtype == x.dtype
     assert indices.dtype == torch.int64
@@ -58,8 +54,8 @@ def check_stable_topk(x, W, b, k, path, latents=None):
 
 
 def check_by_value(x, W, b, k, path, **options):
-    """Real scores: what is chosen is no smaller than the K-th largest, but for what torch's own
-    float32 product errs and, where scores stay in registers, 2⁻¹⁷ of the score."""
+    """Real scores: none chosen is smaller than the K-th largest by more than torch's own float32
+    product errs and, if scores stay in registers, 2⁻¹⁷ of the score."""
     values, indices = topk_encode(x, W, b, k, path=path, **options)
     bias = 0 if b is None else b.double()
     truth = x.double() @ W.double().T + bias
@@ -71,7 +67,7 @@ def check_by_value(x, W, b, k, path, **options):
     assert (indices.diff(dim=1) > 0).all()
     assert (chosen >= kth - error - cut * kth.abs()).all()
     if x.dtype == torch.float32:
-        cut = 0.0  # computed again
+        cut = 0.0  # values are computed again
     rounding = torch.finfo(x.dtype).eps / 2 + cut
     assert ((values.double() - chosen).abs() <= error + rounding * chosen.abs()).all()
 
@@ -163,7 +159,7 @@ ADVERSARIES = {
 @pytest.mark.parametrize("case", ADVERSARIES)
 @pytest.mark.parametrize("path", PATHS)
 def test_adversaries(path, case, k):
-    """One token, one input: W is the scores. In half precision for one K: its values come from
+    """One token, one input: W is the scores. One K is in half precision, whose values come from
     the keys."""
     dtype = torch.float16 if k == 7 else torch.float32
     W = ADVERSARIES[case]()[:, None].to(DEVICE, dtype)
@@ -171,8 +167,8 @@ def test_adversaries(path, case, k):
 
 
 def test_stored_zeros_are_equal_whatever_their_sign(monkeypatch):
-    """A sum that begins at 0 is never −0; whether a library's product does so is its affair."""
-    monkeypatch.setattr(encode, "product", lambda x, W: minus_zeros().to(DEVICE)[None])
+    """A sum that begins at 0 is never −0, but a library's product may be."""
+    monkeypatch.setattr(chunked, "product", lambda x, W: minus_zeros().to(DEVICE)[None])
     W = torch.zeros(160, 1, device=DEVICE)
     _, indices = topk_encode(W[:1], W, None, 3, path="chunked")
     assert indices.tolist() == [[0, 1, 2]]
@@ -190,7 +186,7 @@ def test_a_nan_token_is_nan_and_the_others_are_not(path):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, of Inf − Inf
 def test_an_infinite_input(path, infinity):
     x, W, b = integers(2, 3, 70, seed=2)
-    x[0, 1] = infinity  # ±Inf where W is not 0, NaN where it is; what pads the 70 must not show
+    x[0, 1] = infinity  # ±Inf where W is not 0, NaN where it is; padding must not show
     check_stable_topk(x, W, b, 9, path)
 
 
@@ -203,7 +199,7 @@ def test_a_nan_of_either_sign_comes_first(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_among_some_latents(path):
+def test_among_a_subset_of_latents(path):
     x, W, b = integers(2, 3, 150, seed=3)
     latents = torch.arange(2, 150, 3, device=DEVICE)
     check_stable_topk(x, W, b, 20, path, latents)
@@ -231,13 +227,13 @@ def test_half_precision(path, dtype):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_real_scores_by_value(path, dtype):
-    """bfloat16 is for a GPU, below: the interpreter cuts it off where a GPU rounds."""
+    """bfloat16 waits for a GPU, below: the interpreter truncates it where a GPU rounds."""
     x, W, b = reals(3, 24, 300, dtype=dtype)
     check_by_value(x, W, b, 20, path)
 
 
 def test_chunked_scores_are_compared_whole():
-    """Differences of one in the last place of a float32 count, and values keep every bit."""
+    """A difference in the last bit of a float32 counts, and values keep every bit."""
     scores = (torch.full((90,), 1.5).view(torch.int32) + torch.arange(90) * 37 % 90).view(
         torch.float32
     )
@@ -254,14 +250,14 @@ def test_real_scores_on_a_gpu(path, dtype, n, d, m, k):
     x, W, b = reals(n, d, m, dtype=dtype)
     check_by_value(x, W, b, k, path)
     once, again = (topk_encode(x, W, b, k, path=path) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_pieces_give_what_the_whole_gives(path, monkeypatch):
-    """Chunks of tokens, and keys beyond those that registers hold."""
-    monkeypatch.setattr(encode, "_WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(fused, "_KEY_BYTES", 1)
+def test_segments_give_what_the_whole_gives(path, monkeypatch):
+    """Chunks of tokens, and more keys than registers hold."""
+    monkeypatch.setattr(chunked, "_WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(product, "_KEY_BYTES", 1)
     monkeypatch.setattr(rescore, "_BYTES", 1)
     monkeypatch.setattr(select, "keys_tile", lambda keys: (4 if keys < 20 else 32, 1))
     check_stable_topk(*integers(2, 4, 140, seed=6), 12, path)
@@ -274,7 +270,7 @@ def test_pieces_give_what_the_whole_gives(path, monkeypatch):
 def test_keys_of_the_best_two(tma, group, dtype):
     """The product's keys, decoded: scores of D inputs and M latents that no block divides."""
     x, W, b = reals(11, 24, 150, dtype=dtype)
-    best, second = fused.best_two(x, W, b, group, tma=tma and may_describe())
+    best, second = product.best_two(x, W, b, group, tma=tma and may_describe())
     truth = x.double() @ W.double().T + b.double()
     padded = torch.nn.functional.pad(truth, (0, -150 % group), value=-INF)
     top = padded.unflatten(1, (-1, group)).topk(2, dim=2)
@@ -290,7 +286,7 @@ def test_keys_of_the_best_two(tma, group, dtype):
 
 
 def may_describe() -> bool:
-    return DEVICE == "cpu" or fused.describes(torch.cuda.get_device_capability())
+    return DEVICE == "cpu" or product.describes(torch.cuda.get_device_capability())
 
 
 def test_a_group_is_opened_only_where_its_second_counts():
@@ -309,21 +305,21 @@ def test_no_more_than_half_of_k_groups_are_opened(k):
 
 
 @triton.jit
-def tiles_kernel(out, N, M, ROWS, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """One program writes which blocks its tile is."""
+def blocks_kernel(out_ptr, N, M, BAND_N, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """One program writes the blocks of its tile."""
     tile = tl.program_id(0)
-    block_n, block_m = fused._tile_at(tile, N, M, ROWS, BLOCK_N, BLOCK_M)
-    tl.store(out + tile * 2, block_n)
-    tl.store(out + tile * 2 + 1, block_m)
+    pid_n, pid_m = product._block_of(tile, N, M, BAND_N, BLOCK_N, BLOCK_M)
+    tl.store(out_ptr + tile * 2, pid_n)
+    tl.store(out_ptr + tile * 2 + 1, pid_m)
 
 
-@pytest.mark.parametrize(("n", "m", "rows"), [(70, 33, 3), (5, 100, 8), (64, 16, 4)])
-def test_tiles_cover_the_product_once(n, m, rows):
+@pytest.mark.parametrize(("n", "m", "band"), [(70, 33, 3), (5, 100, 8), (64, 16, 4)])
+def test_tiles_cover_the_product_once(n, m, band):
     blocks = [(i, j) for i in range(-(-n // 8)) for j in range(-(-m // 16))]
     out = torch.empty(len(blocks), 2, dtype=torch.int32, device=DEVICE)
-    tiles_kernel[(len(blocks),)](out, n, m, rows, BLOCK_N=8, BLOCK_M=16)
+    blocks_kernel[(len(blocks),)](out, n, m, band, BLOCK_N=8, BLOCK_M=16)
     assert sorted(map(tuple, out.tolist())) == blocks
-    assert {i for i, _ in out.tolist()[:rows]} == set(range(min(rows, -(-n // 8))))
+    assert {i for i, _ in out.tolist()[:band]} == set(range(min(band, -(-n // 8))))
 
 
 def test_the_choice():
@@ -337,10 +333,10 @@ def test_the_choice():
 
 
 def test_float32_follows_torchs_own_switch():
-    assert fused.dot_precision(torch.float32) == "tf32x3"
+    assert dot_precision(torch.float32) == "tf32x3"
     torch.set_float32_matmul_precision("high")
     try:
-        assert fused.dot_precision(torch.float32) == "tf32"
+        assert dot_precision(torch.float32) == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
 

@@ -1,0 +1,164 @@
+"""The ops, each run by one of two backends: plain torch, or Triton on a CUDA device.
+
+This is the one door to both backends, `torch_ops` and `triton_ops`. The products are torch
+operators, `torch.ops.sparse_topk.*`: torch.compile takes each as one node of its graph, whatever
+is inside. Each has a fake twin, which gives the shape and dtype of the result without computing it.
+
+SPARSE_TOPK_BACKEND chooses the backend: "auto" (the default) takes Triton for tensors on a CUDA
+device and torch elsewhere, "torch" and "triton" take the one named. Triton is imported when it is
+first needed. If the import fails, so does the call; there is no silent fallback.
+
+Legend: N tokens, D inputs, M latents, K active latents per token.
+"""
+
+# No `from __future__ import annotations` here: torch reads the operators' schemas off them.
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import torch_ops
+from .torch_ops import CSC
+
+_CHOICES = ("auto", "torch", "triton")
+
+
+def backend_name(device: torch.device | str) -> str:
+    """The name of the backend for tensors on `device`: "torch" or "triton".
+
+    Raises ValueError if SPARSE_TOPK_BACKEND is none of "auto", "torch" and "triton".
+    """
+    choice = os.environ.get("SPARSE_TOPK_BACKEND", "auto")
+    if choice not in _CHOICES:
+        raise ValueError(f"SPARSE_TOPK_BACKEND must be one of {_CHOICES}, got {choice!r}")
+    if choice == "auto":
+        return "triton" if torch.device(device).type == "cuda" else "torch"
+    return choice
+
+
+def backend_for(tensor: Tensor) -> ModuleType:
+    """The module whose ops to call for `tensor` and for others on its device.
+
+    Raises ValueError as `backend_name` does, and RuntimeError if SPARSE_TOPK_BACKEND is "triton"
+    and `tensor` is not on a CUDA device, unless Triton's interpreter is on.
+    """
+    if backend_name(tensor.device) == "torch":
+        return torch_ops
+    from . import triton_ops
+
+    if tensor.device.type != "cuda":
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            raise RuntimeError(
+                f"SPARSE_TOPK_BACKEND is 'triton', and the tensor is on {tensor.device}: Triton "
+                "needs a CUDA device, or its interpreter, with TRITON_INTERPRET=1 from the start"
+            )
+    return triton_ops
+
+
+@torch.library.custom_op("sparse_topk::topk_encode", mutates_args=())
+def topk_encode(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.topk_encode`."""
+    return backend_for(x).topk_encode(x, W, b, k)
+
+
+@topk_encode.register_fake
+def _(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
+
+
+@torch.library.custom_op("sparse_topk::gather_sum", mutates_args=())
+def gather_sum(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    """See `torch_ops.gather_sum`."""
+    return backend_for(W).gather_sum(values, indices, W)
+
+
+@gather_sum.register_fake
+def _(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    return W.new_empty(len(indices), W.shape[1])
+
+
+@torch.library.custom_op("sparse_topk::gather_dot", mutates_args=())
+def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    """See `torch_ops.gather_dot`."""
+    return backend_for(W).gather_dot(x, indices, W)
+
+
+@gather_dot.register_fake
+def _(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    return x.new_empty(indices.shape)
+
+
+@torch.library.custom_op("sparse_topk::csc_by_latent", mutates_args=())
+def _csc_by_latent(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
+    perm, indptr = backend_for(indices).csc_by_latent(indices, n_latents)
+    return perm, indptr
+
+
+@_csc_by_latent.register_fake
+def _(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
+    return indices.new_empty(indices.numel()), indices.new_empty(n_latents + 1)
+
+
+@torch.library.custom_op("sparse_topk::scatter_outer", mutates_args=())
+def _scatter_outer(values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor) -> Tensor:
+    return backend_for(x).scatter_outer(values, CSC(perm, indptr), x)
+
+
+@_scatter_outer.register_fake
+def _(values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(len(indptr) - 1, x.shape[1])
+
+
+@torch.library.custom_op("sparse_topk::sum_by_latent", mutates_args=())
+def _sum_by_latent(values: Tensor, indices: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
+    return backend_for(values).sum_by_latent(values, indices, CSC(perm, indptr))
+
+
+@_sum_by_latent.register_fake
+def _(values: Tensor, indices: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return values.new_empty(len(indptr) - 1, dtype=dtype)
+
+
+# An operator's arguments are tensors and numbers, so these three take the CSC apart.
+
+
+def csc_by_latent(indices: Tensor, n_latents: int) -> CSC:
+    """See `torch_ops.csc_by_latent`."""
+    return CSC(*_csc_by_latent(indices, n_latents))
+
+
+def scatter_outer(values: Tensor, csc: CSC, x: Tensor) -> Tensor:
+    """See `torch_ops.scatter_outer`."""
+    return _scatter_outer(values, csc.perm, csc.indptr, x)
+
+
+def sum_by_latent(values: Tensor, indices: Tensor, csc: CSC) -> Tensor:
+    """See `torch_ops.sum_by_latent`."""
+    return _sum_by_latent(values, indices, csc.perm, csc.indptr)
+
+
+def adam_unit_norm_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    unit_norm: bool,
+    grad_scale: Tensor | None = None,
+    shadow: Tensor | None = None,
+) -> None:
+    """See `torch_ops.adam_unit_norm_`. A plain function: an optimizer's step is not compiled, and
+    an operator would cost each weight the time to dispatch it."""
+    backend_for(weight).adam_unit_norm_(
+        weight, grad, exp_avg, exp_avg_sq, step,
+        lr=lr, betas=betas, eps=eps, unit_norm=unit_norm, grad_scale=grad_scale, shadow=shadow,
+    )  # fmt: skip

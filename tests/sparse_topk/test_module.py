@@ -1,0 +1,65 @@
+"""`SparseTopKSAE`: `reconstruct`, a subset of its latents, and what a sharded one overrides.
+
+Legend: N tokens, D inputs, M latents, K active latents per token.
+"""
+
+import pytest
+import torch
+
+from sparse_topk import SAEOutput, SparseTopKSAE, TopK, sparse_decode
+
+N, D, M, K = 9, 6, 40, 5
+
+
+@pytest.fixture(params=[True, False])
+def sae(request):
+    torch.manual_seed(0)
+    sae = SparseTopKSAE(D, M, K, bias=request.param, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return sae
+
+
+def test_reconstruct_gives_output_activations_and_indices(sae):
+    x = torch.randn(2, N, D, dtype=torch.float64)
+    out = sae.reconstruct(x)
+    assert isinstance(out, SAEOutput)
+    sae_out, latent_acts, latent_indices = out
+    assert torch.equal(sae_out, sae(x))
+    assert torch.equal(latent_acts, sae.encode(x).values)
+    assert torch.equal(latent_indices, sae.encode(x).indices)
+    assert isinstance(out.codes, TopK)
+    assert out.codes.values is out.values
+    assert out.codes.indices is out.indices
+    torch.testing.assert_close(sae.decode(out.codes), out.x_hat)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 20])
+def test_reconstruct_subset_uses_the_latents_given_only(sae, k):
+    """The k largest of the 7, or all of them; nothing is subtracted from x, or added to x̂."""
+    x = torch.randn(N, D, dtype=torch.float64)
+    latents = torch.tensor([2, 3, 11, 20, 21, 30, 39])
+    scores = (x @ sae.W_enc.T + (0 if sae.b_enc is None else sae.b_enc))[:, latents]
+    values, positions = scores.topk(min(k, 7))
+    expected = sparse_decode(TopK(values.relu(), latents[positions]), sae.W_dec, None)
+    actual = sae.reconstruct_subset(x, latents, k)
+    torch.testing.assert_close(actual, expected)
+    used = set(latents[positions[values > 0]].tolist())
+    actual.sum().backward()
+    for weight in (sae.W_enc, sae.W_dec):
+        assert set(weight.grad.any(1).nonzero().flatten().tolist()) == used
+    assert sae.b_dec.grad is None
+
+
+def test_reconstruct_subset_of_no_latents_is_refused(sae):
+    with pytest.raises(ValueError, match=r"k must be in \[1, 0\]"):
+        sae.reconstruct_subset(torch.ones(1, D), torch.empty(0, dtype=torch.int64), 3)
+
+
+def test_an_unsharded_sae_holds_all_rows(sae):
+    rows = torch.randn(M, 3)
+    assert sae.gather_rows(rows) is rows
+    assert sae.own_rows(rows) is rows
+    grads = [torch.randn(M, D), torch.randn(D)]
+    assert torch.equal(sae.total_norm(grads), torch.nn.utils.get_total_norm(grads))
