@@ -32,10 +32,10 @@ const plots = (async () => {
 function themed(layout) {
   const style = getComputedStyle(document.documentElement);
   const [ink, line, panel] = ["--ink", "--line", "--panel"].map((name) => style.getPropertyValue(name).trim());
-  const themed = { ...layout, font: { color: ink, size: 12 }, hoverlabel: { bgcolor: panel, bordercolor: line, font: { color: ink } } };
+  const result = { ...layout, font: { color: ink, size: 12 }, hoverlabel: { bgcolor: panel, bordercolor: line, font: { color: ink } } };
   for (const name of ["xaxis", "yaxis", "yaxis2"])
-    if (layout[name]) themed[name] = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, ...layout[name] };
-  return themed;
+    if (layout[name]) result[name] = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, ...layout[name] };
+  return result;
 }
 
 const drawn = new Map(); // node → its plot

@@ -1,6 +1,6 @@
 """Formats of other libraries: files written by hand in their layouts, outputs computed by hand.
 
-Legend: N tokens, D inputs, M latents, K active latents a token.
+Legend: N tokens, D inputs, M latents, K active latents per token.
 """
 
 import pickle

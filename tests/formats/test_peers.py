@@ -2,7 +2,7 @@
 
 `bash scripts/check_peers.sh` creates the environments and runs these tests.
 
-Legend: N tokens, D inputs, M latents, K active latents a token.
+Legend: N tokens, D inputs, M latents, K active latents per token.
 """
 
 import os

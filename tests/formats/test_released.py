@@ -1,6 +1,6 @@
 """The paper's released checkpoints, on files written in their layout.
 
-Legend: D inputs, M latents, K active latents a token, L layers.
+Legend: D inputs, M latents, K active latents per token, L layers.
 """
 
 import json

@@ -156,18 +156,22 @@ def _analyze(folder, config, totals, weight, random, prompt):
         "seconds": 10.0, "peak_bytes": 10**9, "versions": {},
     }  # fmt: skip
     (folder / "analysis.json").write_text(json.dumps(about))
+    _write_prompt(folder, config["layers"], weight, random, prompt)
+    return latents
+
+
+def _write_prompt(folder, layers, weight, random, prompt):
     alive = np.flatnonzero(weight.any(1))
     tokens = [prompt, *NASTY, " last"]
     entries = {"token": [], "layer": [], "latent": [], "value": []}
     for token in range(len(tokens)):
         for latent in random.choice(alive, min(20, len(alive)), replace=False):
             layer = int(np.argmax(weight[latent]))
-            for at in {layer, min(layer + token % 2, n_layers - 1)}:
+            for at in {layer, min(layer + token % 2, len(layers) - 1)}:
                 for name, value in zip(entries, (token, at, int(latent), 3.5), strict=True):
                     entries[name].append(value)
-    text = {"prompt": "".join(tokens), "tokens": tokens, "layers": config["layers"]}
+    text = {"prompt": "".join(tokens), "tokens": tokens, "layers": layers}
     (folder / "analysis_prompt.json").write_text(json.dumps(text | {"entries": entries}))
-    return latents
 
 
 def _examples(folder, weight, dead, random, examples):

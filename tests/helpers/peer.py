@@ -6,7 +6,7 @@ It runs in the library's own environment, without our code. FOLDER holds `x.safe
 and our `converted/`; the program adds the library's own SAE, `native/`, and the outputs of both,
 `converted.safetensors` and `native.safetensors` {f (N, M) dense activations, x_hat (N, D)}.
 
-Legend: N tokens, D inputs, M latents, K active latents a token.
+Legend: N tokens, D inputs, M latents, K active latents per token.
 """
 
 import json

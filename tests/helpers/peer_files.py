@@ -1,6 +1,6 @@
 """SAEs in other libraries' formats, written by hand in those libraries' layouts.
 
-Legend: D inputs, M latents, K active latents a token.
+Legend: D inputs, M latents, K active latents per token.
 """
 
 import json
@@ -27,104 +27,123 @@ def build(name, folder, weights):
     """Write the files of format `name`, with its own config and counters."""
     w = {key: value.clone() for key, value in weights.items()}
     folder.mkdir(parents=True)
-    counter = torch.arange(M)
-    if name == "sparsify":
-        cfg = {
-            "expansion_factor": 32,
-            "normalize_decoder": True,
-            "num_latents": M,
-            "k": K,
-            "multi_topk": False,
-            "skip_connection": False,
-            "transcode": False,
-            "activation": "topk",
-            "d_in": D,
-        }
-        tensors = {
-            "encoder.weight": w["W_enc"],
-            "encoder.bias": w["b_enc"],
-            "W_dec": w["W_dec"],
-            "b_dec": w["b_dec"],
-        }
-        files = {"cfg.json": cfg, "sae.safetensors": tensors}
-    elif name == "saelens":
-        cfg = {
-            "architecture": "topk",
-            "d_in": D,
-            "d_sae": M,
-            "k": K,
-            "dtype": str(w["W_enc"].dtype).removeprefix("torch."),
-            "device": "cpu",
-            "apply_b_dec_to_input": True,
-            "normalize_activations": "layer_norm",
-            "reshape_activations": "none",
-            "rescale_acts_by_decoder_norm": False,
-            "metadata": {
-                "sae_lens_version": "6.5.0",
-                "model_name": "gpt2",
-                "tag": 7,
-                "hook_name": "blocks.4.hook_resid_post",
-            },
-        }
-        tensors = {**w, "W_enc": w["W_enc"].T.contiguous()}
-        files = {"cfg.json": cfg, "sae_weights.safetensors": tensors}
-    elif name == "dictionary_learning":
-        cfg = {
-            "trainer": {
-                "dict_class": "AutoEncoderTopK",
-                "trainer_class": "TopKTrainer",
-                "activation_dim": D,
-                "dict_size": M,
-                "k": K,
-                "lr": 1e-4,
-                "layer": 3,
-                "lm_name": "EleutherAI/pythia-70m-deduped",
-                "submodule_name": "resid_post_layer_3",
-            },
-            "buffer": {"d_submodule": D},
-        }
-        tensors = {
-            "encoder.weight": w["W_enc"],
-            "encoder.bias": w["b_enc"],
-            "decoder.weight": w["W_dec"].T.contiguous(),
-            "b_dec": w["b_dec"],
-            "k": torch.tensor(K, dtype=torch.int32),
-            "threshold": torch.tensor(0.25),
-        }
-        files = {"config.json": cfg, "ae.pt": tensors}
-    elif name == "openai":
-        tensors = {
-            "pre_bias": w["b_dec"],
-            "encoder.weight": w["W_enc"],
-            "latent_bias": w["b_enc"],
-            "decoder.weight": w["W_dec"].T.contiguous(),
-            "stats_last_nonzero": counter,
-            "latents_activation_frequency": counter / M,
-            "latents_mean_square": counter / 2,
-            "activation": "TopK",
-            "activation_state_dict": {"k": K, "postact_fn": "ReLU"},
-        }
-        files = {"autoencoder.pt": tensors}
-    else:  # the paper's own code
-        cfg = {
-            "auxk": 256,
-            "dead_steps_threshold": 19,
-            "dead_threshold": 0.001,
-            "k": K,
-            "n_inputs": D,
-            "n_latents": M,
-            "standardize": True,
-        }
-        tensors = {
-            "encoder.weight": w["W_enc"],
-            "decoder.weight": w["W_dec"].T.contiguous(),
-            "pre_encoder_bias": w["b_dec"],
-            "last_nonzero": counter,
-        }
-        files = {"config.json": cfg, "model.safetensors": tensors}
-    for file, content in files.items():
+    for file, content in FILES[name](w).items():
         save(folder / file, content)
     return folder
+
+
+def sparsify(w):
+    cfg = {
+        "expansion_factor": 32,
+        "normalize_decoder": True,
+        "num_latents": M,
+        "k": K,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "activation": "topk",
+        "d_in": D,
+    }
+    tensors = {
+        "encoder.weight": w["W_enc"],
+        "encoder.bias": w["b_enc"],
+        "W_dec": w["W_dec"],
+        "b_dec": w["b_dec"],
+    }
+    return {"cfg.json": cfg, "sae.safetensors": tensors}
+
+
+def saelens(w):
+    cfg = {
+        "architecture": "topk",
+        "d_in": D,
+        "d_sae": M,
+        "k": K,
+        "dtype": str(w["W_enc"].dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "layer_norm",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": {
+            "sae_lens_version": "6.5.0",
+            "model_name": "gpt2",
+            "tag": 7,
+            "hook_name": "blocks.4.hook_resid_post",
+        },
+    }
+    tensors = {**w, "W_enc": w["W_enc"].T.contiguous()}
+    return {"cfg.json": cfg, "sae_weights.safetensors": tensors}
+
+
+def dictionary_learning(w):
+    config = {
+        "trainer": {
+            "dict_class": "AutoEncoderTopK",
+            "trainer_class": "TopKTrainer",
+            "activation_dim": D,
+            "dict_size": M,
+            "k": K,
+            "lr": 1e-4,
+            "layer": 3,
+            "lm_name": "EleutherAI/pythia-70m-deduped",
+            "submodule_name": "resid_post_layer_3",
+        },
+        "buffer": {"d_submodule": D},
+    }
+    tensors = {
+        "encoder.weight": w["W_enc"],
+        "encoder.bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].T.contiguous(),
+        "b_dec": w["b_dec"],
+        "k": torch.tensor(K, dtype=torch.int32),
+        "threshold": torch.tensor(0.25),
+    }
+    return {"config.json": config, "ae.pt": tensors}
+
+
+def openai(w):
+    counter = torch.arange(M)
+    tensors = {
+        "pre_bias": w["b_dec"],
+        "encoder.weight": w["W_enc"],
+        "latent_bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].T.contiguous(),
+        "stats_last_nonzero": counter,
+        "latents_activation_frequency": counter / M,
+        "latents_mean_square": counter / 2,
+        "activation": "TopK",
+        "activation_state_dict": {"k": K, "postact_fn": "ReLU"},
+    }
+    return {"autoencoder.pt": tensors}
+
+
+def released(w):
+    config = {
+        "auxk": 256,
+        "dead_steps_threshold": 19,
+        "dead_threshold": 0.001,
+        "k": K,
+        "n_inputs": D,
+        "n_latents": M,
+        "standardize": True,
+    }
+    tensors = {
+        "encoder.weight": w["W_enc"],
+        "decoder.weight": w["W_dec"].T.contiguous(),
+        "pre_encoder_bias": w["b_dec"],
+        "last_nonzero": torch.arange(M),
+    }
+    return {"config.json": config, "model.safetensors": tensors}
+
+
+FILES = {
+    "sparsify": sparsify,
+    "saelens": saelens,
+    "dictionary_learning": dictionary_learning,
+    "openai": openai,
+    "released": released,
+}
 
 
 def save(path, content):

@@ -1,7 +1,7 @@
 """The dense view against the dense formula and SAEBench's requirements (SAEBench's own code runs in
 `tests/formats/test_peers.py`).
 
-Legend: D inputs, M latents, K active latents a token.
+Legend: D inputs, M latents, K active latents per token.
 """
 
 import json

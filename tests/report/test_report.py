@@ -238,11 +238,9 @@ def test_a_comparison_has_a_row_per_run_and_published_results_below(several):
     assert (cells[0]["ratio A"], cells[0]["A, released"]) == ("0.620", "0.710")
     # Pythia 70M with R = 64 and k = 32, from the paper's tables.
     names = ("FVU, paper’s", "ΔCE", "L1", "A, released", "B, released", "entropy", "MMCS")
-    published = [cells[3][name] for name in names]
+    published = [float(cells[3][name]) for name in names]
     expected = [0.097, 0.565, 66.5, 0.536, 0.0100, 0.501, 0.275]
-    np.testing.assert_allclose(
-        [float(value) for value in published], expected, atol=0.002, rtol=2e-3
-    )
+    np.testing.assert_allclose(published, expected, atol=0.002, rtol=2e-3)
     assert cells[3]["FVU"] == cells[3]["ratio A"] == "–"  # not published
     # run-2 was measured only in training; run-1 was not analyzed.
     heldout = json.loads((runs[2] / "metrics.jsonl").read_text().splitlines()[-1])["heldout"]
