@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mlsae import MLSAE
-from mlsae.config import DataConfig, SAEConfig, TrainConfig
+from mlsae.config import SAEConfig, TrainConfig
+from mlsae.data.config import DataConfig
 from mlsae.data.stream import DataStream, read_shape
 from mlsae.training.init import init_stats, mlsae_config
 from mlsae.training.loop import forward_backward, raise_if_nonfinite, train_step

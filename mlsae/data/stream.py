@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import DataConfig
 from ..distributed import ALONE, Mesh, splits
 from ..errors import InputError
+from .config import DataConfig
 from .documents import Split
 from .residuals import ResidualReader, chosen_layers
 from .tokens import Batches, BroadcastBatches, Rows, not_special

@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 
 from .. import builtin
-from ..config import DataConfig
 from ..errors import InputError, check_installed, first_line
+from .config import DataConfig
 from .residuals import find_blocks
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's own words

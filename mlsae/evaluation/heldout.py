@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from ..config import DataConfig
+from ..data.config import DataConfig
 from ..data.stream import DataStream, read_shape
 from ..errors import InputError
 from ..model import MLSAE

@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from mlsae import builtin
-from mlsae.config import DataConfig, SAEConfig, TrainConfig
+from mlsae.config import SAEConfig, TrainConfig
 from mlsae.data import transformer
+from mlsae.data.config import DataConfig
 from mlsae.data.residuals import ResidualReader, find_blocks
 from mlsae.data.transformer import load_transformer
 from mlsae.errors import InputError

@@ -1,6 +1,5 @@
 """A run that would not fit is refused, with what it needs and what is free."""
 
-
 import pytest
 import torch
 

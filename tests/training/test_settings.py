@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from mlsae.config import DataConfig, SAEConfig, SAESweep, TrainArguments, TrainConfig
+from mlsae.config import SAEConfig, SAESweep, TrainArguments, TrainConfig
+from mlsae.data.config import DataConfig
 from mlsae.errors import InputError
 from mlsae.train import parse
 from mlsae.training.settings import check_same, joint_settings, settings_of

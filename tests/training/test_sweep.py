@@ -8,7 +8,8 @@ import signal
 import pytest
 
 from mlsae import MLSAE
-from mlsae.config import DataConfig, SAESweep, TrainArguments
+from mlsae.config import SAESweep, TrainArguments
+from mlsae.data.config import DataConfig
 from mlsae.data.residuals import ResidualReader
 from mlsae.data.stream import DataStream
 from mlsae.errors import InputError, NonFiniteError

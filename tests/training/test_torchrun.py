@@ -8,7 +8,8 @@ import time
 import pytest
 import safetensors.torch
 
-from mlsae.config import DataConfig, SAEConfig, TrainConfig
+from mlsae.config import SAEConfig, TrainConfig
+from mlsae.data.config import DataConfig
 from mlsae.training.run import train
 from tests.helpers.torchrun import SAE, SETTINGS, metrics, process_of, torchrun
 
