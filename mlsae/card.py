@@ -28,7 +28,7 @@ _CITATION = """```bibtex
 def model_card(settings: dict[str, Any]) -> ModelCard:
     """The card of the MLSAE whose `config.json` holds `settings`.
 
-    The license is left to who publishes it: it depends on the model and the text.
+    It names no license: that depends on the model and the text, and is left to the publisher.
     """
     training = settings.get("training", {})
     model, dataset = settings.get("model", ""), training.get("dataset", "")
@@ -42,7 +42,7 @@ def model_card(settings: dict[str, Any]) -> ModelCard:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# A multi-layer SAE of {_named(model)}",
-        f"One TopK sparse autoencoder for the residual stream of {_layers(layers)} "
+        f"One TopK sparse autoencoder for the residual stream of {_named_layers(layers)} "
         f"([Lawson et al., ICLR 2025]({PAPER})): {settings['n_latents']:,} latents, "
         f"{settings['k']} of them active for each token and layer.",
         "```python\nfrom mlsae import MLSAE\n\n"
@@ -53,12 +53,13 @@ def model_card(settings: dict[str, Any]) -> ModelCard:
         _table(("setting", "value"), _settings(settings)),
     ]
     if heldout := settings.get("heldout"):
-        parts += [f"## Held-out figures, {heldout['n_tokens']:,} tokens", _figures(heldout, layers)]
+        heading = f"## Validation: {heldout['n_tokens']:,} held-out tokens"
+        parts += [heading, _metrics(heldout, layers)]
     return ModelCard("\n\n".join([*parts, "## Citation", _CITATION]) + "\n")
 
 
 def _on_the_hub(name: str) -> bool:
-    """Whether `name` can be of the hub: neither built in nor a file here."""
+    """Whether `name` can be a name on the hub: neither built in nor a local file."""
     return bool(name) and name != builtin.NAME and not Path(name).exists() and name.count("/") <= 1
 
 
@@ -66,12 +67,16 @@ def _named(model: str) -> str:
     return "the built-in model" if model == builtin.NAME else model or "a transformer"
 
 
-def _layers(layers: Sequence[int]) -> str:
-    if not layers:
-        return "every layer"
+def layer_range(layers: Sequence[int]) -> str:
+    """Layers in words: "0 to 5", or "1, 3, 4"."""
     if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"layers {layers[0]} to {layers[-1]}"
-    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def _named_layers(layers: Sequence[int]) -> str:
+    plural = "s" if len(layers) > 1 else ""
+    return f"layer{plural} {layer_range(layers)}" if layers else "every layer"
 
 
 def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
@@ -85,18 +90,19 @@ def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
         ("model", settings.get("model") or "not known"),
     ]
     training = dict(settings.get("training", {}))
-    for name in ("model", "out", "overwrite", "resume", "push_to_hub"):  # told, or of one machine
+    # Shown above, or of one machine only.
+    for name in ("model", "out", "overwrite", "resume", "push_to_hub"):
         training.pop(name, None)
     training |= {f"sae.{name}": value for name, value in training.pop("sae", {}).items()}
     for name, value in training.items():
         if value is not None:
-            told = " ".join(map(str, value)) if isinstance(value, list) else value
-            rows.append((f"`--{name}`", told))
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            rows.append((f"`--{name}`", shown))
     return rows + [(f"{name} (version)", v) for name, v in settings.get("versions", {}).items()]
 
 
-def _figures(heldout: dict[str, Any], layers: Sequence[int]) -> str:
-    """A row a layer, and their mean."""
+def _metrics(heldout: dict[str, Any], layers: Sequence[int]) -> str:
+    """A row per layer, and one of their mean."""
     names = {"fvu": "FVU", "fvu_paper": "FVU as in the paper", "l0": "L0"}
     columns = [name for name in names if f"{name}_layers" in heldout]
     rows: list[tuple[object, ...]] = [

@@ -10,6 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from ..card import layer_range
 from ..files import write_file
 from ..metrics import mean_layer, normalized_entropy
 from . import latent_plots, layer_plots
@@ -107,7 +108,7 @@ def _facts(run: RunData) -> dict[str, str]:
     config = run.config
     facts = {
         "model": run.model,
-        "layers": _layer_range(run.layers),
+        "layers": layer_range(run.layers),
         "latents": f"{config['n_latents']:,} ({run.expansion:g} × d_model)",
         "k": f"{config['k']:,} active per token and layer",
     }
@@ -116,14 +117,6 @@ def _facts(run: RunData) -> dict[str, str]:
     if run.training:
         facts["trained on"] = f"{run.training[-1]['tokens']:,} tokens × {len(run.layers)} layers"
     return facts
-
-
-def _layer_range(layers: list[int]) -> str:
-    """0 to 5, or 1, 3, 4."""
-    first, last = layers[0], layers[-1]
-    if len(layers) > 2 and layers == list(range(first, last + 1)):
-        return f"{first} to {last}"
-    return ", ".join(map(str, layers))
 
 
 def _headline(run: RunData) -> list[tuple[str, str, str]]:

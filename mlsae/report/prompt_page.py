@@ -14,6 +14,7 @@ import plotly.offline
 from torch import Tensor
 
 from ..metrics import mean_layer
+from .latent_plots import layer_heatmap
 
 _DRAWN = 400  # latents per token, at most
 
@@ -72,19 +73,17 @@ def _heatmaps(
     rows = [("y", "this token"), ("y2", "many tokens")][: 2 if both else 1]
     for t, (latents, *parts) in enumerate(frames):
         for (axis, name), share in zip(rows, parts, strict=False):
-            plot.add_heatmap(
-                z=[[round(value, 3) for value in row] for row in share.T.tolist()],
+            trace = layer_heatmap(
+                share,
+                reading["layers"],
                 customdata=[latents] * len(reading["layers"]),
-                y=[str(layer) for layer in reading["layers"]],
                 yaxis=axis,
                 visible=t == 0,
-                colorscale="Viridis",
-                zmin=0,
-                zmax=1,
                 showscale=axis == "y",
                 hovertemplate="layer %{y}<br>latent %{customdata}<br>share %{z:.2f}"
                 f"<extra>{name}</extra>",
             )
+            plot.add_trace(trace)
     shown = [
         [i // len(rows) == t for i in range(len(frames) * len(rows))] for t in range(len(frames))
     ]
