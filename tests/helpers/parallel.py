@@ -1,6 +1,6 @@
-"""Training of one SAE in several processes, on random vectors, for the tests that compare layouts.
+"""Train one SAE on random vectors in several processes, for the tests that compare layouts.
 
-Legend: L layers, N tokens, D inputs, M latents, K active latents a token.
+Legend: L layers, N tokens, D inputs, M latents, K active latents per token.
 """
 
 import copy
@@ -16,10 +16,11 @@ from mlsae.training.state import Step, Trainer
 from mlsae.training.validation import evaluate
 
 L, N, D, M, K = 2, 61, 8, 49, 4
-MESHES = [1, 2, 4]  # of 4 processes: shards of the latents
+SHARDS = [1, 2, 4]  # of the latents, on 4 processes
 
 
 def make(mesh):
+    """A trainer with the same initial weights on every mesh."""
     torch.manual_seed(0)
     mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 3)), shards=mesh.latents).double()
     trainer = Trainer(
@@ -31,19 +32,21 @@ def make(mesh):
 
 
 def residuals(seed, n=N):
+    """Random x (L, n, D), layers of different scale."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(L, n, D, generator=generator, dtype=torch.float64)
     return x * torch.tensor([1.0, 9.0])[:, None, None] + 2
 
 
 def mine(x, mesh):
-    """The parts of x (L, N, D) that this process has, of at most 20 tokens."""
-    share = splits(x.shape[1], mesh.data.size)[mesh.data.rank]
-    return [part for part in x[:, share].split(20, dim=1) if part.shape[1]]
+    """This process's tokens of x (L, N, D), in parts of at most 20."""
+    own = splits(x.shape[1], mesh.data.size)[mesh.data.rank]
+    return [part for part in x[:, own].split(20, dim=1) if part.shape[1]]
 
 
 def train(trainer, mesh, seeds):
-    """Sums of the last step; one of them has fewer tokens than processes."""
+    """Train one step per seed and return the metrics of the last. Some steps have fewer tokens than
+    there are processes."""
     for seed in seeds:
         x = residuals(seed, 3 if seed % 10 == 7 else N)
         step = Step(trainer, x.shape[1])
@@ -58,6 +61,7 @@ def train(trainer, mesh, seeds):
 
 
 def flat(state, prefix=""):
+    """Copies of the tensors of a nested dict, by path."""
     tensors = {}
     for name, value in state.items():
         if isinstance(value, dict):
@@ -68,16 +72,19 @@ def flat(state, prefix=""):
 
 
 def run(world, shards, seeds, state=None):
-    """Train, from a state if given: the first process's state, and every process's sums."""
+    """Train, from `state` if given. Returns the metrics on every rank, the state and the counts of
+    active tokens on rank 0 (None elsewhere), and (rank among the shards, own weights)."""
     mesh = make_mesh(world, torch.device("cpu"), shards, timeout=30) if world.size > 1 else ALONE
     trainer = make(mesh)
     if state:
-        trainer.load_state_dict(copy.deepcopy(state))  # processes share what is sent to them
-    sums = train(trainer, mesh, seeds)
-    figures = evaluate([trainer.mlsae], mine(residuals(500), mesh), mesh.data)[0]
-    sums |= {"heldout": figures.fvu, "l0": figures.l0}
-    whole = trainer.state_dict() if mesh.data.rank == 0 else None
-    first = mesh.world.rank == 0
-    own = [p.detach().clone() for p in trainer.mlsae.parameters()]
-    counts = figures.counts if first else None
-    return sums, whole if first else None, counts, (mesh.latents.rank, own)
+        trainer.load_state_dict(
+            copy.deepcopy(state)
+        )  # its memory is shared with the other processes
+    metrics = train(trainer, mesh, seeds)
+    validation = evaluate([trainer.mlsae], mine(residuals(500), mesh), mesh.data)[0]
+    metrics |= {"heldout": validation.fvu, "l0": validation.l0}
+    whole_state = trainer.state_dict() if mesh.data.rank == 0 else None  # collective over shards
+    weights = [p.detach().clone() for p in trainer.mlsae.parameters()]
+    if mesh.world.rank > 0:
+        return metrics, None, None, (mesh.latents.rank, weights)
+    return metrics, whole_state, validation.counts, (mesh.latents.rank, weights)

@@ -1,6 +1,6 @@
-"""An SAE in shards is the SAE: codes, reconstruction and every gradient.
+"""A sharded SAE equals the whole one: codes, reconstruction and every gradient.
 
-Legend: N tokens, D inputs, M latents, K active latents a token, S shards.
+Legend: N tokens, D inputs, M latents, K active latents per token, S shards.
 """
 
 import pytest
@@ -13,8 +13,8 @@ from sparse_topk import SparseTopKSAE
 N, D, M, K = 37, 12, 42, 5  # M is no multiple of 4
 
 
-class Counted(Group):
-    """A group that counts the bytes that this process hands to each collective."""
+class CountingGroup(Group):
+    """A group that counts the bytes that this process sends in each kind of collective."""
 
     def __init__(self, group):
         self.__dict__ |= group.__dict__
@@ -29,7 +29,7 @@ class Counted(Group):
         return super().sum_(tensor)
 
 
-def groups(world, shards):
+def mesh_of(world, shards):
     return make_mesh(world, torch.device("cpu"), shards, timeout=30)
 
 
@@ -47,7 +47,7 @@ def make(sae_class, *group, kind="plain"):
     torch.manual_seed(0)
     sae = sae_class(D, M, K, *group, **({} if group else {"bias": False})).double()
     with torch.no_grad():
-        if kind == "ties":  # scores of few values
+        if kind == "ties":  # so few different scores that they tie
             for weight in (sae.W_enc, sae.W_dec):
                 weight.copy_((3 * weight).round())
         sae.b_dec.copy_(torch.linspace(-1, 1, D).round())
@@ -60,17 +60,17 @@ def passes(sae, x):
     x_hat, codes = sae.reconstruct(x)
     (x_hat * torch.linspace(1, 2, D, dtype=torch.float64)).square().sum().backward()
     first = getattr(sae, "rows", slice(0, M)).start
-    tokens, places = (codes.values > 0).nonzero(as_tuple=True)
-    latents = codes.indices[tokens, places] + first
-    found = zip(
-        tokens.tolist(), latents.tolist(), codes.values[tokens, places].tolist(), strict=True
+    tokens, slots = (codes.values > 0).nonzero(as_tuple=True)
+    latents = codes.indices[tokens, slots] + first
+    positive = zip(
+        tokens.tolist(), latents.tolist(), codes.values[tokens, slots].tolist(), strict=True
     )
     gradients = {"x": x.grad, "b_dec": sae.b_dec.grad}
-    return x_hat.detach(), gradients, (sae.W_enc.grad, sae.W_dec.grad), list(found)
+    return x_hat.detach(), gradients, (sae.W_enc.grad, sae.W_dec.grad), list(positive)
 
 
 def sharded_passes(world, shards, kind):
-    mesh = groups(world, shards)
+    mesh = mesh_of(world, shards)
     sae = make(ShardedSAE, mesh.latents, kind=kind)
     return (*passes(sae, inputs(kind)), (mesh.data.rank, mesh.latents.rank))
 
@@ -80,18 +80,18 @@ def sharded_passes(world, shards, kind):
 def test_codes_reconstruction_and_gradients(team, shards, kind):
     x_hat, gradients, weights, codes = passes(make(SparseTopKSAE, kind=kind), inputs(kind))
     results = team.run(sharded_passes, shards, kind)
-    for other_x_hat, other, _, _, _ in results:
-        torch.testing.assert_close(other_x_hat, x_hat)
+    for shard_x_hat, shard_gradients, _, _, _ in results:
+        torch.testing.assert_close(shard_x_hat, x_hat)
         for name in gradients:
-            torch.testing.assert_close(other[name], gradients[name])
-    first = [r for r in results if r[4][0] == 0]
-    assert len(first) == shards
+            torch.testing.assert_close(shard_gradients[name], gradients[name])
+    one_per_shard = [r for r in results if r[4][0] == 0]
+    assert len(one_per_shard) == shards
     for i in range(2):
-        torch.testing.assert_close(torch.cat([r[2][i] for r in first]), weights[i])
-    together = sorted(code for r in first for code in r[3])
-    assert [code[:2] for code in together] == [code[:2] for code in sorted(codes)]
+        torch.testing.assert_close(torch.cat([r[2][i] for r in one_per_shard]), weights[i])
+    shard_codes = sorted(code for r in one_per_shard for code in r[3])
+    assert [code[:2] for code in shard_codes] == [code[:2] for code in sorted(codes)]
     torch.testing.assert_close(
-        torch.tensor([c[2] for c in together]), torch.tensor([c[2] for c in sorted(codes)])
+        torch.tensor([c[2] for c in shard_codes]), torch.tensor([c[2] for c in sorted(codes)])
     )
     if kind == "ties":
         assert len({round(code[2], 3) for code in codes}) < len(codes) / 4, "ties were not tried"
@@ -99,12 +99,12 @@ def test_codes_reconstruction_and_gradients(team, shards, kind):
 
 def selected(world, values):
     """`Selection.keep` of each shard's columns of `values`."""
-    latents = groups(world, world.size).latents
-    mine = values.tensor_split(world.size, dim=1)[latents.rank]
-    return Selection(latents, 3).keep(mine)
+    latents = mesh_of(world, world.size).latents
+    own = values.tensor_split(world.size, dim=1)[latents.rank]
+    return Selection(latents, 3).keep(own)
 
 
-def test_equal_values_go_to_the_smaller_id_and_nan_is_kept(team):
+def test_ties_go_to_the_smaller_id_and_nan_is_kept(team):
     nan = float("nan")
     values = torch.tensor(
         [
@@ -129,15 +129,15 @@ def test_equal_values_go_to_the_smaller_id_and_nan_is_kept(team):
 
 
 def traffic(world, n_latents, n):
-    latents = Counted(groups(world, world.size).latents)
+    latents = CountingGroup(mesh_of(world, world.size).latents)
     sae = ShardedSAE(D, n_latents, K, latents).double()
     sae.reconstruct(inputs("plain", n))[0].sum().backward()
     return latents.bytes
 
 
-def test_the_traffic_of_a_token_does_not_grow_with_the_latents(team):
-    """A process hands over K candidates and a count of 4 B a token, D numbers of partial
-    reconstructions, and D numbers a pass for b_dec's gradient."""
+def test_the_traffic_per_token_does_not_grow_with_the_latents(team):
+    """Per token, a process sends K candidates, a count of 4 B and D numbers of its partial
+    reconstruction; and per pass, D numbers for b_dec's gradient."""
     n, size = 64, 8  # bytes of a float64
     for n_latents in (64, 1024):
         for sent in team.run(traffic, n_latents, n):
