@@ -137,9 +137,12 @@ def campaign(kills: int, seed: int = 0) -> tuple[Counter[str], list[str]]:
 
 def main() -> None:
     """The program."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(prog="python -m scripts.kill_and_resume", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--kills", type=int, default=50, help="(default: 50)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the moments to kill at (default: 0)"
+    )
     arguments = parser.parse_args()
     outcomes, differing = campaign(arguments.kills, arguments.seed)
     for outcome, count in outcomes.items():

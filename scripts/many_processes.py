@@ -126,9 +126,10 @@ def compare_killed(folder, kills):
 
 def main() -> None:
     """The program."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--kills", type=int, default=4)
+    parser = argparse.ArgumentParser(prog="python -m scripts.many_processes", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--steps", type=int, default=200, help="of part 1 (default: 200)")
+    parser.add_argument("--kills", type=int, default=4, help="in part 3 (default: 4)")
     arguments = parser.parse_args()
     largest = compare_trainers(arguments.steps)
     with tempfile.TemporaryDirectory() as folder:

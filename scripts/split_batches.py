@@ -36,7 +36,7 @@ Tensors = dict[str, Tensor]
 
 
 def one_step(trainer: Trainer, n_tokens: int, parts: Iterable[Tensor]) -> tuple[Step, Tensors]:
-    """One step on residuals in `parts`, before the optimizer's update: its gradients and metrics."""
+    """One step on residuals in `parts`, up to the optimizer's update: its gradients and metrics."""
     trainer.optimizer.zero_grad()
     step = Step(trainer, n_tokens)
     for x in parts:
@@ -69,10 +69,9 @@ def compare(steps: int, splits: Sequence[int]) -> tuple[dict[str, dict[str, floa
     torch.manual_seed(0)
     mlsae = MLSAE(read_shape(CONFIG).mlsae_config(CONFIG))
     trainer = Trainer(mlsae, dead_tokens=BATCH_TOKENS // 2, k_aux=64, aux_weight=1 / 32)
+    n_weak = mlsae.config.n_latents // 5
     with torch.no_grad():
-        mlsae.sae.W_enc[: len(mlsae.sae.W_enc) // 5] *= (
-            1e-2  # too weak to be selected, so soon dead
-        )
+        mlsae.sae.W_enc[:n_weak] *= 1e-2  # too weak to be selected, so soon dead
     batches = stream.batches()
     ways = [f"{parts} parts" for parts in splits] + ["reordered"]
     largest: dict[str, dict[str, float]] = {way: {} for way in ways}
@@ -110,8 +109,9 @@ def compare(steps: int, splits: Sequence[int]) -> tuple[dict[str, dict[str, floa
 
 def main() -> None:
     """The program."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100)
+    parser = argparse.ArgumentParser(prog="python -m scripts.split_batches", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--steps", type=int, default=100, help="(default: 100)")
     steps = parser.parse_args().steps
     largest, with_aux = compare(steps, (2, 8, 32))
     print(f"{steps} steps of {BATCH_TOKENS} tokens, {with_aux} of them with AuxK at work")
