@@ -31,20 +31,20 @@ CONFIG = TrainConfig(
     sae=SAEConfig(expansion=8, k=8), batch_tokens=BATCH_TOKENS, seq_len=SEQ_LEN, eval_tokens=2048
 )
 
-Tensors = dict[str, Tensor]
-"""Gradients and metrics of one step, by name."""
+Found = dict[str, Tensor]
+"""Gradients and metrics of a step, by name."""
 
 
-def one_step(trainer: Trainer, n_tokens: int, parts: Iterable[Tensor]) -> tuple[Step, Tensors]:
-    """One step on residuals in `parts`, up to the optimizer's update: its gradients and metrics."""
+def one_step(trainer: Trainer, n_tokens: int, parts: Iterable[Tensor]) -> tuple[Step, Found]:
+    """A step on residuals in `parts`, up to its end; what it found."""
     trainer.optimizer.zero_grad()
     step = Step(trainer, n_tokens)
     for x in parts:
         step.add(x)
     step.check()
-    grads = {f"gradient of {n}": p.grad.clone() for n, p in trainer.mlsae.sae.named_parameters()}
+    found = {f"gradient of {n}": p.grad.clone() for n, p in trainer.mlsae.sae.named_parameters()}
     sums = step.sums
-    return step, grads | {
+    return step, found | {
         "loss": sums.loss,
         "fvu": sums.fvu(),
         "aux": sums.aux,
@@ -53,57 +53,55 @@ def one_step(trainer: Trainer, n_tokens: int, parts: Iterable[Tensor]) -> tuple[
     }
 
 
-def relative_differences(whole: Tensors, split: Tensors) -> dict[str, float]:
-    """|whole − split| / |whole| for each name."""
+def differences(found: Found, other: Found) -> dict[str, float]:
+    """Relative differences by name."""
     return {
-        name: ((value - split[name]).norm() / value.norm().clamp_min(1e-12)).item()
-        for name, value in whole.items()
+        name: ((value - other[name]).norm() / value.norm().clamp_min(1e-12)).item()
+        for name, value in found.items()
     }
 
 
 def compare(steps: int, splits: Sequence[int]) -> tuple[dict[str, dict[str, float]], int]:
-    """Train `steps` steps on whole batches. Return, for each number of parts in `splits` and for
-    "reordered", the largest differences of all steps and of the validation metrics at the end; and
-    the number of steps in which AuxK was at work."""
+    """Train `steps` steps of whole batches; for each number of parts, and "reordered", the largest
+    differences of all steps, and of figures on held-out text at the end. And in how many of the
+    steps AuxK was at work."""
     stream = DataStream(CONFIG, torch.device("cpu"), whole=False)
     torch.manual_seed(0)
     mlsae = MLSAE(read_shape(CONFIG).mlsae_config(CONFIG))
     trainer = Trainer(mlsae, dead_tokens=BATCH_TOKENS // 2, k_aux=64, aux_weight=1 / 32)
-    n_weak = mlsae.config.n_latents // 5
     with torch.no_grad():
-        mlsae.sae.W_enc[:n_weak] *= 1e-2  # too weak to be selected, so soon dead
+        mlsae.sae.W_enc[: len(mlsae.sae.W_enc) // 5] *= 1e-2  # too weak to be selected: soon dead
     batches = stream.batches()
     ways = [f"{parts} parts" for parts in splits] + ["reordered"]
     largest: dict[str, dict[str, float]] = {way: {} for way in ways}
     with_aux = 0
 
-    def record(way: str, differences: dict[str, float]) -> None:
-        for name, value in differences.items():
+    def take(way: str, found: dict[str, float]) -> None:
+        for name, value in found.items():
             largest[way][name] = max(largest[way].get(name, 0.0), value)
 
-    for step_number in range(steps):
+    for number in range(steps):
         input_ids = next(batches)
         (x,) = stream.residuals(input_ids)
-        if step_number == 0:
+        if number == 0:
             trainer.initialize(*survey(mlsae, [x]))
-        parts_of = {f"{n} parts": x.tensor_split(n, dim=1) for n in splits}
-        parts_of["reordered"] = (x.flip(1),)
-        results = {way: one_step(trainer, x.shape[1], parts_of[way])[1] for way in ways}
+        others = {f"{n} parts": x.tensor_split(n, dim=1) for n in splits}
+        others["reordered"] = (x.flip(1),)
+        results = {way: one_step(trainer, x.shape[1], others[way])[1] for way in ways}
         step, whole = one_step(trainer, x.shape[1], [x])
         for way in ways:
-            record(way, relative_differences(whole, results[way]))
+            take(way, differences(whole, results[way]))
         with_aux += bool(whole["aux"] > 0)
         step.end(lr=1e-3)
     batches.close()
 
     (x,) = stream.residuals(stream.heldout())
-    (metrics,) = evaluate([mlsae], [x])
+    (figures,) = evaluate([mlsae], [x])
     for n in splits:
-        (split_metrics,) = evaluate([mlsae], x.tensor_split(n, dim=1))
+        (split,) = evaluate([mlsae], x.tensor_split(n, dim=1))
         for name in ("fvu", "fvu_paper", "l0", "totals", "counts"):
-            whole = {f"held-out {name}": getattr(metrics, name)}
-            split = {f"held-out {name}": getattr(split_metrics, name)}
-            record(f"{n} parts", relative_differences(whole, split))
+            value = {f"held-out {name}": getattr(figures, name)}
+            take(f"{n} parts", differences(value, {f"held-out {name}": getattr(split, name)}))
     return largest, with_aux
 
 

@@ -45,8 +45,7 @@ def mine(x, mesh):
 
 
 def train(trainer, mesh, seeds):
-    """Train one step per seed and return the metrics of the last. Some steps have fewer tokens than
-    there are processes."""
+    """Sums of the last step; one of them has fewer tokens than processes."""
     for seed in seeds:
         x = residuals(seed, 3 if seed % 10 == 7 else N)
         step = Step(trainer, x.shape[1])
@@ -72,19 +71,16 @@ def flat(state, prefix=""):
 
 
 def run(world, shards, seeds, state=None):
-    """Train, from `state` if given. Returns the metrics on every rank, the state and the counts of
-    active tokens on rank 0 (None elsewhere), and (rank among the shards, own weights)."""
+    """Train, from a state if given: the first process's state, and every process's sums."""
     mesh = make_mesh(world, torch.device("cpu"), shards, timeout=30) if world.size > 1 else ALONE
     trainer = make(mesh)
     if state:
-        trainer.load_state_dict(
-            copy.deepcopy(state)
-        )  # its memory is shared with the other processes
-    metrics = train(trainer, mesh, seeds)
-    validation = evaluate([trainer.mlsae], mine(residuals(500), mesh), mesh.data)[0]
-    metrics |= {"heldout": validation.fvu, "l0": validation.l0}
-    whole_state = trainer.state_dict() if mesh.data.rank == 0 else None  # collective over shards
-    weights = [p.detach().clone() for p in trainer.mlsae.parameters()]
-    if mesh.world.rank > 0:
-        return metrics, None, None, (mesh.latents.rank, weights)
-    return metrics, whole_state, validation.counts, (mesh.latents.rank, weights)
+        trainer.load_state_dict(copy.deepcopy(state))  # processes share what is sent to them
+    sums = train(trainer, mesh, seeds)
+    figures = evaluate([trainer.mlsae], mine(residuals(500), mesh), mesh.data)[0]
+    sums |= {"heldout": figures.fvu, "l0": figures.l0}
+    whole = trainer.state_dict() if mesh.data.rank == 0 else None
+    first = mesh.world.rank == 0
+    own = [p.detach().clone() for p in trainer.mlsae.parameters()]
+    counts = figures.counts if first else None
+    return sums, whole if first else None, counts, (mesh.latents.rank, own)

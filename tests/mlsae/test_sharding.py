@@ -60,13 +60,13 @@ def passes(sae, x):
     x_hat, codes = sae.reconstruct(x)
     (x_hat * torch.linspace(1, 2, D, dtype=torch.float64)).square().sum().backward()
     first = getattr(sae, "rows", slice(0, M)).start
-    tokens, slots = (codes.values > 0).nonzero(as_tuple=True)
-    latents = codes.indices[tokens, slots] + first
-    positive = zip(
-        tokens.tolist(), latents.tolist(), codes.values[tokens, slots].tolist(), strict=True
+    tokens, places = (codes.values > 0).nonzero(as_tuple=True)
+    latents = codes.indices[tokens, places] + first
+    found = zip(
+        tokens.tolist(), latents.tolist(), codes.values[tokens, places].tolist(), strict=True
     )
     gradients = {"x": x.grad, "b_dec": sae.b_dec.grad}
-    return x_hat.detach(), gradients, (sae.W_enc.grad, sae.W_dec.grad), list(positive)
+    return x_hat.detach(), gradients, (sae.W_enc.grad, sae.W_dec.grad), list(found)
 
 
 def sharded_passes(world, shards, kind):
@@ -135,9 +135,9 @@ def traffic(world, n_latents, n):
     return latents.bytes
 
 
-def test_the_traffic_per_token_does_not_grow_with_the_latents(team):
-    """Per token, a process sends K candidates, a count of 4 B and D numbers of its partial
-    reconstruction; and per pass, D numbers for b_dec's gradient."""
+def test_the_traffic_of_a_token_does_not_grow_with_the_latents(team):
+    """A process hands over K candidates and a count of 4 B a token, D numbers of partial
+    reconstructions, and D numbers a pass for b_dec's gradient."""
     n, size = 64, 8  # bytes of a float64
     for n_latents in (64, 1024):
         for sent in team.run(traffic, n_latents, n):
