@@ -1,4 +1,5 @@
-"""What the benchmarks vary (implementation, shape, dtype) and the random tensors that they use.
+"""What the benchmarks vary (implementation, shape, dtype) and the random tensors that they use, for
+both test files.
 
 Legend: N tokens, D inputs, M latents.
 """

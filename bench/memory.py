@@ -1,4 +1,5 @@
-"""How much memory a piece of work takes while it runs, beyond what was allocated before."""
+"""How much memory a piece of work takes while it runs, beyond what was allocated before. A file of
+its own, because `peer_steps` needs it where pytest is not installed."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Split the batches of a training in ever smaller parts, and print how far each step's gradients
-and metrics differ from those of the whole batch.
+"""Split training batches into ever smaller parts, and print how far the gradients and metrics of
+each step differ from those of the whole batch.
 
     python -m scripts.split_batches --steps 100
 
-The built-in model and text; a fifth of the latents begins dead, so that AuxK is at work. At every
-step, each way of splitting starts from the same state. Differences are relative, |a − b| / |a| in
-the Euclidean norm, the largest of all steps. The last column is what float32 itself does: the whole
-batch with its rows in another order. Where two latents are almost equally active, rounding decides
-which is the k-th: that is all that is left. A training parts from another at such a step, in
-whatever order the same sums are taken.
+It trains on the built-in model and text. A fifth of the latents starts dead, so that AuxK is at
+work. At every step, each way of splitting starts from the same state. Differences are relative,
+|a − b| / |a| in the Euclidean norm; the largest of all steps is printed. The last column shows what
+float32 itself does: the whole batch with its rows in reverse order. What remains is rounding: where
+two latents are almost equally active, it decides which one is the k-th. Two trainings diverge at
+such a step whenever they sum in different orders.
 """
 
 from __future__ import annotations
@@ -114,8 +114,9 @@ def compare(steps: int, splits: Sequence[int]) -> tuple[dict[str, dict[str, floa
 
 def main() -> None:
     """The program."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100)
+    parser = argparse.ArgumentParser(prog="python -m scripts.split_batches", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--steps", type=int, default=100, help="(default: 100)")
     steps = parser.parse_args().steps
     largest, with_aux = compare(steps, (2, 8, 32))
     print(f"{steps} steps of {BATCH_TOKENS} tokens, {with_aux} of them with AuxK at work")

@@ -1,4 +1,4 @@
-"""Small transformers of every supported family, and a patched forward pass by hand."""
+"""Small random transformers of every supported family, and a forward pass patched by a hook."""
 
 import torch
 import transformers
@@ -26,13 +26,14 @@ CONFIGS = {
 
 
 def make(config):
+    """A random model whose weights are large enough for its blocks to matter."""
     torch.manual_seed(0)
     config = type(config).from_dict({**config.to_dict(), "initializer_range": 0.3})
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 def forward_with_hook(model, input_ids, layer, residual):
-    """The oracle: the whole model runs, and a hook replaces the output of one block."""
+    """The oracle of patching: the whole model runs, and a hook replaces one block's output."""
 
     def replace(_module, _args, output):
         return residual if isinstance(output, torch.Tensor) else (residual, *output[1:])

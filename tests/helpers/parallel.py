@@ -1,6 +1,6 @@
-"""Training of one SAE in several processes, on random vectors, for the tests that compare layouts.
+"""Train one SAE on random vectors in several processes, for the tests that compare layouts.
 
-Legend: L layers, N tokens, D inputs, M latents, K active latents a token.
+Legend: L layers, N tokens, D inputs, M latents, K active latents per token.
 """
 
 import copy
@@ -17,10 +17,11 @@ from mlsae.training.state import TrainState
 from mlsae.training.validation import validate
 
 L, N, D, M, K = 2, 61, 8, 49, 4
-MESHES = [1, 2, 4]  # of 4 processes: shards of the latents
+SHARDS = [1, 2, 4]  # of the latents, on 4 processes
 
 
 def make(mesh):
+    """A trainer with the same initial weights on every mesh."""
     torch.manual_seed(0)
     mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 3)), shards=mesh.latents).double()
     state = TrainState(
@@ -33,15 +34,16 @@ def make(mesh):
 
 
 def residuals(seed, n=N):
+    """Random x (L, n, D), layers of different scale."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(L, n, D, generator=generator, dtype=torch.float64)
     return x * torch.tensor([1.0, 9.0])[:, None, None] + 2
 
 
 def mine(x, mesh):
-    """The parts of x (L, N, D) that this process has, of at most 20 tokens."""
-    share = splits(x.shape[1], mesh.data.size)[mesh.data.rank]
-    return [part for part in x[:, share].split(20, dim=1) if part.shape[1]]
+    """This process's tokens of x (L, N, D), in parts of at most 20."""
+    own = splits(x.shape[1], mesh.data.size)[mesh.data.rank]
+    return [part for part in x[:, own].split(20, dim=1) if part.shape[1]]
 
 
 def train(state, mesh, seeds):
@@ -56,6 +58,7 @@ def train(state, mesh, seeds):
 
 
 def flat(state, prefix=""):
+    """Copies of the tensors of a nested dict, by path."""
     tensors = {}
     for name, value in state.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The programs, as a user runs them."""
+"""Run the programs as a user does."""
 
 import os
 import subprocess
@@ -11,6 +11,7 @@ SMALL = (
 
 
 def program(*arguments, module="mlsae.train", **options):
+    """Run `python -m module arguments` offline, and return the finished process."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],

@@ -1,4 +1,4 @@
-"""Processes that stay up over several tests, as `torchrun` would start them, but sooner.
+"""Processes in the environment that `torchrun` would give them, kept alive over several tests.
 
 with Team(4) as team:
     results = team.run(function, argument)  # function(world, argument) in each: 4 results
@@ -13,7 +13,7 @@ import torch.multiprocessing
 
 
 class Team:
-    """`size` processes in a gloo group. What is run must be importable by name."""
+    """`size` processes in a gloo group. The functions they run must be importable by name."""
 
     def __init__(self, size, timeout=30, patience=120):
         self.patience = patience  # seconds to wait for a result
@@ -26,13 +26,13 @@ class Team:
             port = probe.getsockname()[1]
         self.pipes, self.processes = [], []
         for rank in range(size):
-            ours, theirs = context.Pipe()
+            own_end, process_end = context.Pipe()
             environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            arguments = (theirs, environment, timeout)
+            arguments = (process_end, environment, timeout)
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
-            self.pipes.append(ours)
+            self.pipes.append(own_end)
             self.processes.append(process)
 
     def __enter__(self):
@@ -46,19 +46,21 @@ class Team:
             process.kill()
 
     def run(self, function, *arguments):
-        """What `function(world, *arguments)` returns in each process; its failure, if any."""
+        """Call `function(world, *arguments)` in each process and return the results by rank. Fails
+        with the tracebacks of those that fail."""
         for pipe in self.pipes:
             pipe.send((function, arguments))
         outcomes = []
         for rank, pipe in enumerate(self.pipes):
             assert pipe.poll(self.patience), f"rank {rank} hangs"
             outcomes.append(pipe.recv())
-        failed = [f"rank {rank}:\n{said}" for rank, (said, _) in enumerate(outcomes) if said]
-        assert not failed, "\n".join(failed)
+        failures = [f"rank {rank}:\n{trace}" for rank, (trace, _) in enumerate(outcomes) if trace]
+        assert not failures, "\n".join(failures)
         return [result for _, result in outcomes]
 
 
 def _work(pipe, environment, timeout):
+    """One process: run what comes through the pipe and send back (traceback, result)."""
     from mlsae import distributed
 
     os.environ.update({name: str(value) for name, value in environment.items()})

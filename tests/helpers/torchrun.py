@@ -1,4 +1,4 @@
-"""The training program on several processes, as `torchrun` starts them."""
+"""The training program in several processes, as `torchrun` starts them."""
 
 import json
 import os
@@ -14,7 +14,7 @@ SAE = {"expansion": 2, "k": 8, "dead_tokens": 1500}
 
 
 def torchrun(out, *arguments, processes=2):
-    """The program on two processes, its settings as above; `arguments` come last."""
+    """Start the program with SETTINGS and SAE; `arguments` come last and override them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), "-m", "mlsae.train", "--out", str(out)]
     for name, value in SETTINGS.items():
@@ -29,13 +29,14 @@ def torchrun(out, *arguments, processes=2):
 
 
 def process_of(launcher, rank):
-    """The process id of a rank that the launcher has started, on Linux."""
+    """The process id of a rank that the launcher has started. Linux only."""
     tasks = Path(f"/proc/{launcher.pid}/task").glob("*/children")
     for child in (child for task in tasks for child in task.read_text().split()):
         if f"\0RANK={rank}\0" in f"\0{Path(f'/proc/{child}/environ').read_text()}":
             return int(child)
-    raise LookupError(f"no process of rank {rank}")
+    raise LookupError(f"the launcher has no process of rank {rank}")
 
 
 def metrics(folder):
+    """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

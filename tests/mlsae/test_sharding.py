@@ -1,4 +1,4 @@
-"""An SAE in shards is the SAE: codes, reconstruction and every gradient.
+"""A sharded SAE equals the whole one: codes, reconstruction and every gradient.
 
 Legend: N tokens, D inputs, M latents, K active latents per token, S shards.
 """
@@ -13,8 +13,8 @@ from sparse_topk import SparseTopKSAE
 N, D, M, K = 37, 12, 42, 5  # M is no multiple of 4
 
 
-class Counted(Group):
-    """A group that counts the bytes that this process hands to each collective."""
+class CountingGroup(Group):
+    """A group that counts the bytes that this process sends in each kind of collective."""
 
     def __init__(self, group):
         self.__dict__ |= group.__dict__
@@ -29,7 +29,7 @@ class Counted(Group):
         return super().sum_(tensor)
 
 
-def groups(world, shards):
+def mesh_of(world, shards):
     return make_mesh(world, torch.device("cpu"), shards, timeout=30)
 
 
@@ -47,7 +47,7 @@ def make(sae_class, *group, kind="plain"):
     torch.manual_seed(0)
     sae = sae_class(D, M, K, *group, **({} if group else {"bias": False})).double()
     with torch.no_grad():
-        if kind == "ties":  # scores of few values
+        if kind == "ties":  # so few different scores that they tie
             for weight in (sae.W_enc, sae.W_dec):
                 weight.copy_((3 * weight).round())
         sae.b_dec.copy_(torch.linspace(-1, 1, D).round())
@@ -68,7 +68,7 @@ def passes(sae, x):
 
 
 def sharded_passes(world, shards, kind):
-    mesh = groups(world, shards)
+    mesh = mesh_of(world, shards)
     sae = make(ShardedSAE, mesh.latents, kind=kind)
     return (*passes(sae, inputs(kind)), (mesh.data.rank, mesh.latents.rank))
 
@@ -78,18 +78,18 @@ def sharded_passes(world, shards, kind):
 def test_codes_reconstruction_and_gradients(team, shards, kind):
     x_hat, gradients, weights, codes = passes(make(SparseTopKSAE, kind=kind), inputs(kind))
     results = team.run(sharded_passes, shards, kind)
-    for other_x_hat, other, _, _, _ in results:
-        torch.testing.assert_close(other_x_hat, x_hat)
+    for shard_x_hat, shard_gradients, _, _, _ in results:
+        torch.testing.assert_close(shard_x_hat, x_hat)
         for name in gradients:
-            torch.testing.assert_close(other[name], gradients[name])
-    first = [r for r in results if r[4][0] == 0]
-    assert len(first) == shards
+            torch.testing.assert_close(shard_gradients[name], gradients[name])
+    one_per_shard = [r for r in results if r[4][0] == 0]
+    assert len(one_per_shard) == shards
     for i in range(2):
-        torch.testing.assert_close(torch.cat([r[2][i] for r in first]), weights[i])
-    together = sorted(code for r in first for code in r[3])
-    assert [code[:2] for code in together] == [code[:2] for code in sorted(codes)]
+        torch.testing.assert_close(torch.cat([r[2][i] for r in one_per_shard]), weights[i])
+    shard_codes = sorted(code for r in one_per_shard for code in r[3])
+    assert [code[:2] for code in shard_codes] == [code[:2] for code in sorted(codes)]
     torch.testing.assert_close(
-        torch.tensor([c[2] for c in together]), torch.tensor([c[2] for c in sorted(codes)])
+        torch.tensor([c[2] for c in shard_codes]), torch.tensor([c[2] for c in sorted(codes)])
     )
     if kind == "ties":
         assert len({round(code[2], 3) for code in codes}) < len(codes) / 4, "ties were not tried"
@@ -97,12 +97,12 @@ def test_codes_reconstruction_and_gradients(team, shards, kind):
 
 def selected(world, values):
     """`Selection.keep` of each shard's columns of `values`."""
-    latents = groups(world, world.size).latents
-    mine = values.tensor_split(world.size, dim=1)[latents.rank]
-    return Selection(latents, 3).keep(mine)
+    latents = mesh_of(world, world.size).latents
+    own = values.tensor_split(world.size, dim=1)[latents.rank]
+    return Selection(latents, 3).keep(own)
 
 
-def test_equal_values_go_to_the_smaller_id_and_nan_is_kept(team):
+def test_ties_go_to_the_smaller_id_and_nan_is_kept(team):
     nan = float("nan")
     values = torch.tensor(
         [
@@ -127,7 +127,7 @@ def test_equal_values_go_to_the_smaller_id_and_nan_is_kept(team):
 
 
 def traffic(world, n_latents, n):
-    latents = Counted(groups(world, world.size).latents)
+    latents = CountingGroup(mesh_of(world, world.size).latents)
     sae = ShardedSAE(D, n_latents, K, latents).double()
     sae.reconstruct(inputs("plain", n)).x_hat.sum().backward()
     return latents.bytes
