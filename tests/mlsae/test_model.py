@@ -1,6 +1,6 @@
 """The MLSAE against its definition, written out by hand.
 
-Legend: L layers, N tokens, D inputs, M latents, K active latents a token.
+Legend: L layers, N tokens, D inputs, M latents, K active latents per token.
 """
 
 import json
