@@ -18,13 +18,27 @@ class DataConfig:
     """A causal language model: "builtin", a name on the Hugging Face hub, or a local folder."""
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[DATASET]")] = builtin.NAME
     """Text: "builtin", a dataset on the hub (streamed), or a local file or folder of .txt, .jsonl,
-    .jsonl.zst or .parquet."""
+    .json, .csv (all also as .gz or .zst), .parquet or .arrow, also as left by save_to_disk."""
+    dataset_config: str | None = None
+    """Configuration of a dataset on the hub, such as en of allenai/c4. None: its default."""
+    dataset_split: str = "train"
+    """Split of the dataset to read, on the hub or in a folder that save_to_disk left."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a dataset on the hub. None: the newest."""
     layers: tuple[int, ...] | None = None
     """Layers to read, the first being 0. None: all."""
     seq_len: int | None = None
     """Tokens per row. None: the model's context, 2048 at most."""
     column: str = "text"
-    """The dataset's column of text."""
+    """The dataset's column: of text; of token ids of this model, a list per document; or of chats,
+    lists of {role, content}, which the tokenizer's chat template turns into text."""
+    heldout_share: float = 0.05
+    """Share of the text that is held out: chosen by a hash of the text, in segments of at most
+    8,192 characters, so it is the same for every model and row length. The built-in corpus holds
+    out a tenth of its files instead."""
+    max_bad_records: float = 0.01
+    """Share of the dataset's records that may be bad (null, not text, not readable). They are
+    skipped and counted; more of them end the run."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the transformer computes in. auto: as it was saved on CUDA, else float32."""
     model_device_map: str | None = None

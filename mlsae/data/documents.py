@@ -2,131 +2,238 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 from datasets import IterableDataset, load_dataset
 
 from .. import builtin
+from ..distributed import log_rank0
 from ..errors import InputError, first_line
+from .config import DataConfig
+from .heldout_split import HeldoutSplit, Piece, Split, pieces, segments
+from .local_files import LocalFiles
+from .records import Bad, Record, Start, Value, wanted
 
-Split = Literal["train", "heldout"]
-
-_LOADERS = {
-    ".txt": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".jsonl.zst": "json",
-    ".parquet": "parquet",
-}
-"""The loader of `datasets` by the end of a file's name."""
+_ENOUGH_RECORDS = 1000  # after so many, the share of bad ones is known well enough
 
 
 class Documents:
-    """The documents of `dataset`, in order. `dataset` is "builtin", a local file or folder, or the
-    name of a dataset on the hub. Iterating again resumes where the last iteration stopped, or
-    where a loaded `state_dict` was taken.
+    """The text of one side of a dataset, in pieces: `config.dataset` is "builtin", a local file or
+    folder, or the name of a dataset on the hub. Iterating again resumes where the last iteration
+    stopped, or where a loaded `state_dict` was taken.
 
-    A local .txt file is one document. Files in .jsonl, .jsonl.zst and .parquet, and datasets on the
-    hub (streamed, their "train" split), have one document per record, in `column`. `split` matters
-    to the built-in corpus only, which holds out whole files; of other datasets, `tokens.Rows` holds
-    out rows.
+    A local .txt file is one document. Other files, and datasets on the hub (streamed), have one
+    document per record, in `config.column`. The built-in corpus holds out whole files; of other
+    text, `HeldoutSplit` chooses. A document is one piece unless it has text of both sides, or more
+    than 2²⁰ characters of one: so many are in memory at a time, if the format allows, as .txt does.
 
-    Raises InputError if the dataset does not exist or is empty, if a file is of an unknown kind,
-    and, while iterating, if a record has no such column.
+    Bad records are skipped and counted: null, of another type, undecodable. (Of a document in
+    several pieces, those before the first undecodable byte remain.)
+
+    Raises InputError if the dataset does not exist or is empty, and, while iterating, if a file is
+    damaged, if no record has such a column, if more than the share `config.max_bad_records` are
+    bad (at the end, and from 1,000 records on), or if all of the text is on the other side.
     """
 
-    def __init__(self, dataset: str, split: Split, column: str = "text") -> None:
-        self.dataset, self.column = dataset, column
-        self._empty = True
-        path = Path(dataset).expanduser()
-        if dataset == builtin.NAME:
-            self.column = "text"
-            self._records = IterableDataset.from_generator(
-                _builtin_records, gen_kwargs={"split": split}
-            )
-        elif path.exists():
-            loader, files = _local_files(path)
-            options = {"sample_by": "document"} if loader == "text" else {}
-            self.column = "text" if loader == "text" else column
-            self._records = load_dataset(
-                loader, data_files=files, split="train", streaming=True, **options
-            )
-        else:
-            self._records = _hub_records(dataset)
+    def __init__(
+        self,
+        config: DataConfig,
+        split: Split,
+        render_chat: Callable[[list[Any]], str] | None = None,
+    ) -> None:
+        self.config, self.dataset, self._render_chat = config, config.dataset, render_chat
+        self._split = HeldoutSplit(split, config.heldout_share)
+        self._source = _open_source(config, split)
+        self._position: Any = None  # of the record that is read; None: the first
+        self._pieces = 0  # of that record that have been yielded
+        self._read, self._bad = 0, 0  # records
+        self._first_bad = ""
+        self._columns: list[str] | None = None  # of text, in the first bad record
+        self._any_text, self._ended = False, False
 
-    def __iter__(self) -> Iterator[str]:
-        for record in self._read_records():
-            text = record.get(self.column)
-            if not isinstance(text, str):
-                columns = [name for name, value in record.items() if isinstance(value, str)]
-                raise InputError(
-                    f"--column must name a column of text in {self.dataset}, got {self.column!r}; "
-                    f"its columns of text are: {', '.join(columns) or 'none'}"
-                )
-            if text:
-                self._empty = False
-                yield text
-        if self._empty:
+    def __iter__(self) -> Iterator[Piece]:
+        skipped = self._pieces  # of the first record: those already yielded
+        for position, record in self._source.read(self._position) if not self._ended else ():
+            self._position, self._pieces = position, skipped
+            value = self._rendered(record.value)
+            try:
+                for piece in islice(self._pieces_of(value), skipped, None):
+                    self._pieces += 1
+                    yield piece
+                bad = value if isinstance(value, Bad) else None
+            except UnicodeEncodeError:
+                bad = Bad("it holds bytes that are not UTF-8")
+            skipped = 0
+            self._count(record.place, bad)
+            self._check_bad(_ENOUGH_RECORDS)
+        self._ended = True
+        self._check_bad(1)
+        if not self._any_text:
             raise InputError(
                 f"DATASET {self.dataset} holds no text; give one with at least one document"
             )
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the iteration, JSON-serializable."""
-        return {"records": self._records.state_dict(), "empty": self._empty}
+        return {name: getattr(self, f"_{name}") for name in _STATE} | {
+            "lowest": self._split.lowest,
+            "highest": self._split.highest,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a position; the next iteration starts there."""
-        self._records.load_state_dict(state["records"])
-        self._empty = state["empty"]
-
-    def _read_records(self) -> Iterator[dict[str, Any]]:
-        """Yield the records. Raises InputError if a file is damaged."""
-        try:
-            yield from self._records
-        except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+        """Restore a position; the next iteration starts there. Raises InputError for a state of
+        version 0.2.0 or earlier, whose held-out text was chosen in another way."""
+        if "position" not in state:
             raise InputError(
-                f"DATASET {self.dataset} cannot be read: {first_line(error)}; "
-                "repair or remove the file"
+                "--resume needs a checkpoint of this version: an earlier one held out other text, "
+                "and cannot be resumed; start over with --overwrite, or in another --out"
+            )
+        for name in _STATE:
+            setattr(self, f"_{name}", state[name])
+        self._split.lowest, self._split.highest = state["lowest"], state["highest"]
+
+    def check_side(self) -> None:
+        """Raise InputError if all of the text, which has been read, is on the other side."""
+        if self.dataset != builtin.NAME:
+            self._split.check_side(self.dataset)
+
+    def _rendered(self, value: Value) -> Value:
+        """A chat as text; token ids and text as they are; Bad for any other list."""
+        if not isinstance(value, list) or all(type(x) is int for x in value):
+            return value
+        if self._render_chat and all(isinstance(x, dict) and "role" in x for x in value):
+            try:
+                return self._render_chat(value)
+            except InputError:
+                raise
+            except Exception as error:  # of the template, which is a program of its own
+                return Bad(f"the chat template refuses it: {first_line(error)}")
+        return Bad("it is a list neither of token ids nor of messages with a role")
+
+    def _pieces_of(self, value: Value) -> Iterator[Piece]:
+        if isinstance(value, Bad):
+            return iter(())
+        if isinstance(value, list):
+            content = b" ".join(str(i).encode() for i in value)
+            chosen = bool(value) and self._split.has(content)
+            self._any_text |= bool(value)
+            return iter([Piece(value, True)] if chosen else [])
+        return pieces(segments([value] if isinstance(value, str) else value), self._chooses)
+
+    def _chooses(self, segment: str) -> bool:
+        self._any_text = True
+        return self.dataset == builtin.NAME or self._split.has_text(segment)
+
+    def _count(self, place: str, bad: Bad | None) -> None:
+        """Count a record, and report the first bad one."""
+        self._read += 1
+        if bad is None:
+            return
+        self._bad += 1
+        if self._bad == 1:
+            self._first_bad, self._columns = f"{place}: {bad.reason}", bad.columns
+            _log_once(f"bad records are skipped and counted; the first is {self._first_bad}")
+
+    def _check_bad(self, enough: int) -> None:
+        """Raise InputError if, of at least `enough` records, too many are bad."""
+        if not self._bad or self._read < enough:
+            return
+        if self._bad == self._read and self._columns is not None:
+            raise InputError(
+                f"--column must name a column of text in {self.dataset}, got "
+                f"{self.config.column!r}; its columns of text are: "
+                f"{', '.join(self._columns) or 'none'} (the first record is {self._first_bad})"
+            )
+        if self._bad > self.config.max_bad_records * self._read:
+            raise InputError(
+                f"DATASET {self.dataset} has {self._bad:,} bad records among the first "
+                f"{self._read:,}, the first being {self._first_bad}; repair or remove them, or "
+                f"allow a larger share with --max_bad_records (now {self.config.max_bad_records:g})"
+            )
+        if self._ended:
+            _log_once(f"skipped {self._bad:,} bad of {self._read:,} records of {self.dataset}")
+
+
+_STATE = ("position", "pieces", "read", "bad", "first_bad", "columns", "any_text", "ended")
+
+
+class _Source(Protocol):
+    """Records, from any position on; positions are JSON-serializable."""
+
+    def read(self, position: Any = None) -> Iterator[tuple[Any, Record]]: ...
+
+
+class _BuiltinFiles:
+    """The built-in corpus: a record per file."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def read(self, position: Any = None) -> Iterator[tuple[Any, Record]]:
+        first = position or 0
+        for i, text in enumerate(islice(builtin.corpus(self.split), first, None), first):
+            yield i, Record(Start(i), builtin.NAME, text)
+
+
+class _HubRecords:
+    """The records of a dataset on the hub, streamed."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.name, self.column = config.dataset, config.column
+        try:
+            self._stream: IterableDataset = load_dataset(
+                self.name,
+                config.dataset_config,
+                split=config.dataset_split,
+                revision=config.dataset_revision,
+                streaming=True,
+            )
+        except Exception as error:  # the hub raises many kinds: not found, gated, offline, no split
+            raise InputError(
+                f"DATASET must be {builtin.NAME!r}, a local file or folder, or a dataset on the "
+                f"hub with the split {config.dataset_split!r} (see --dataset_split and "
+                f"--dataset_config), and {self.name!r} cannot be loaded: {first_line(error)}"
             ) from error
 
-
-def _builtin_records(split: Split) -> Iterator[dict[str, str]]:
-    for text in builtin.corpus(split):
-        yield {"text": text}
-
-
-def _loader_of(path: Path) -> str | None:
-    """The loader of `datasets` that reads a file of this name, or None."""
-    return _LOADERS.get("".join(path.suffixes[-2:]).lower()) or _LOADERS.get(path.suffix.lower())
-
-
-def _local_files(path: Path) -> tuple[str, list[str]]:
-    """The loader and the files it reads, for `path`, a file or a folder."""
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    loaders = sorted({loader for file in files if (loader := _loader_of(file))})
-    if len(loaders) != 1:
-        raise InputError(
-            f"DATASET must be a file or a folder of one kind of {', '.join(_LOADERS)}, "
-            f"got {path}, which has {' and '.join(loaders) or 'none of them'}; "
-            "convert it, or give the name of a dataset on the hub"
-        )
-    readable = [str(file) for file in files if _loader_of(file)]
-    if not any(Path(file).stat().st_size for file in readable):
-        raise InputError(f"DATASET {path} is empty; give one with at least one document")
-    return loaders[0], readable
+    def read(self, position: Any = None) -> Iterator[tuple[Any, Record]]:
+        if position is not None:
+            self._stream.load_state_dict(position)
+        records = iter(self._stream)
+        while True:
+            position = self._stream.state_dict()
+            try:
+                record = next(records, None)
+            except Exception as error:  # of the network, of any format
+                raise InputError(
+                    f"DATASET {self.name} cannot be read on: {first_line(error)}"
+                ) from error
+            if record is None:
+                return
+            yield position, Record(Start(0), self.name, wanted(record, self.column))
 
 
-def _hub_records(name: str) -> IterableDataset:
-    try:
-        return load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # the hub raises many kinds: not found, gated, offline, no split
-        raise InputError(
-            f"DATASET must be {builtin.NAME!r}, a local file or folder, or a dataset on the hub "
-            f"with a train split, and {name!r} cannot be loaded: {first_line(error)}"
-        ) from error
+def _open_source(config: DataConfig, split: Split) -> _Source:
+    path = Path(config.dataset).expanduser()
+    if config.dataset == builtin.NAME:
+        return _BuiltinFiles(split)
+    if not path.exists():
+        return _HubRecords(config)
+    for name, value in (
+        ("dataset_config", config.dataset_config),
+        ("dataset_revision", config.dataset_revision),
+    ):
+        if value is not None:
+            raise InputError(
+                f"--{name} is for datasets on the hub, and {path} is local, got {value}; leave it "
+                "out, or name the file or folder to read"
+            )
+    return LocalFiles(path, config.column, config.dataset_split)
+
+
+@cache  # so that the text of both sides, and every pass, report the same record once
+def _log_once(message: str) -> None:
+    log_rank0(message)

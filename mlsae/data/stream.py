@@ -5,6 +5,7 @@ Legend: L layers, B rows, T positions, N tokens, D width of the residual stream,
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -13,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import builtin
 from ..distributed import ALONE, Mesh, splits
 from ..errors import InputError
 from .config import DataConfig
-from .documents import Split
+from .heldout_split import Split
 from .residuals import ResidualReader, chosen_layers
 from .tokens import Batches, BroadcastBatches, Rows, not_special
 from .transformer import load_config, load_tokenizer, load_transformer
@@ -86,13 +88,19 @@ class DataStream:
         world = self.mesh.world
         if world.rank > 0:
             return BroadcastBatches((batch_rows, self.seq_len), world)
-        return Batches(self._rows("train", endless=True), batch_rows, state, world)
+        return Batches(self._rows("train", self.seed, endless=True), batch_rows, state, world)
 
     def heldout(self, tokens: int) -> Tensor:
         """Rows (B, T) that are never trained on, `tokens` tokens in all or fewer if the text has
-        fewer."""
+        fewer: the first ones of the text, in an order that `seed` draws."""
         n_rows = max(1, tokens // self.seq_len)
-        return torch.stack(list(islice(self._rows("heldout"), n_rows)))
+        if self.config.dataset == builtin.NAME:
+            # It is small, and shuffled whole: a few rows are of many files.
+            rows = list(islice(self._rows("heldout", self.seed), n_rows))
+        else:
+            rows = list(islice(self._rows("heldout"), n_rows))
+            random.Random(self.seed).shuffle(rows)
+        return torch.stack(rows)
 
     def count(self, input_ids: Tensor) -> int:
         """Tokens of rows (B, T), special ones dropped."""
@@ -125,13 +133,5 @@ class DataStream:
             [part[:, :length] for part, length in zip(gathered, lengths, strict=True)], dim=1
         ).float()
 
-    def _rows(self, split: Split, endless: bool = False) -> Rows:
-        return Rows(
-            self.config.dataset,
-            self.tokenizer,
-            self.seq_len,
-            split,
-            column=self.config.column,
-            seed=self.seed,
-            endless=endless,
-        )
+    def _rows(self, split: Split, seed: int | None = None, endless: bool = False) -> Rows:
+        return Rows(self.config, self.tokenizer, self.seq_len, split, seed=seed, endless=endless)

@@ -9,19 +9,22 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from functools import partial
+from itertools import islice
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from .. import builtin
 from ..distributed import ALONE, Group
 from ..errors import InputError
-from .documents import Documents, Split
+from .config import DataConfig
+from .documents import Documents
+from .heldout_split import PIECE_CHARS, Piece, Split
+from .packing import TokenQueue
 
-_HELDOUT_EVERY = 20  # of a dataset other than the built-in one, every 20th row is held out
 _DOCUMENTS_AT_ONCE = 256  # tokenized together, which keeps the tokenizer's threads busy
+_FIRST_CHARS = 2**14  # tokenized together at first, then twice as many: a few rows cost little
 
 
 class Rows:
@@ -30,30 +33,26 @@ class Rows:
 
     Documents are joined by EOS and cut into rows; the tokens left at the end of a pass, fewer than
     a row, are dropped. If the tokenizer begins every text with BOS, every row begins with it, as
-    the model saw it in training. With a seed, rows are shuffled in a buffer of `buffer_rows`; pass
+    the model saw it in training. A text of more than 2²⁰ characters is tokenized in pieces, whose
+    ends are before white space. With a seed, rows are shuffled in a buffer of `buffer_rows`; pass
     i draws from `seed` + i. A `state_dict` taken between two rows resumes with the very next one.
 
     Raises InputError if the tokenizer has no EOS, or if the whole split is shorter than one row.
     """
 
-    _tokens: list[int]  # of the documents read so far, used up to `_used`
-    _buffer: list[Tensor]
-
     def __init__(
         self,
-        dataset: str,
+        config: DataConfig,
         tokenizer: Any,
         seq_len: int,
         split: Split,
         *,
-        column: str = "text",
         seed: int | None = None,
         buffer_rows: int = 4096,
         endless: bool = False,
     ) -> None:
-        self.dataset, self.tokenizer, self.seq_len, self.split = dataset, tokenizer, seq_len, split
-        self.column, self.seed, self.buffer_rows = column, seed, buffer_rows
-        self.endless = endless
+        self.config, self.tokenizer, self.seq_len, self.split = config, tokenizer, seq_len, split
+        self.seed, self.buffer_rows, self.endless = seed, buffer_rows, endless
         self._eos = tokenizer.eos_token_id
         if self._eos is None:
             raise InputError(
@@ -77,12 +76,17 @@ class Rows:
             raise StopIteration
         return row
 
+    @property
+    def passes(self) -> int:
+        """Which pass over the text the last row was of; 1 at the start."""
+        return self._pass + 1
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next row depends on: tensors, and JSON-serializable values."""
         return {
             "pass": self._pass,
             "documents": self._documents.state_dict(),
-            "rest": torch.tensor(self._tokens[self._used :], dtype=torch.int32),
+            "rest": torch.from_numpy(self._tokens.all()),
             "packed": self._packed,
             "filled": self._filled,
             "buffer": torch.stack(self._buffer).int() if self._buffer else torch.empty(0, 0),
@@ -93,20 +97,21 @@ class Rows:
         """Restore a state; the next row is the one that would have followed it."""
         self._start_pass(state["pass"])
         self._documents.load_state_dict(state["documents"])
-        self._tokens = state["rest"].tolist()
+        self._tokens.add(state["rest"].numpy())
         self._packed, self._filled = state["packed"], state["filled"]
-        self._buffer = list(state["buffer"].long())
+        self._buffer[:] = state["buffer"].long()
         version, internal, gauss = state["random"]
         self._random.setstate((version, tuple(internal), gauss))
 
     def _start_pass(self, number: int) -> None:
         self._pass = number
-        self._documents = Documents(self.dataset, self.split, self.column)
-        self._texts = iter(self._documents)
-        self._tokens, self._used = [], 0
-        self._packed = 0  # rows packed in this pass, of both splits
+        self._documents = Documents(self.config, self.split, self._render_chat)
+        self._pieces = iter(self._documents)
+        self._chars = _FIRST_CHARS  # to tokenize together next time
+        self._tokens = TokenQueue()  # of the documents read so far, not in a row yet
+        self._packed = 0  # rows packed in this pass
         self._filled = False  # whether the buffer has been filled in this pass
-        self._buffer = []
+        self._buffer: list[Tensor] = []
         self._random = random.Random((self.seed or 0) + number)
 
     def _next_in_pass(self) -> Tensor | None:
@@ -128,39 +133,68 @@ class Rows:
         return row
 
     def _pack(self) -> Tensor | None:
-        """The next row of the split in the order of the text, or None at the end of the pass."""
+        """The next row in the order of the text, or None at the end of the pass."""
         length = self.seq_len - len(self._row_start)
-        while True:
-            while self._used + length <= len(self._tokens):
-                ids = self._tokens[self._used : self._used + length]
-                self._used += length
-                self._packed += 1
-                if self._in_split(self._packed - 1):
-                    return torch.tensor(self._row_start + ids)
-            texts = list(islice(self._texts, _DOCUMENTS_AT_ONCE))
-            if not texts:
+        while len(self._tokens) < length:
+            if not self._tokenize():
                 self._check_not_short()
                 return None
-            encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            joined = chain.from_iterable([*ids, self._eos] for ids in encoded)
-            self._tokens = [*self._tokens[self._used :], *joined]
-            self._used = 0
+        self._packed += 1
+        return torch.tensor([*self._row_start, *self._tokens.take(length).tolist()])
 
-    def _in_split(self, number: int) -> bool:
-        """Whether the packed row of this number belongs to the split."""
-        if self.dataset == builtin.NAME:
-            return True  # the built-in corpus is split by files
-        return (number % _HELDOUT_EVERY == 0) == (self.split == "heldout")
+    def _tokenize(self) -> bool:
+        """Tokenize the next pieces of text. False at the end of the pass."""
+        batch: list[Piece] = []
+        chars = 0
+        while chars < self._chars and len(batch) < _DOCUMENTS_AT_ONCE:
+            piece = next(self._pieces, None)
+            if piece is None:
+                break
+            batch.append(piece)
+            chars += len(piece.text)
+        self._chars = min(2 * self._chars, PIECE_CHARS)
+        if not batch:
+            return False
+        texts = [piece.text for piece in batch if isinstance(piece.text, str)]
+        encode = partial(self.tokenizer, add_special_tokens=False, verbose=False)
+        encoded = iter(encode(texts)["input_ids"] if texts else [])
+        for piece in batch:
+            ids = next(encoded) if isinstance(piece.text, str) else self._checked(piece.text)
+            self._tokens.add(ids)
+            if piece.ends:
+                self._tokens.add([self._eos])
+        return True
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """Token ids of the dataset. Raises InputError if the tokenizer has no such token."""
+        least, most = min(ids), max(ids)
+        if least < 0 or most >= len(self.tokenizer):
+            raise InputError(
+                f"--column {self.config.column} must hold token ids of MODEL's tokenizer, in "
+                f"[0, {len(self.tokenizer) - 1}], got {least if least < 0 else most}; give text, "
+                "or the model whose tokenizer made them"
+            )
+        return ids
+
+    def _render_chat(self, messages: list[Any]) -> str:
+        """A chat as text. Raises InputError if the tokenizer has no chat template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(
+                f"--column {self.config.column} holds chats, and MODEL's tokenizer has no chat "
+                "template to turn them into text; give a model that has one, or a column of text"
+            )
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
     def _check_not_short(self) -> None:
-        """Raise InputError if the pass that ends has no row of the split."""
-        need = 1 if self.dataset == builtin.NAME or self.split == "heldout" else 2
-        if self._packed < need:
-            raise InputError(
-                f"DATASET {self.dataset} is shorter than the {need * self.seq_len} tokens that "
-                f"its {self.split} rows need; give more text, or shorter rows with --seq_len "
-                f"(now {self.seq_len})"
-            )
+        """Raise InputError if the pass that ends has no row."""
+        if self._packed:
+            return
+        self._documents.check_side()
+        raise InputError(
+            f"DATASET {self.config.dataset} is too short: its {self.split} text has fewer than the "
+            f"{self.seq_len} tokens of a row; give more text, shorter rows with --seq_len, or "
+            "another part with --heldout_share"
+        )
 
 
 class Batches:
@@ -178,35 +212,45 @@ class Batches:
     ) -> None:
         self.rows, self.batch_rows, self.group = rows, batch_rows, group
         self.seconds = 0.0  # spent reading and tokenizing
+        self.passes = 1
+        """Which pass over the text the last batch reached; 1 at the start."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         if state is None:
             self._pending = self._thread.submit(self._prepare)
         else:
             rows.load_state_dict(state["rows"])
-            self._pending = self._thread.submit(state["pending"].long)
+            self.passes = state["passes"]
+            pending = state["pending"].long(), state["pending_passes"]
+            self._pending = self._thread.submit(lambda: pending)
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
 
     def __next__(self) -> Tensor:
-        batch = self._pending.result()
+        batch, self.passes = self._pending.result()
         self._pending = self._thread.submit(self._prepare)
         return self.group.broadcast_(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the rows, and the batch that is prepared but not yet yielded."""
-        pending = self._pending.result()
-        return {"pending": pending.int(), "rows": self.rows.state_dict()}
+        pending, passes = self._pending.result()
+        return {
+            "pending": pending.int(),
+            "pending_passes": passes,
+            "passes": self.passes,
+            "rows": self.rows.state_dict(),
+        }
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _prepare(self) -> Tensor:
+    def _prepare(self) -> tuple[Tensor, int]:
+        """The next batch, and the pass that it reaches."""
         started = time.perf_counter()
         batch = torch.stack(list(islice(self.rows, self.batch_rows)))
         self.seconds += time.perf_counter() - started
-        return batch
+        return batch, self.rows.passes
 
 
 class BroadcastBatches:
@@ -217,6 +261,7 @@ class BroadcastBatches:
     """
 
     seconds = 0.0  # spent reading: rank 0 does it
+    passes = 1  # over the text: rank 0 counts them
 
     def __init__(self, shape: tuple[int, int], group: Group) -> None:
         self.shape, self.group = shape, group

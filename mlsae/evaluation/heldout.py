@@ -9,12 +9,21 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from .. import builtin
 from ..data.config import DataConfig
 from ..data.stream import DataStream, read_shape
+from ..distributed import log_rank0
 from ..errors import InputError
 from ..model import MLSAE
 
 _DEFAULT_MICRO_TOKENS = 2048
+_AS_TRAINED = (  # settings that a measurement takes from the run
+    "dataset_config",
+    "dataset_split",
+    "dataset_revision",
+    "heldout_share",
+    "max_bad_records",
+)
 
 
 @dataclass(frozen=True)
@@ -94,12 +103,18 @@ def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -
             raise InputError(
                 f"{name} must be given, since config.json in {config.run} names none, got none"
             )
+    if trained and "heldout_share" not in trained and dataset != builtin.NAME:
+        log_rank0(
+            f"{config.run} was trained by an earlier version, which held out other text: some of "
+            f"the text measured on here may be text that it was trained on"
+        )
     return DataConfig(
         model,
         dataset,
         layers=config.layers or mlsae.config.layers or None,
         seq_len=config.seq_len or trained.get("seq_len"),
         column=config.column or trained.get("column", "text"),
+        **{name: trained[name] for name in _AS_TRAINED if name in trained},
         model_dtype=trained.get("model_dtype", "auto"),
         model_device_map=trained.get("model_device_map"),
         model_quantize=trained.get("model_quantize"),

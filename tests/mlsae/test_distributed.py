@@ -90,6 +90,8 @@ def test_residuals_that_are_not_finite_in_one_process_stop_all(team, shards):
 class NumberedRows:
     """Rows 0, 1, 2, …, each filled with its number."""
 
+    passes = 1
+
     def __init__(self):
         self.next = 0
 

@@ -1,0 +1,108 @@
+"""Which text is held out: a rule on the text alone, the same whatever reads it.
+
+A document is cut into segments of at most 8,192 characters, so that a long one has several. A
+segment is held out if the BLAKE2b hash of its content, as a number in [0, 1), is below the share.
+So the same text is on the same side in every dataset, for every model and row length, and what a
+smaller share holds out, a larger one does too. Neighboring segments of a side stay together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
+
+from ..errors import InputError
+
+Split = Literal["train", "heldout"]
+
+SEGMENT_CHARS = 8192  # about a row of 2048 tokens
+PIECE_CHARS = 2**20  # tokenized at a time: what a tokenizer holds is some 400 times as large
+
+_UP_TO_A_SPACE = re.compile(r".*\S(?=\s)", re.DOTALL)
+
+
+class Piece(NamedTuple):
+    """Text of one document and of one side, to be tokenized at a time; or its token ids."""
+
+    text: str | list[int]
+    ends: bool
+    """Whether the next piece is of another document, or does not follow on this one in it."""
+
+
+def segments(parts: Iterable[str]) -> Iterator[str]:
+    """The segments of a text that comes in `parts`, however it is parted. A segment ends before
+    white space, where tokenizers part words; or, if its second half has none, anywhere."""
+    rest = ""
+    for part in parts:
+        text, start = rest + part, 0
+        while len(text) - start > SEGMENT_CHARS:
+            middle, end = start + SEGMENT_CHARS // 2, start + SEGMENT_CHARS
+            match = _UP_TO_A_SPACE.match(text, middle, end + 1)
+            end = match.end() if match else end
+            yield text[start:end]
+            start = end
+        rest = text[start:]
+    if rest:
+        yield rest
+
+
+def pieces(segments: Iterable[str], chosen: Callable[[str], bool]) -> Iterator[Piece]:
+    """Join neighbors among the `chosen` segments of a document, up to PIECE_CHARS."""
+    joined: list[str] = []
+    size = 0
+    for segment in segments:
+        if not chosen(segment):
+            if joined:
+                yield Piece("".join(joined), True)
+            joined, size = [], 0
+            continue
+        if size + len(segment) > PIECE_CHARS:
+            yield Piece("".join(joined), False)
+            joined, size = [], 0
+        joined.append(segment)
+        size += len(segment)
+    if joined:
+        yield Piece("".join(joined), True)
+
+
+class HeldoutSplit:
+    """Whether content belongs to the side `split`, of which "heldout" has `share`.
+
+    Raises InputError if the share is not in (0, 1), or (0, 1] where nothing is trained on.
+    """
+
+    def __init__(self, split: Split, share: float) -> None:
+        if not (0 < share < 1 or (share == 1 and split == "heldout")):
+            raise InputError(
+                f"--heldout_share must be greater than 0 and less than 1, got {share:g}"
+            )
+        self.split, self.share = split, share
+        self.lowest, self.highest = 1.0, 0.0  # numbers of all content seen so far
+
+    def has(self, content: bytes) -> bool:
+        """Whether `content` is on this side."""
+        number = int.from_bytes(hashlib.blake2b(content, digest_size=6).digest()) / 2**48
+        self.lowest, self.highest = min(self.lowest, number), max(self.highest, number)
+        return (number < self.share) == (self.split == "heldout")
+
+    def has_text(self, text: str) -> bool:
+        """Whether `text` is on this side. Raises UnicodeEncodeError if it has lone surrogates."""
+        return self.has(text.encode())
+
+    def check_side(self, dataset: str) -> None:
+        """Raise InputError if none of the content of `dataset`, all of it seen, is on this side."""
+        if (self.lowest < self.share) if self.split == "heldout" else (self.highest >= self.share):
+            return
+        side = "held out" if self.split == "heldout" else "left to train on"
+        if self.lowest == self.highest:
+            way_out = "it is too short to be split; give more text"
+        else:
+            shares = math.floor(self.lowest * 1e4 + 1) / 1e4, math.floor(self.highest * 1e4) / 1e4
+            way_out = f"give more text, or a share of {shares[0]:g} to {shares[1]:g}"
+        raise InputError(
+            f"--heldout_share: of the text in {dataset}, in segments of at most "
+            f"{SEGMENT_CHARS:,} characters, none is {side} by a share of {self.share:g}; {way_out}"
+        )
