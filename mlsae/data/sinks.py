@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,32 +122,44 @@ def _token_id(token: str, tokenizer: Any) -> int:
     return ids[0]
 
 
+class Massive(NamedTuple):
+    """Which of N tokens are massive, by what ratio, and how much longer than others they are."""
+
+    token: Tensor
+    """(N,) bool."""
+    ratio: float
+    times: Tensor
+    """(N,) |x| over the median of the layer, at the layer where it is the most."""
+
+
 def resolve_norm(
     rule: DropRule, setting: float | Literal["auto", "off"], norms: Tensor
-) -> tuple[DropRule, Tensor]:
-    """`rule` with what `setting` (`--drop_norm`) says of norms (L, N), and the tokens that are
-    massive, (N,) bool. auto: as 10 if there are any, else off."""
+) -> tuple[DropRule, Massive]:
+    """`rule` with what `setting` (`--drop_norm`) says of norms (L, N), and what is massive. auto:
+    as 10 if anything is, else off."""
     ratio = MASSIVE if isinstance(setting, str) else float(setting)
     medians = tuple(norms.median(1).values.tolist())
     by_norm = replace(rule, norm=ratio, medians=medians)
-    massive = ~by_norm.keeps_norms(norms)
-    drops = setting != "off" and (setting != "auto" or bool(massive.any()))
-    return (by_norm if drops else rule), massive
+    token = ~by_norm.keeps_norms(norms)
+    times = (norms / norms.new_tensor(medians)[:, None]).nan_to_num(0, 0).amax(0)
+    drops = setting != "off" and (setting != "auto" or bool(token.any()))
+    return (by_norm if drops else rule), Massive(token, ratio, times)
 
 
 def describe_massive(
-    massive: Tensor, input_ids: Tensor, token_mask: Tensor, tokenizer: Any, rule: DropRule
+    massive: Massive, input_ids: Tensor, token_mask: Tensor, tokenizer: Any, dropped: bool
 ) -> str:
-    """One line: how many tokens are massive, where, and what becomes of them; "" if none are.
+    """One line: how many tokens are massive, where, and whether they are dropped; "" if none are.
 
-    massive (N,) bool are the tokens of input_ids (B, T) that token_mask (B, T) leaves. Positions,
-    then token ids, are named if most of their occurrences are massive, and there are several.
+    The N tokens are those of input_ids (B, T) that token_mask (B, T) leaves. Positions, then token
+    ids, are named if most of their occurrences are massive, and there are several; of all others
+    the longest vector is.
     """
-    if not massive.any():
+    if not massive.token.any():
         return ""
-    position = token_mask.nonzero()[:, 1]
-    left, places = massive.clone(), []
-    for name, values in (("position", position), ("token", input_ids[token_mask])):
+    position, ids = token_mask.nonzero()[:, 1], input_ids[token_mask]
+    left, places = massive.token.clone(), []
+    for name, values in (("position", position), ("token", ids)):
         occurrences, hits = torch.bincount(values), torch.bincount(values[left])
         occurrences = occurrences[: len(hits)]
         most = (hits > occurrences / 2) & (occurrences > 1)
@@ -157,17 +169,21 @@ def describe_massive(
             places.append(f"{name} {i}{text} ({hits[i]} of {occurrences[i]})")
             left &= values != i
     if left.any():
-        places.append(f"{int(left.sum()):,} elsewhere")
-    count, ratio = int(massive.sum()), rule.norm or MASSIVE
+        n = int(torch.where(left, massive.times, 0).argmax())
+        places.append(
+            f"{int(left.sum()):,} elsewhere, the longest token {ids[n]} "
+            f"{tokenizer.decode([ids[n]])!r} at position {position[n]}"
+        )
+    count, ratio = int(massive.token.sum()), massive.ratio
     per_row = f"{count / len(input_ids):.2g} per row"
     fate = (
         f"dropped at all layers ({per_row}); keep them with --drop_norm off"
-        if rule.norm
+        if dropped
         else f"kept ({per_row}); drop them with --drop_norm {ratio:g}"
     )
     return (
-        f"{count:,} of {len(massive):,} tokens have a norm above {ratio:g} × the median of a layer:"
-        f" {', '.join(places)}. They are {fate}"
+        f"{count:,} of {len(ids):,} tokens have a norm above {ratio:g} × the median of a layer, up "
+        f"to {massive.times.max():,.0f} ×: {', '.join(places)}. They are {fate}"
     )
 
 

@@ -117,7 +117,8 @@ class DataStream:
                 "--drop_positions, --drop_tokens and --drop_norm must leave tokens that are not "
                 f"special, and drop all of the first {len(input_ids)} rows ({self.drop})"
             )
-        return describe_massive(massive, input_ids, token_mask, self.tokenizer, self.drop)
+        dropped = self.drop.norm is not None
+        return describe_massive(massive, input_ids, token_mask, self.tokenizer, dropped)
 
     def count(self, input_ids: Tensor) -> int:
         """Tokens of rows (B, T) that neither are special nor are dropped by position or id: known

@@ -4,6 +4,7 @@ Legend: L layers, B rows, T positions, N tokens.
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_a_token_is_dropped_if_it_is_massive_at_any_layer(n_layers, n_tokens, ra
         is_massive = any(
             norms[layer, n] > torch.tensor(ratio * medians[layer]) for layer in range(n_layers)
         )
-        assert massive[n] == is_massive
+        assert massive.token[n] == is_massive
         assert rule.keeps_norms(norms)[n] != is_massive
     again = DropRule.from_dict(json.loads(json.dumps(rule.as_dict())))
     assert again == rule, "a saved rule is the same rule, bit for bit"
@@ -57,10 +58,11 @@ def test_auto_drops_only_if_there_is_something():
     assert resolve_norm(DropRule(), "auto", plain)[0] == DropRule()
     rule, massive = resolve_norm(DropRule(), "auto", sunk)
     assert rule.norm == 10
-    assert massive.nonzero().flatten().tolist() == [7]
+    assert massive.token.nonzero().flatten().tolist() == [7]
+    assert massive.times[7] == pytest.approx(100 / sunk[1].median().item())
     rule, massive = resolve_norm(DropRule((0,)), "off", sunk)
     assert rule == DropRule((0,))
-    assert massive.any(), "so that it can be told"
+    assert massive.token.any(), "so that it can be told"
 
 
 def test_norms_that_are_not_finite_or_have_no_median_are_kept():
@@ -114,6 +116,8 @@ def test_a_massive_first_position_is_found_and_dropped(massive_model, micro_rows
     assert line.startswith(f"{n_first} of {n_all:,} tokens have a norm above 10 ×")
     assert f"position 0 ({n_first} of {n_first})" in line
     assert "elsewhere" not in line
+    times = float(re.search(r"up to ([\d,]+) ×", line)[1])
+    assert 30 < times < 80
     assert "--drop_norm off" in line
     assert torch.equal(stream.token_mask(ids), not_first)
     # Known before the model runs: what is dropped by norm counts.
@@ -145,7 +149,10 @@ def test_a_massive_token_is_named(tmp_path):
     assert count > 2, "the token must be in the text"
     line = stream.resolve_drop(ids)
     assert f"token {token} {stream.tokenizer.decode([token])!r} ({count} of {count})" in line
-    assert "position" not in line.split(":")[1]
+    assert "position" not in line
+    line = stream_of(stream.config.model).resolve_drop(ids[(ids == token).sum(1) == 1][:1])
+    where = f"token {token} ' self' at position"
+    assert f": 1 elsewhere, the longest {where}" in line, "once is too seldom to tell why"
     mask = not_special(ids, stream.tokenizer) & (ids != token)
     assert torch.equal(stream.token_mask(ids), mask)
 

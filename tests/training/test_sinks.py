@@ -16,6 +16,7 @@ import mlsae
 from mlsae import MLSAE, metrics
 from mlsae.analysis.run import AnalyzeConfig, analyze, show_prompt
 from mlsae.cli import parse
+from mlsae.compare import compare
 from mlsae.config import SAEConfig, SAESweep, TrainArguments, TrainConfig
 from mlsae.data.config import DataConfig
 from mlsae.data.sinks import DropRule
@@ -240,6 +241,17 @@ def test_other_layers_measure_medians_of_their_own(root):
     result = evaluate(EvaluateConfig(config.out, layers=(0, 1), **SMALL))
     assert len(result.provenance.dropped["medians"]) == 2
     assert result.provenance.tokens_dropped == 32
+
+
+def test_what_is_massive_at_one_layer_is_left_out_at_all(root):
+    """So a comparison measures the SAE of a layer that has nothing massive on the same tokens."""
+    save_gpt2(root / "late", massive=50, late=True)
+    config = settings(root, "late", "compared")
+    results = compare(replace(config, tokens=600))
+    assert saved(config.out / "layer-0")["dropped"]["norm"] is None
+    assert saved(config.out / "layer-1")["dropped"]["norm"] == 10
+    assert {result.provenance.tokens_dropped for result in results.values()} == {32}
+    assert len({result.provenance.tokens for result in results.values()}) == 1
 
 
 def test_several_saes_share_the_rule(root):
