@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from . import builtin
+from .data.sinks import DropRule
 
 PAPER = "https://arxiv.org/abs/2409.04185"
 _CITATION = """```bibtex
@@ -98,12 +99,15 @@ def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
         if value is not None:
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
             rows.append((f"`--{name}`", shown))
+    if dropped := str(DropRule.from_dict(settings.get("dropped", {}))):
+        rows.append(("left out beside special tokens", dropped))
     return rows + [(f"{name} (version)", v) for name, v in settings.get("versions", {}).items()]
 
 
 def _metrics(heldout: dict[str, Any], layers: Sequence[int]) -> str:
     """A row per layer, and one of their mean."""
     names = {"fvu": "FVU", "fvu_paper": "FVU as in the paper", "l0": "L0"}
+    names["fvu_all"] = "FVU with the tokens left out"  # if there are any
     columns = [name for name in names if f"{name}_layers" in heldout]
     rows: list[tuple[object, ...]] = [
         (layer, *(f"{heldout[f'{name}_layers'][i]:.4f}" for name in columns))

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from . import cli
 from .config import PRESETS, SAEConfig, TrainArguments, TrainConfig, check_config
+from .data.sinks import DropRule
 from .distributed import launched, log_rank0
 from .errors import InputError, NonFiniteError
 from .evaluation import sharing
@@ -58,9 +59,11 @@ def compare(config: TrainConfig) -> Results:
     log_rank0("SAE of all layers")
     results = {SHARED: _one(config, config.out / SHARED, config.data.layers, config.data.layers)}
     layers = results[SHARED].layers
+    # Others see other layers, and so might drop other tokens: all are measured on the same ones.
+    drop = DropRule.from_dict(results[SHARED].provenance.dropped)
     for layer in layers:
         log_rank0(f"SAE of layer {layer}")
-        results[str(layer)] = _one(config, config.out / f"layer-{layer}", (layer,), layers)
+        results[str(layer)] = _one(config, config.out / f"layer-{layer}", (layer,), layers, drop)
     write_file(config.out / "comparison.csv", sharing.as_csv(results).encode())
     return results
 
@@ -70,11 +73,13 @@ def _one(
     out: Path,
     trained: tuple[int, ...] | None,
     measured: tuple[int, ...] | None,
+    drop: DropRule | None = None,
 ) -> EvaluationResult:
-    """Train on the layers `trained`, and measure at those `measured`. None: all."""
+    """Train on the layers `trained`, and measure at those `measured`. None: all. Measure without
+    what `drop` names; None: as in training."""
     train(replace(config, out=out, data=replace(config.data, layers=trained)))
     return evaluate(
-        EvaluateConfig(out, tokens=config.eval_tokens, layers=measured, device=config.device)
+        EvaluateConfig(out, tokens=config.eval_tokens, layers=measured, device=config.device), drop
     )
 
 

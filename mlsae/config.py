@@ -144,7 +144,8 @@ class TrainSettings:
     from the beginning if there is none yet."""
     preset: Literal["default", "paper"] = "default"
     """What the settings that are not given default to. paper: all of Lawson et al. (arXiv
-    2409.04185): expansion 64, k 32, 10⁹ tokens in batches of 131,072, constant rate 1e-4."""
+    2409.04185): expansion 64, k 32, 10⁹ tokens in batches of 131,072, constant rate 1e-4, and no
+    tokens dropped but special ones."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ def _settings(config: TrainSettings) -> dict[str, Any]:
 PRESETS = {
     "default": TrainConfig(),
     "paper": TrainConfig(
+        data=DataConfig(drop_norm="off"),
         sae=SAEConfig(expansion=64, k=32, aux_weight=1 / 32, dead_tokens=10_000_000),
         tokens=1_000_000_000,
         batch_tokens=131_072,

@@ -77,6 +77,17 @@ class Group:
             dist.all_gather(list(gathered), tensor.contiguous(), group=self._group)
         return gathered
 
+    def all_cat(self, tensor: Tensor) -> Tensor:
+        """The matrices (R, N) of all processes, each of its own N, side by side in the order of
+        their ranks → (R, ΣN)."""
+        if self.size == 1:
+            return tensor
+        lengths = self.all_gather(torch.tensor(tensor.shape[1], device=tensor.device)).tolist()
+        padded = tensor.new_zeros(len(tensor), max(lengths))
+        padded[:, : tensor.shape[1]] = tensor
+        parts = zip(self.all_gather(padded), lengths, strict=True)
+        return torch.cat([part[:, :length] for part, length in parts], 1)
+
     def all_to_all(self, blocks: Tensor) -> Tensor:
         """Send block s of (S, …) to process s, and receive block s of the result (S, …) from it."""
         if self.size == 1:

@@ -29,6 +29,7 @@ def evaluate_and_print(config: EvaluateConfig) -> None:
     console.print(
         "CE and KL in nats per token; ± half the width of a 95% bootstrap interval over "
         f"{about.rows:,} rows",
+        *result.notes(),
         f"{result.dead_at_every_layer:.1%} of {about.n_latents:,} latents dead at all of these "
         "layers",
         f"measured in {about.seconds:.0f} s",

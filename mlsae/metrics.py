@@ -123,6 +123,14 @@ def fvu_paper(sq_error: Tensor, n_tokens: int, moments: Moments) -> Tensor:
     return sq_error / n_tokens / moments.variance_of_elements()
 
 
+def top_share(sq_deviation: Tensor) -> Tensor:
+    """The share of the variance that the 1 % of vectors farthest from the mean carry: sq_deviation
+    (L, N) = |x − mean_n x|² → (L,), in [0, 1]. 0.01 if all are as far; 0 for N < 100."""
+    n = sq_deviation.shape[1] // 100
+    largest = sq_deviation.topk(n, dim=1).values
+    return largest.sum(1, dtype=torch.float64) / sq_deviation.sum(1, dtype=torch.float64)
+
+
 def latent_layer_totals(values: Tensor, indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     """Σ_n h_j(n, ℓ) and the number of tokens with h_j(n, ℓ) > 0, each (M, L) float64.
 

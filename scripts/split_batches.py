@@ -102,9 +102,10 @@ def compare(steps: int, splits: Sequence[int]) -> tuple[dict[str, dict[str, floa
     batches.close()
 
     (x,) = stream.residuals(stream.heldout(BATCH_TOKENS))
-    (validation,) = validate([mlsae], [x])
+    none = x[:, :0]  # nothing is dropped
+    (validation,) = validate([mlsae], [(x, none)])
     for n in splits:
-        (split,) = validate([mlsae], x.tensor_split(n, dim=1))
+        (split,) = validate([mlsae], [(part, none) for part in x.tensor_split(n, dim=1)])
         for name in ("fvu", "fvu_paper", "l0", "totals", "counts"):
             values = {f"held-out {name}": getattr(validation, name)}
             split_values = {f"held-out {name}": getattr(split, name)}

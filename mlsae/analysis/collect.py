@@ -41,7 +41,7 @@ class Collected(NamedTuple):
 def collect(
     mlsae: MLSAE, stream: DataStream, text: TokenText, groups: int, n_examples: int
 ) -> Collected:
-    """Read the rows of `text`, without special tokens, a few rows at a time.
+    """Read the rows of `text`, without special and dropped tokens, a few rows at a time.
 
     Rows are counted in `groups` groups; `n_examples` examples of each kind are kept per latent and
     layer.

@@ -41,8 +41,8 @@ EXAMPLES = pa.schema(
 class TokenText:
     """The analyzed rows input_ids (R, T) as text; `strings` is the text of each token id.
 
-    A segment is what lies between two special tokens of a row: a whole document, or the part of it
-    in this row. Segments are numbered in the order of the text.
+    A segment is what lies between two tokens of a row that token_mask (R, T) leaves out, special or
+    dropped: a whole document, or a part of it. Segments are numbered in the order of the text.
     """
 
     def __init__(self, input_ids: Tensor, token_mask: Tensor, strings: list[str]) -> None:

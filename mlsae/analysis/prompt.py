@@ -48,11 +48,11 @@ def read_prompt(
     """The content of analysis_prompt.json for token ids (T,): every active (token, layer, latent)
     with its h.
 
-    A layer is its position in `layers`. Special tokens have no entries.
+    A layer is its position in `layers`. Special and dropped tokens have no entries.
     """
     x = stream.reader(ids[None].to(stream.device))[:, 0]
     values, indices = (part.cpu() for part in mlsae.encode(x))  # (L, T, K)
-    active = (values > 0) & not_special(ids, stream.tokenizer)[:, None]
+    active = (values > 0) & stream.token_mask(ids[None]).T
     layer, token, rank = active.nonzero(as_tuple=True)
     order = torch.argsort(token, stable=True)
     layer, token, rank = layer[order], token[order], rank[order]
@@ -111,7 +111,7 @@ def prompt_table(reading: dict[str, Any], profile: Tensor | None) -> Table:
                 cells += [bars(profile[j]), f"{mean:.2f}"] if mean.isfinite() else ["never", ""]
             table.add_row(*first, *cells, style=None if i == 0 else "dim")
         if not len(latents):
-            table.add_row(repr(string)[1:-1], "special")
+            table.add_row(repr(string)[1:-1], "left out")
     return table
 
 

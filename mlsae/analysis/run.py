@@ -20,7 +20,7 @@ from ..data.stream import DataStream
 from ..data.tokens import not_special
 from ..distributed import choose_device
 from ..errors import InputError
-from ..evaluation.heldout import HeldoutConfig, open_run
+from ..evaluation.heldout import HeldoutConfig, check_kept, open_run
 from ..evaluation.provenance import provenance_of
 from ..files import write_file
 from ..model import MLSAE
@@ -60,9 +60,9 @@ def analyze(config: AnalyzeConfig) -> AnalysisResult:
     mlsae, stream = _open(config)
     out = config.out or config.run
     input_ids = stream.heldout(config.tokens)
-    token_mask = not_special(input_ids, stream.tokenizer)
-    if not token_mask.any():
-        raise InputError("DATASET must hold tokens that are not special, got none")
+    text_mask = not_special(input_ids, stream.tokenizer)
+    token_mask = stream.token_mask(input_ids)
+    check_kept(token_mask, text_mask)
     out.mkdir(parents=True, exist_ok=True)
 
     text = TokenText(input_ids, token_mask, token_strings(stream.tokenizer))
@@ -84,7 +84,7 @@ def analyze(config: AnalyzeConfig) -> AnalysisResult:
         "(equations, entropy) or of the rows (released)"
     )
     result = AnalysisResult(
-        provenance_of(config.run, mlsae, stream, token_mask, interval, started),
+        provenance_of(config.run, mlsae, stream, token_mask, text_mask, interval, started),
         spread,
         released,
         directions,

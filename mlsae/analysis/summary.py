@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ..bootstrap import Interval
 from ..cli import empty_table
+from ..data.sinks import DropRule
 from .layer_spread import RATIOS
 from .result import AnalysisResult
 
@@ -34,6 +35,8 @@ def print_analysis(result: AnalysisResult, out: Path, asked_tokens: int) -> None
         name: directions["embeddings"][side] for name, side in (("input", "in"), ("output", "out"))
     }
     console.print(_spread_table(result), _layer_table(result), sep="\n")
+    if rule := str(DropRule.from_dict(about.dropped)):
+        console.print(f"left out beside special tokens: {rule} ({about.tokens_dropped:,} tokens)")
     console.print(
         "L is the layer, J a latent, T a token. A = E[Var(L | J)] / Var(L): the spread left within "
         "a latent; B = E[Var(L | J, T)] / E[Var(L | J)]: the part of it left for one token; beside "

@@ -47,3 +47,12 @@ class DataConfig:
     room for the SAE on its own; what does not fit goes to the CPU's memory, then to the disk."""
     model_quantize: Literal["8bit", "4bit"] | None = None
     """Load the transformer quantized by bitsandbytes, which must be installed."""
+    drop_positions: tuple[int, ...] = ()
+    """Positions in a row to leave out of training and metrics, the first being 0: beside special
+    tokens, as all that is dropped."""
+    drop_tokens: tuple[str, ...] = ()
+    """Tokens to leave out, by id or text; a number is an id."""
+    drop_norm: float | Literal["auto", "off"] = "auto"
+    """Leave out tokens whose norm exceeds so many times the median of a layer, at any layer; the
+    medians are those of the first batch. They train nothing, but count among --tokens. auto: 10
+    if the first batch has such tokens, else off."""

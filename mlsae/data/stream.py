@@ -20,6 +20,7 @@ from ..errors import InputError
 from .config import DataConfig
 from .heldout_split import Split
 from .residuals import ResidualReader, chosen_layers
+from .sinks import describe_massive, resolve_norm, rule_of_places
 from .tokens import Batches, BroadcastBatches, Rows, not_special
 from .transformer import load_config, load_tokenizer, load_transformer
 
@@ -59,7 +60,11 @@ class DataStream:
     above the last layer that is read are not loaded, so that it has no logits. For `reserved` see
     `transformer.load_transformer`.
 
-    Raises InputError if the model or its tokenizer cannot be loaded.
+    Special tokens are dropped, and what the rule `drop` names: at first by position and id, as
+    `config` says; by norm too, once `resolve_drop` has measured norms or `drop` has been set.
+
+    Raises InputError if the model or its tokenizer cannot be loaded, or a position or token to drop
+    does not exist.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class DataStream:
         self.d_in, layers, self.seq_len = shape
         self.micro_rows, self.seed = micro_rows, seed
         self.tokenizer = load_tokenizer(config.model)
+        self.drop = rule_of_places(config, self.tokenizer, self.seq_len)
         n_layers = None if whole else layers[-1] + 1
         self.reader = ResidualReader(load_transformer(config, device, n_layers, reserved), layers)
 
@@ -102,25 +108,80 @@ class DataStream:
             random.Random(self.seed).shuffle(rows)
         return torch.stack(rows)
 
+    def resolve_drop(self, input_ids: Tensor) -> str:
+        """Complete the rule `drop` as `config.drop_norm` says of rows (B, T), which all processes
+        have: a line about massive tokens among them, "" if there are none.
+
+        Raises InputError if all tokens are dropped.
+        """
+        token_mask = self._keeps_places(input_ids)
+        own = [x.norm(dim=-1) for x in self.residuals(input_ids)]
+        none = torch.empty(len(self.reader.layers), 0, device=self.device)
+        norms = self.mesh.data.all_cat(torch.cat([none, *own], 1)).cpu()
+        if token_mask.any():
+            self.drop, massive = resolve_norm(self.drop, self.config.drop_norm, norms)
+        if not token_mask.any() or not self.drop.keeps_norms(norms).any():
+            raise InputError(
+                "--drop_positions, --drop_tokens and --drop_norm must leave tokens that are not "
+                f"special, and drop all of the first {len(input_ids)} rows ({self.drop})"
+            )
+        dropped = self.drop.norm is not None
+        return describe_massive(massive, input_ids, token_mask, self.tokenizer, dropped)
+
     def count(self, input_ids: Tensor) -> int:
-        """Tokens of rows (B, T), special ones dropped."""
-        return int(not_special(input_ids, self.tokenizer).sum())
+        """Tokens of rows (B, T) that neither are special nor are dropped by position or id: known
+        before the model has run. What is dropped by norm counts, with weight 0 in the loss, so that
+        the losses of a batch's parts still add up to that of the batch."""
+        return int(self._keeps_places(input_ids).sum())
+
+    def token_mask(self, input_ids: Tensor) -> Tensor:
+        """Which tokens of rows (B, T) are kept, (B, T) bool. The model runs if norms decide."""
+        token_mask = self._keeps_places(input_ids)
+        if self.drop.norm is not None and token_mask.any():
+            kept = [
+                self.drop.keeps_norms(self._read(rows, mask).norm(dim=-1))
+                for rows, mask in zip(
+                    input_ids.split(self.micro_rows), token_mask.split(self.micro_rows), strict=True
+                )
+            ]
+            token_mask[token_mask.clone()] = torch.cat(kept).to(token_mask.device)
+        return token_mask
 
     def residuals(self, input_ids: Tensor) -> Iterator[Tensor]:
-        """Residuals (L, N, D) of this process's rows among input_ids (B, T), special tokens
-        dropped, in parts. Processes with the same rows are given the same parts."""
+        """Residuals (L, N, D) of this process's rows among input_ids (B, T), in parts, without the
+        tokens that are dropped. Processes with the same rows are given the same parts."""
+        for rows in self._own_parts(input_ids):
+            x = self._read(rows, self._keeps_places(rows))
+            if self.drop.norm is not None:
+                x = x[:, self.drop.keeps_norms(x.norm(dim=-1))]
+            yield x
+
+    def kept_and_dropped(self, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `residuals`, and beside them those of dropped tokens that are not special: pairs of
+        (L, N, D)."""
+        for rows in self._own_parts(input_ids):
+            not_special_here = not_special(rows, self.tokenizer)
+            x = self._read(rows, not_special_here)
+            keep = self.drop.keeps_norms(x.norm(dim=-1))
+            keep &= self.drop.keeps_places(rows)[not_special_here].to(keep.device)
+            yield x[:, keep], x[:, ~keep]
+
+    def _keeps_places(self, input_ids: Tensor) -> Tensor:
+        """(B, T) bool: what is neither special nor dropped by position or id."""
+        return not_special(input_ids, self.tokenizer) & self.drop.keeps_places(input_ids)
+
+    def _own_parts(self, input_ids: Tensor) -> Iterator[Tensor]:
+        """This process's rows, `micro_rows` at a time."""
         data = self.mesh.data
         own = splits(len(input_ids), data.size)[data.rank]
-        if own.start == own.stop:
-            return
-        for part in input_ids[own].split(self.micro_rows):
-            yield self._read(part)
+        if own.start < own.stop:
+            yield from input_ids[own].split(self.micro_rows)
 
-    def _read(self, rows: Tensor) -> Tensor:
-        """Residuals (L, N, D) of rows (B, T). Processes that hold shards of the latents run the
-        transformer on some of the rows each, and exchange what they have read."""
+    def _read(self, rows: Tensor, token_mask: Tensor) -> Tensor:
+        """Residuals (L, N, D) of rows (B, T) where token_mask (B, T) is True. Processes that hold
+        shards of the latents run the transformer on some of the rows each, and exchange what they
+        have read."""
         group = self.mesh.latents
-        token_mask = not_special(rows, self.tokenizer)
         parts = splits(len(rows), group.size)
         lengths = [int(token_mask[part].sum()) for part in parts]
         own = parts[group.rank] if lengths[group.rank] else parts[0]

@@ -1,7 +1,7 @@
 """How faithful reconstructions are: to the residual stream, and to the model's predictions.
 
 Legend: L layers, R rows in all, B rows at a time, T positions, D width of the residual stream,
-M latents, K active latents per token, V vocabulary, P predictions, S special tokens.
+M latents, K active latents per token, V vocabulary, P predictions, S dropped tokens.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ class Faithfulness(NamedTuple):
     """(M, L) bool: the latents with h > `model.ACTIVE` at any token of the layer."""
     pca: Tensor
     """(L,) `metrics.pca_explained` by as many components as the SAE has active latents (k)."""
+    top_share: Tensor
+    """(L,) `metrics.top_share`, about the mean of the first batch."""
+    fvu_all: Tensor | None
+    """(L,) `metrics.fvu` with the tokens that are dropped though not special; None if none are."""
 
 
 class Predictions:
     """The P positions of rows input_ids (B, T) at which a prediction is made, row by row.
 
-    `token_mask` (B, T) is True at tokens that are not special.
+    Both tokens of a prediction are kept: `token_mask` (B, T) is True there.
     """
 
     def __init__(self, input_ids: Tensor, token_mask: Tensor) -> None:
@@ -78,8 +82,9 @@ class FaithfulnessPass:
 
     The true forward pass runs once per row. For a batch, memory holds the residuals of all layers,
     the predictions' true log-probabilities, and the substituted logits of one layer; for the whole
-    text, row sums, one (D, D) matrix per layer, and the residuals at special tokens. The SAE does
-    not see special tokens, so their residuals stay true in every substitution and ablation.
+    text, row sums, one (D, D) matrix per layer, a number per token and layer, and the residuals at
+    dropped tokens, special ones among them. The SAE is not for those, so their residuals stay true
+    in every substitution and ablation.
     """
 
     def __init__(self, mlsae: MLSAE, reader: ResidualReader, n_rows: int) -> None:
@@ -91,10 +96,17 @@ class FaithfulnessPass:
         self.scatter = torch.zeros(
             n_layers, config.d_in, config.d_in, dtype=torch.float64, device=device
         )
-        self.special: list[Tensor] = []  # residuals (L, S, D) of each batch
+        self.dropped: list[Tensor] = []  # residuals (L, S, D) of each batch
+        self.sq_deviation: list[list[Tensor]] = [[] for _ in reader.layers]  # of kept tokens
+        # Of all tokens that are not special, if some of them are dropped:
+        self.moments_all = [metrics.Moments(1, config.d_in, device) for _ in reader.layers]
+        self.sq_error_all = torch.zeros(n_layers, dtype=torch.float64, device=device)
 
-    def measure(self, rows: slice, input_ids: Tensor, token_mask: Tensor) -> None:
-        """Update with input_ids (B, T), which are `rows` of the text."""
+    def measure(
+        self, rows: slice, input_ids: Tensor, token_mask: Tensor, text_mask: Tensor | None
+    ) -> None:
+        """Update with input_ids (B, T), which are `rows` of the text. text_mask (B, T) is True at
+        tokens that are not special, and given if some of them are dropped."""
         sums = self.sums
         residuals, logits = self.reader.with_logits(input_ids)
         predictions = Predictions(input_ids, token_mask)
@@ -103,13 +115,13 @@ class FaithfulnessPass:
         sums.predictions[rows] = torch.bincount(predictions.row, minlength=len(token_mask)).double()
         sums.ce_true[rows] = predictions.cross_entropy(log_p)
         del logits
-        if not self.special:  # the first batch
+        if not self.dropped:  # the first batch
             sums.origin[:] = torch.stack([x[token_mask].float().sum(0) for x in residuals])
             sums.origin /= token_mask.sum().clamp_min(1)
-        self.special.append(torch.stack([x[~token_mask] for x in residuals]))
+        self.dropped.append(torch.stack([x[~token_mask] for x in residuals]))
         for i, layer in enumerate(self.reader.layers):
             x = residuals[i]
-            x_hat = self._reconstruct(rows, i, x.float(), token_mask)
+            x_hat = self._reconstruct(rows, i, x.float(), token_mask, text_mask)
             substituted = torch.where(token_mask[..., None], x_hat.to(x.dtype), x)
             logits = substituted_logits(self.reader, input_ids, layer, substituted)
             ce, kl, top1 = predictions.scores(logits, log_p)
@@ -118,15 +130,15 @@ class FaithfulnessPass:
     def ablate(self, batch: int, rows: slice, input_ids: Tensor, token_mask: Tensor) -> None:
         """Update with the cross-entropy of the `batch`-th measured rows again, with 0 and with the
         mean over all measured tokens in place of the residuals."""
-        predictions, special = Predictions(input_ids, token_mask), self.special[batch]
+        predictions, dropped = Predictions(input_ids, token_mask), self.dropped[batch]
         mean = self.sums.mean()
         for i, layer in enumerate(self.reader.layers):
             for vector, ce in (
                 (torch.zeros_like(mean[i]), self.sums.ce_zero),
                 (mean[i], self.sums.ce_mean),
             ):
-                ablated = vector.to(special.dtype).repeat(*input_ids.shape, 1)  # (B, T, D)
-                ablated[~token_mask] = special[i]
+                ablated = vector.to(dropped.dtype).repeat(*input_ids.shape, 1)  # (B, T, D)
+                ablated[~token_mask] = dropped[i]
                 logits = substituted_logits(self.reader, input_ids, layer, ablated)
                 ce[rows, i] = predictions.cross_entropy(predictions.log_p(logits))
 
@@ -137,11 +149,26 @@ class FaithfulnessPass:
         centered = self.scatter - offset[:, :, None] * offset[:, None, :] / n
         return metrics.pca_explained(centered, self.mlsae.config.k)
 
-    def _reconstruct(self, rows: slice, i: int, x: Tensor, token_mask: Tensor) -> Tensor:
+    def top_share(self) -> Tensor:
+        """See `Faithfulness.top_share`."""
+        return metrics.top_share(torch.stack([torch.cat(parts) for parts in self.sq_deviation]))
+
+    def fvu_all(self) -> Tensor | None:
+        """See `Faithfulness.fvu_all`."""
+        n_tokens = self.moments_all[0].count
+        variance = torch.cat([moments.variance() for moments in self.moments_all])
+        return self.sq_error_all / n_tokens / variance if n_tokens else None
+
+    def _reconstruct(
+        self, rows: slice, i: int, x: Tensor, token_mask: Tensor, text_mask: Tensor | None
+    ) -> Tensor:
         """x̂ of the residuals x (B, T, D) at the i-th layer; also updates the sums."""
         sums, keep = self.sums, token_mask[..., None]
         reconstruction = self.mlsae.reconstruct(x)
         codes = reconstruction.codes
+        if text_mask is not None:
+            self.moments_all[i].update(x[text_mask][None])
+            self.sq_error_all[i] += reconstruction.error[text_mask].square().sum()
         error = reconstruction.error * keep
         values = codes.values.float() * keep  # (B, T, K)
         deviation = (x - sums.origin[i]) * keep
@@ -150,6 +177,7 @@ class FaithfulnessPass:
         sums.l1[rows, i] = values.sum((1, 2), dtype=torch.float64)
         sums.sq_deviation[rows, i] = deviation.square().sum((1, 2), dtype=torch.float64)
         sums.deviation[rows, i] = deviation.sum(1)
+        self.sq_deviation[i].append(deviation.square().sum(-1)[token_mask])
         flat = deviation.flatten(0, 1)
         self.scatter[i] += flat.T @ flat
         self.active[codes.indices[values > ACTIVE], i] = True
@@ -158,15 +186,23 @@ class FaithfulnessPass:
 
 @torch.inference_mode()
 def measure_faithfulness(
-    mlsae: MLSAE, reader: ResidualReader, input_ids: Tensor, token_mask: Tensor, micro_rows: int
+    mlsae: MLSAE,
+    reader: ResidualReader,
+    input_ids: Tensor,
+    token_mask: Tensor,
+    micro_rows: int,
+    text_mask: Tensor | None = None,
 ) -> Faithfulness:
     """Measure `mlsae` on the layers of `reader` at rows input_ids (R, T), `micro_rows` at a time.
 
-    `token_mask` (R, T) is True at tokens that are not special. The layers may be others than the
-    MLSAE was trained on. Raises ValueError if `token_mask` leaves no prediction.
+    `token_mask` (R, T) is True at tokens that are kept; `text_mask` (R, T), if given, at those that
+    are not special, be they kept or dropped. The layers may be others than the MLSAE was trained
+    on. Raises ValueError if `token_mask` leaves no prediction.
     """
     if not (token_mask[:, :-1] & token_mask[:, 1:]).any():
-        raise ValueError("rows must hold two neighboring tokens that are not special, got none")
+        raise ValueError("rows must hold two neighboring tokens that are kept, got none")
+    if text_mask is not None and torch.equal(text_mask, token_mask):
+        text_mask = None
     device = mlsae.sae.W_dec.device
     text_pass = FaithfulnessPass(mlsae, reader, len(input_ids))
     slices = [slice(i, i + micro_rows) for i in range(0, len(input_ids), micro_rows)]
@@ -174,10 +210,18 @@ def measure_faithfulness(
     with bar:
         bar.set_description("reconstructions")
         for rows in slices:
-            text_pass.measure(rows, input_ids[rows].to(device), token_mask[rows].to(device))
+            ids, kept = input_ids[rows].to(device), token_mask[rows].to(device)
+            text = None if text_mask is None else text_mask[rows].to(device)
+            text_pass.measure(rows, ids, kept, text)
             bar.update(input_ids[rows].numel())
         bar.set_description("ablations")
         for batch, rows in enumerate(slices):
             text_pass.ablate(batch, rows, input_ids[rows].to(device), token_mask[rows].to(device))
             bar.update(input_ids[rows].numel())
-    return Faithfulness(text_pass.sums, text_pass.active, text_pass.pca())
+    return Faithfulness(
+        text_pass.sums,
+        text_pass.active,
+        text_pass.pca(),
+        text_pass.top_share(),
+        text_pass.fvu_all(),
+    )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from .. import builtin
 from ..data.config import DataConfig
+from ..data.sinks import DropRule
 from ..data.stream import DataStream, read_shape
 from ..distributed import log_rank0
 from ..errors import InputError
@@ -24,6 +26,7 @@ _AS_TRAINED = (  # settings that a measurement takes from the run
     "heldout_share",
     "max_bad_records",
 )
+_MEDIAN_TOKENS = 16_384  # of the held-out rows, to measure norms on
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ class HeldoutConfig:
     """The dataset's column of text. None: as in the run, or "text"."""
     seq_len: int | None = None
     """Tokens per row. None: as in the run."""
+    drop_positions: tuple[int, ...] | None = None
+    """Positions in a row to leave out, beside special tokens. None: as in the run. (Without values:
+    none.)"""
+    drop_tokens: tuple[str, ...] | None = None
+    """Tokens to leave out, by id or text. None: as in the run."""
+    drop_norm: float | Literal["auto", "off"] | None = None
+    """Leave out tokens whose norm exceeds so many times the median of a layer, at any layer that is
+    measured. auto: 10 if the first rows have such tokens. None: as in the run, with its medians
+    where it has them; else the medians are those of the first rows."""
     micro_tokens: int | None = None
     """Tokens held in memory at a time; changes nothing else. None: 2,048, or one row if rows are
     longer."""
@@ -60,8 +72,11 @@ class HeldoutConfig:
     """Folder for the results. None: the run's folder, which must then be local."""
 
 
-def open_run(config: HeldoutConfig, device: torch.device) -> tuple[MLSAE, DataStream]:
-    """Load the MLSAE of `config.run`, and open the transformer and text to measure it on.
+def open_run(
+    config: HeldoutConfig, device: torch.device, drop: DropRule | None = None
+) -> tuple[MLSAE, DataStream]:
+    """Load the MLSAE of `config.run`, and open the transformer and text to measure it on. With
+    `drop`, just that is left out, whatever `config` says.
 
     Raises InputError for bad input, before anything is measured.
     """
@@ -88,9 +103,40 @@ def open_run(config: HeldoutConfig, device: torch.device) -> tuple[MLSAE, DataSt
             "MLSAE was trained on with --model"
         )
     seed = config.seed if config.seed is not None else trained.get("seed", 0)
-    return mlsae, DataStream(
-        data, shape, device, micro_rows=micro_tokens // shape.seq_len, seed=seed
-    )
+    stream = DataStream(data, shape, device, micro_rows=micro_tokens // shape.seq_len, seed=seed)
+    if drop is not None:
+        stream.drop = drop
+    else:
+        _drop_norms(config, mlsae, stream)
+    return mlsae, stream
+
+
+def check_kept(token_mask: Tensor, text_mask: Tensor) -> None:
+    """Raise InputError unless tokens are kept, token_mask (R, T), of those that are not special,
+    text_mask (R, T)."""
+    if not text_mask.any():
+        raise InputError("DATASET must hold tokens that are not special, got none")
+    if not token_mask.any():
+        raise InputError(
+            "--drop_positions, --drop_tokens and --drop_norm must leave tokens to measure on, and "
+            f"drop all {int(text_mask.sum()):,} of them"
+        )
+
+
+def _drop_norms(config: HeldoutConfig, mlsae: MLSAE, stream: DataStream) -> None:
+    """Complete what is dropped: by norm, with the run's medians if it has them for these layers,
+    else with those of the first held-out rows."""
+    trained = DropRule.from_dict(mlsae.about.get("dropped", {}))
+    medians = dict(zip(mlsae.config.layers, trained.medians, strict=False))
+    layers = stream.reader.layers
+    same = stream.config.model == mlsae.config.model and set(layers) <= set(medians)
+    if config.drop_norm is None and trained.norm is not None and same:
+        own = tuple(medians[layer] for layer in layers)
+        stream.drop = replace(stream.drop, norm=trained.norm, medians=own)
+    elif stream.config.drop_norm != "off":
+        found = stream.resolve_drop(stream.heldout(min(config.tokens, _MEDIAN_TOKENS)))
+        if found:
+            log_rank0(found)
 
 
 def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -> DataConfig:
@@ -108,6 +154,13 @@ def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -
             f"{config.run} was trained by an earlier version, which held out other text: some of "
             f"the text measured on here may be text that it was trained on"
         )
+    # What is given, even if empty; else as in the run, which may know none of it.
+    drops: dict[str, Any] = {
+        "drop_positions": tuple(trained.get("drop_positions", ())),
+        "drop_tokens": tuple(trained.get("drop_tokens", ())),
+        "drop_norm": DropRule.from_dict(mlsae.about.get("dropped", {})).norm or "off",
+    }
+    drops |= {name: given for name in drops if (given := getattr(config, name)) is not None}
     return DataConfig(
         model,
         dataset,
@@ -118,4 +171,5 @@ def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -
         model_dtype=trained.get("model_dtype", "auto"),
         model_device_map=trained.get("model_device_map"),
         model_quantize=trained.get("model_quantize"),
+        **drops,
     )

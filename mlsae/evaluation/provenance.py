@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from ..data.stream import DataStream
 from ..memory import peak
@@ -24,7 +25,11 @@ class Provenance:
     model: str
     dataset: str
     tokens: int
-    """Tokens that were measured on: special ones are not among them."""
+    """Tokens that were measured on: neither special nor dropped."""
+    tokens_dropped: int
+    """Tokens that were dropped though not special, by the rule `dropped`."""
+    dropped: dict[str, Any]
+    """`data.sinks.DropRule`."""
     rows: int
     seq_len: int
     layers: tuple[int, ...]
@@ -46,16 +51,19 @@ class Provenance:
 
 
 def provenance_of(
-    run: Path, mlsae: MLSAE, stream: DataStream, token_mask: torch.Tensor, interval: str,
-    started: float,
+    run: Path, mlsae: MLSAE, stream: DataStream, token_mask: Tensor, text_mask: Tensor,
+    interval: str, started: float,
 ) -> Provenance:  # fmt: skip
     """The provenance of a measurement that has just ended and began at `started`
-    (`time.perf_counter`), at the tokens that `token_mask` (rows, T) leaves."""
+    (`time.perf_counter`), at the tokens that `token_mask` (rows, T) leaves of those that are not
+    special, `text_mask` (rows, T)."""
     return Provenance(
         run=str(run),
         model=stream.config.model,
         dataset=stream.config.dataset,
         tokens=int(token_mask.sum()),
+        tokens_dropped=int(text_mask.sum() - token_mask.sum()),
+        dropped=stream.drop.as_dict(),
         rows=len(token_mask),
         seq_len=stream.seq_len,
         layers=stream.reader.layers,

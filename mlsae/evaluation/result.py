@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..bootstrap import Interval, finite_or_none
 from ..cli import empty_table
+from ..data.sinks import DropRule, describe_top_share
 from .provenance import Provenance
 
 
@@ -35,6 +36,7 @@ _RESIDUAL_COLUMNS = {
     "dead": _Column("dead", ".1%"),
     "explained": _Column("explained", ".1%"),
     "PCA of {k}": _Column("pca", ".1%"),
+    "FVU, with left out": _Column("fvu_all", ".4f"),
 }
 _PREDICTION_COLUMNS = {
     "ΔCE": _Column("delta_ce", ".3f", interval=True),
@@ -51,8 +53,8 @@ class EvaluationResult:
 
     provenance: Provenance
     metrics: dict[str, Interval]
-    """By name, (L + 1,) each, the mean over layers last: `token_metrics.TokenMetrics`, and `dead`
-    and `pca`, which have no interval (see `run.evaluate`)."""
+    """By name, (L + 1,) each, the mean over layers last: `token_metrics.TokenMetrics`, and those
+    that have no interval (see `run.evaluate`); `fvu_all` only if tokens were dropped."""
     predictions: int
     """Predictions that were measured: see `token_metrics.TokenSums`."""
     ce_true: float
@@ -103,15 +105,31 @@ class EvaluationResult:
 
     def tables(self) -> tuple[Table, Table]:
         """Tables of the residuals and of the predictions. ± is half of an interval's width."""
+        n_dropped = self.provenance.tokens_dropped
+        dropped = f", {n_dropped:,} more left out" if n_dropped else ""
         residuals = self._table(
-            f"Residuals reconstructed: {self.provenance.tokens:,} held-out tokens",
-            _RESIDUAL_COLUMNS,
+            f"Residuals reconstructed: {self.provenance.tokens:,} held-out tokens{dropped}",
+            {
+                heading: column
+                for heading, column in _RESIDUAL_COLUMNS.items()
+                if column.metric in self.metrics
+            },
         )
         predictions = self._table(
             f"Predictions kept: {self.predictions:,} next tokens, true CE {self.ce_true:.3f} nats",
             _PREDICTION_COLUMNS,
         )
         return residuals, predictions
+
+    def notes(self) -> list[str]:
+        """Lines about dropped tokens, and about few vectors that make up the variance."""
+        notes = []
+        if rule := str(DropRule.from_dict(self.provenance.dropped)):
+            notes.append(f"left out beside special tokens: {rule}")
+        top_share = self.metrics["top_share"].value[:-1].tolist()
+        if word := describe_top_share(top_share, self.layers):
+            notes.append(word)
+        return notes
 
     def _table(self, title: str, columns: dict[str, _Column]) -> Table:
         headings = [heading.format(k=self.provenance.k) for heading in columns]

@@ -10,11 +10,12 @@ import time
 from dataclasses import dataclass
 
 from ..bootstrap import Interval, without_interval
+from ..data.sinks import DropRule
 from ..data.tokens import not_special
 from ..distributed import choose_device
 from ..files import write_file
 from .faithfulness import Faithfulness, measure_faithfulness
-from .heldout import HeldoutConfig, open_run
+from .heldout import HeldoutConfig, check_kept, open_run
 from .patching import check_substitution
 from .provenance import provenance_of
 from .result import EvaluationResult
@@ -28,24 +29,29 @@ class EvaluateConfig(HeldoutConfig):
     """What to measure, and on what; evaluation.csv and evaluation.json hold the result."""
 
 
-def evaluate(config: EvaluateConfig) -> EvaluationResult:
-    """Measure as `config` says, and write evaluation.csv and evaluation.json.
+def evaluate(config: EvaluateConfig, drop: DropRule | None = None) -> EvaluationResult:
+    """Measure as `config` says, and write evaluation.csv and evaluation.json. With `drop`, just
+    that is left out, whatever `config` says.
 
     Raises InputError for bad input, before anything is measured.
     """
     started = time.perf_counter()
     device, out = choose_device(config.device), config.out or config.run
-    mlsae, stream = open_run(config, device)
+    mlsae, stream = open_run(config, device, drop)
     out.mkdir(parents=True, exist_ok=True)
     input_ids = stream.heldout(config.tokens)
-    token_mask = not_special(input_ids, stream.tokenizer)
+    text_mask = not_special(input_ids, stream.tokenizer)
+    token_mask = stream.token_mask(input_ids)
+    check_kept(token_mask, text_mask)
     check_substitution(stream.reader, input_ids[:1, :_CHECKED_POSITIONS].to(device))
-    measured = measure_faithfulness(mlsae, stream.reader, input_ids, token_mask, stream.micro_rows)
+    measured = measure_faithfulness(
+        mlsae, stream.reader, input_ids, token_mask, stream.micro_rows, text_mask
+    )
     metrics = _metrics(measured, config.resamples, stream.seed)
     sums = measured.sums
     interval = f"95 %, {config.resamples} bootstrap resamples of the rows"
     result = EvaluationResult(
-        provenance_of(config.run, mlsae, stream, token_mask, interval, started),
+        provenance_of(config.run, mlsae, stream, token_mask, text_mask, interval, started),
         metrics,
         predictions=int(sums.predictions.sum()),
         ce_true=(sums.ce_true.sum() / sums.predictions.sum()).item(),
@@ -57,14 +63,20 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
 
 
 def _metrics(measured: Faithfulness, resamples: int, seed: int) -> dict[str, Interval]:
-    """All metrics by name, (L + 1,) each. Two are not means over tokens and have no interval:
+    """All metrics by name, (L + 1,) each. Some are not means over tokens and have no interval:
 
-    dead  the share of latents with h ≤ 1e-3 (`model.ACTIVE`) at every token of the layer
-    pca   `metrics.pca_explained` by k components of the layer's own
+    dead       the share of latents with h ≤ 1e-3 (`model.ACTIVE`) at every token of the layer
+    pca        `metrics.pca_explained` by k components of the layer's own
+    top_share  `metrics.top_share`
+    fvu_all    `metrics.fvu` with the dropped tokens that are not special, if there are any
     """
     dead = (~measured.active).double().mean(0)
-    return {
+    computed = {
         **bootstrap_token_metrics(measured.sums, resamples, seed),
         "dead": without_interval(append_mean(dead).cpu()),
         "pca": without_interval(append_mean(measured.pca).cpu()),
+        "top_share": without_interval(append_mean(measured.top_share).cpu()),
     }
+    if measured.fvu_all is not None:
+        computed["fvu_all"] = without_interval(append_mean(measured.fvu_all).cpu())
+    return computed

@@ -17,8 +17,9 @@ from ..metrics import ce_recovered
 class TokenSums:
     """Sums over the tokens and predictions of each row: all that the metrics are computed from.
 
-    Only tokens that are not special count. A prediction is a pair of neighbors in a row, neither
-    special: the next token, predicted at this one. The last position of a row predicts nothing.
+    Only kept tokens count: neither special nor dropped. A prediction is a pair of neighbors in a
+    row, both kept: the next token, predicted at this one. The last position of a row predicts
+    nothing.
 
     Everything is float64 except `deviation`, whose R · L · D numbers take nearly all the memory.
     """

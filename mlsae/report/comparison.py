@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
+from ..data.sinks import DropRule
 from ..errors import InputError
 from ..files import write_file
 from .pack import pack_plots, packed_plotly, render, rounded
@@ -126,6 +127,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> None:
         plots=plots,
         missing=_missing(runs),
         texts=sorted({point.run_data.dataset or "not named" for point in runs if point.run_data}),
+        rules=sorted({_dropped(point.run_data) for point in runs if point.run_data}),
         source=paper["source"] if published else None,
     )
     write_file(out, page)
@@ -156,6 +158,13 @@ def _point(run: RunData, name: str) -> Point:
         for metric, (value, low, high) in ends.items()
     }
     return Point(name, run.model, run.expansion, run.config["k"], values, False, run)
+
+
+def _dropped(run: RunData) -> str:
+    """Which tokens the metrics of a run leave out."""
+    evaluated = run.evaluation.get("dropped", {}) if run.evaluation else None
+    rule = run.dropped if evaluated is None else str(DropRule.from_dict(evaluated))
+    return rule or "none"
 
 
 def _published(paper: dict[str, Any], models: set[str]) -> list[Point]:

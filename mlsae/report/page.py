@@ -11,6 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ..card import layer_range
+from ..data.sinks import DropRule, describe_top_share
 from ..files import write_file
 from ..metrics import mean_layer, normalized_entropy
 from . import latent_plots, layer_plots
@@ -57,6 +58,7 @@ def _render(
         facts=_facts(run),
         headline=_headline(run),
         column_note=_column_note(run),
+        tokens_note=_tokens_note(run),
         analysis=run.analysis.summary if run.analysis else None,
         prompt=run.analysis.prompt if run.analysis else None,
         evaluation=run.evaluation,
@@ -114,6 +116,8 @@ def _facts(run: RunData) -> dict[str, str]:
     }
     if run.dataset:
         facts["text"] = run.dataset
+    if run.dropped:
+        facts["left out"] = run.dropped
     if run.training:
         facts["trained on"] = f"{run.training[-1]['tokens']:,} tokens × {len(run.layers)} layers"
     return facts
@@ -124,11 +128,12 @@ def _headline(run: RunData) -> list[tuple[str, str, str]]:
     headline: list[tuple[str, str, str]] = []
     if run.evaluation:
         metrics = run.evaluation["figures"]
-        headline.append(("FVU", f"{metrics['fvu']['mean']:.3f}", "mean over layers, held-out text"))
+        fvu_all = metrics.get("fvu_all", {}).get("mean")
+        headline.append(("FVU", f"{metrics['fvu']['mean']:.3f}", _of_fvu(fvu_all)))
         headline.append(("ΔCE", f"{metrics['delta_ce']['mean']:.3f}", "nats per token"))
     elif run.validation:
-        fvu = run.validation[-1]["heldout"]["fvu"]
-        headline.append(("FVU", f"{fvu:.3f}", "mean over layers, held-out text"))
+        heldout = run.validation[-1]["heldout"]
+        headline.append(("FVU", f"{heldout['fvu']:.3f}", _of_fvu(heldout.get("fvu_all"))))
     if run.analysis:
         ratios = run.analysis.summary["ratios"]["equations"]
         for name, of in (
@@ -144,6 +149,29 @@ def _headline(run: RunData) -> list[tuple[str, str, str]]:
     if run.training:
         headline.append(("dead", f"{run.training[-1]['dead']:.1%}", "of latents, end of training"))
     return headline
+
+
+def _of_fvu(fvu_all: float | None) -> str:
+    """What FVU is a mean of, and its value with the tokens that were left out, if any were."""
+    of = "mean over layers, held-out text"
+    return of if fvu_all is None else f"{of}; {fvu_all:.3f} with the tokens left out"
+
+
+def _tokens_note(run: RunData) -> str:
+    """Which tokens the metrics of the reconstruction leave out, and whether few vectors make up the
+    variance; "" if neither."""
+    if run.evaluation:
+        rule = str(DropRule.from_dict(run.evaluation.get("dropped", {})))
+        shares = run.evaluation["figures"].get("top_share", {}).get("layers", [])
+        layers = run.evaluation["layers"]
+    else:
+        heldout = run.validation[-1]["heldout"] if run.validation else {}
+        rule, shares, layers = run.dropped, heldout.get("top_share_layers", []), run.layers
+    notes = [f"Left out of these metrics beside special tokens: {rule}"] if rule else []
+    known = [(share, layer) for share, layer in zip(shares, layers, strict=False) if share]
+    if word := describe_top_share(*zip(*known, strict=True)) if known else "":
+        notes.append(word)
+    return "".join(f"{note}. " for note in notes)
 
 
 def _prompt(analysis: Analysis) -> dict[str, Any]:

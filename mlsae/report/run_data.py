@@ -17,6 +17,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from ..data.sinks import DropRule
 from ..errors import InputError
 
 
@@ -70,6 +71,11 @@ class RunData:
         """The text that the SAE was trained on; None if the config does not say."""
         dataset = self.config.get("training", {}).get("dataset")
         return str(dataset) if dataset else None
+
+    @property
+    def dropped(self) -> str:
+        """What training left out beside special tokens, in words; "" if nothing."""
+        return str(DropRule.from_dict(self.config.get("dropped", {})))
 
     @property
     def expansion(self) -> float:

@@ -207,7 +207,8 @@ class TrainLoop:
         """Measure each SAE on held-out rows, and log it. Nothing else changes."""
         with self.states[0].autocast():
             mlsaes = [state.mlsae for state in self.states]
-            validations = validate(mlsaes, self.stream.residuals(self.heldout), self.mesh.data)
+            residuals = self.stream.kept_and_dropped(self.heldout)
+            validations = validate(mlsaes, residuals, self.mesh.data)
         for run_dir, validation in zip(self.run_dirs, validations, strict=True):
             run_dir.log_validation(validation)
         self.timer.lap("validation")
@@ -223,6 +224,7 @@ class TrainLoop:
             "seconds": self.seconds,
             "stages": self.timer.seconds(),
             "batches": self.batches.state_dict(),
+            "dropped": self.stream.drop.as_dict(),
             "runs": {run_dir.name: run_dir.state_dict() for run_dir in self.run_dirs},
         }
         if is_rank0():

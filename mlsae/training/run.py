@@ -18,6 +18,7 @@ from sparse_topk import backend_name
 
 from .. import distributed
 from ..config import TrainConfig, check_config, learning_rate, shared_folder
+from ..data.sinks import DropRule
 from ..data.stream import DataStream, read_shape
 from ..distributed import Group, Mesh, choose_device, log_rank0
 from ..errors import InputError, check_installed
@@ -84,7 +85,9 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     states = [_new_state(each, sae, stream) for each, sae in zip(configs, saes, strict=True)]
     batches = stream.batches(batch_rows, saved["batches"] if saved else None)
     first: list[Tensor] = []
-    if saved is None:
+    if saved:
+        stream.drop = DropRule.from_dict(saved.get("dropped", {}))
+    else:
         first = [next(batches)]
         _initialize(states, stream, first[0])
         if writes:
@@ -95,7 +98,8 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
         run_dirs = []
         for each, state in zip(configs, states, strict=True):
             own = saved["runs"][each.sae.name] if saved else None
-            run_dirs.append(stack.enter_context(closing(RunDir(each, state, own, writes))))
+            run_dir = RunDir(each, state, own, writes, stream.drop)
+            run_dirs.append(stack.enter_context(closing(run_dir)))
         loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout)
         if saved and path:
             loop.resume(saved, path)
@@ -151,9 +155,12 @@ def _rows(config: TrainConfig, seq_len: int, mesh: Mesh) -> tuple[int, int]:
 
 
 def _initialize(states: Sequence[TrainState], stream: DataStream, input_ids: Tensor) -> None:
-    """Set b_pre and the first variances from the first batch (B, T)."""
+    """Set what is dropped, b_pre and the first variances from the first batch (B, T)."""
     mlsae = states[0].mlsae
     with stream.mesh.world.raise_together():
+        found = stream.resolve_drop(input_ids)
+        if found:
+            log_rank0(found)
         moments, center = init_stats(mlsae, stream.residuals(input_ids), stream.mesh.data)
     for state in states:
         state.initialize(moments, center)

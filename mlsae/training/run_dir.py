@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from ..config import TrainConfig, shared_folder
+from ..data.sinks import DropRule
 from ..distributed import log_rank0
 from ..errors import InputError
 from ..files import check_out, write_file
@@ -62,8 +63,9 @@ class RunDir:
         state: TrainState,
         saved: dict[str, Any] | None = None,
         writes: bool = True,
+        drop: DropRule | None = None,
     ) -> None:
-        self.config, self.state = config, state
+        self.config, self.state, self.drop = config, state, drop or DropRule()
         self.id = saved["id"] if saved else uuid.uuid4().hex
         position = 0
         if saved:
@@ -122,6 +124,7 @@ class RunDir:
         mlsae.save_pretrained(
             self.config.out,
             training=settings_of(self.config),
+            dropped=self.drop.as_dict(),
             versions={"torch": torch.__version__, "transformers": transformers.__version__},
             **about,
         )

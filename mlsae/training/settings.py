@@ -26,6 +26,9 @@ _FREE = (  # what may differ from the run that is resumed
     "keep_checkpoints",
 )
 
+# What runs do whose checkpoints do not name these settings.
+_BEFORE_THEY_WERE_SETTINGS = {"drop_positions": [], "drop_tokens": [], "drop_norm": "off"}
+
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """The settings by their names on the command line; JSON-serializable."""
@@ -46,7 +49,7 @@ def joint_settings(configs: Sequence[TrainConfig]) -> dict[str, Any]:
 
 def check_same(configs: Sequence[TrainConfig], saved: dict[str, Any]) -> None:
     """Raise InputError if `configs` would not continue the run of the `saved` settings."""
-    before = _flat(saved)
+    before = _BEFORE_THEY_WERE_SETTINGS | _flat(saved)
     for name, value in _flat(joint_settings(configs)).items():
         if name not in _FREE and value != before.get(name):
             raise InputError(

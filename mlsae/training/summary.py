@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from ..data.sinks import describe_top_share
 from ..files import write_file
 from ..memory import peak
 from .loop import TrainLoop
 from .validation import Validation
 
-_COLUMNS = ("run", "n_latents", "k", "fvu", "fvu_paper", "l0", "dead")
+_COLUMNS = ("run", "n_latents", "k", "fvu", "fvu_paper", "l0", "fvu_all", "dead")
 
 
 def print_summary(
@@ -29,6 +31,9 @@ def print_summary(
         console.print(validations[0].table(loop.stream.reader.layers))
     else:
         console.print(_table(loop, validations, dead))
+    layers = loop.stream.reader.layers
+    if word := describe_top_share(validations[0].top_share.tolist(), layers):
+        console.print(word, soft_wrap=True)
     stages = loop.timer.seconds()
     total = sum(stages.values())
     stages["encode"] = min(stages.pop("SAE"), encoding)
@@ -64,14 +69,16 @@ def write_csv(
 
 
 def _table(loop: TrainLoop, validations: Sequence[Validation], dead: Sequence[float]) -> Table:
-    n_tokens = validations[0].n_tokens
-    table = Table(title=f"Validation: {n_tokens:,} held-out tokens, means over layers")
-    headings = ("run", "latents", "k", "FVU", "FVU as in the paper", "L0", "dead")
-    for heading in headings:
+    table = Table(title=f"{validations[0].title()}, means over layers")
+    columns = {
+        "run": "", "latents": ",", "k": "", "FVU": ".4f", "FVU as in the paper": ".4f",
+        "L0": ".1f", "FVU with tokens left out": ".4f", "dead": ".1%",
+    }  # fmt: skip
+    shown = [validations[0].n_dropped > 0 or "left out" not in heading for heading in columns]
+    for heading in compress(columns, shown):
         table.add_column(heading, justify="left" if heading == "run" else "right")
-    forms = ("", ",", "", ".4f", ".4f", ".1f", ".1%")
     for row in _rows(loop, validations, dead):
-        table.add_row(*(format(value, form) for value, form in zip(row, forms, strict=True)))
+        table.add_row(*compress(map(format, row, columns.values()), shown))
     return table
 
 
@@ -87,6 +94,7 @@ def _rows(
             validation.fvu.mean().item(),
             validation.fvu_paper.mean().item(),
             validation.l0.mean().item(),
+            validation.fvu_all.mean().item(),
             dead_share,
         )
         for config, state, validation, dead_share in zip(

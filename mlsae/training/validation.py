@@ -18,15 +18,22 @@ from ..model import MLSAE
 
 
 class Validation(NamedTuple):
-    """Metrics of one pass over residuals, per layer, and where each latent was active."""
+    """Metrics of one pass over residuals, per layer, and where each latent was active: of the
+    tokens that are kept, unless said otherwise."""
 
     n_tokens: int
+    n_dropped: int
+    """Tokens that are not special, and yet dropped."""
     fvu: Tensor
     """(L,) see `metrics.fvu`."""
     fvu_paper: Tensor
     """(L,) see `metrics.fvu_paper`."""
     l0: Tensor
     """(L,) mean number of latents with h > 0 per token: at most k."""
+    fvu_all: Tensor
+    """(L,) `fvu` with the dropped tokens."""
+    top_share: Tensor
+    """(L,) see `metrics.top_share`."""
     totals: Tensor
     """(M, L) Σ_n h_j(n, ℓ)."""
     counts: Tensor
@@ -35,24 +42,39 @@ class Validation(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """The metrics, as means and lists over layers; JSON-serializable."""
         values_by_name: dict[str, Any] = {"n_tokens": self.n_tokens}
-        for name in ("fvu", "fvu_paper", "l0"):
+        if self.n_dropped:
+            values_by_name["n_dropped"] = self.n_dropped
+        for name in (*self._metrics(), "top_share"):
             values = getattr(self, name)
             values_by_name |= {name: values.mean().item(), f"{name}_layers": values.tolist()}
         values_by_name["never_active"] = (self.counts.sum(1) == 0).double().mean().item()
         return values_by_name
 
+    def title(self) -> str:
+        """What was measured, in words."""
+        dropped = f", {self.n_dropped:,} more left out" if self.n_dropped else ""
+        return f"Validation: {self.n_tokens:,} held-out tokens{dropped}"
+
     def table(self, layers: Iterable[int]) -> Table:
         """A row per layer and one of means, to print."""
-        table = Table(title=f"Validation: {self.n_tokens:,} held-out tokens")
-        for name in ("layer", "FVU", "FVU as in the paper", "L0"):
-            table.add_column(name, justify="right")
-        columns = (self.fvu, self.fvu_paper, self.l0)
+        table = Table(title=self.title())
+        metrics_shown = self._metrics()
+        for heading in ("layer", *metrics_shown.values()):
+            table.add_column(heading, justify="right")
+        columns = [getattr(self, name) for name in metrics_shown]
+        forms = [".1f" if name == "l0" else ".4f" for name in metrics_shown]
         means = [column.mean().item() for column in columns]
-        for layer, *row in zip(layers, *(column.tolist() for column in columns), strict=True):
-            table.add_row(str(layer), f"{row[0]:.4f}", f"{row[1]:.4f}", f"{row[2]:.1f}")
-        table.add_section()
-        table.add_row("mean", f"{means[0]:.4f}", f"{means[1]:.4f}", f"{means[2]:.1f}")
+        rows = list(zip(layers, *(column.tolist() for column in columns), strict=True))
+        for layer, *row in (*rows, ("mean", *means)):
+            if layer == "mean":
+                table.add_section()
+            table.add_row(str(layer), *map(format, row, forms))
         return table
+
+    def _metrics(self) -> dict[str, str]:
+        """The headings of the metrics by name."""
+        everything = {"fvu_all": "FVU with tokens left out"} if self.n_dropped else {}
+        return {"fvu": "FVU", "fvu_paper": "FVU as in the paper", "l0": "L0", **everything}
 
 
 class _ValidationSums:
@@ -64,11 +86,17 @@ class _ValidationSums:
         self.mlsae = mlsae
         self.moments = metrics.Moments(n_layers, mlsae.config.d_in, device)
         self.sq_error = torch.zeros(n_layers, dtype=torch.float64, device=device)
+        self.dropped_moments = metrics.Moments(n_layers, mlsae.config.d_in, device)
+        self.dropped_sq_error = torch.zeros_like(self.sq_error)
         self.totals = torch.zeros(n_latents, n_layers, dtype=torch.float64, device=device)
         self.counts = torch.zeros_like(self.totals)
 
-    def update(self, x: Tensor) -> None:
-        """Add residuals x (L, N, D) float32."""
+    def update(self, x: Tensor, dropped: Tensor) -> None:
+        """Add residuals x (L, N, D), and those of dropped tokens, float32."""
+        if dropped.shape[1]:
+            error = self.mlsae.reconstruct(dropped).error
+            self.dropped_moments.update(dropped)
+            self.dropped_sq_error += error.square().sum((1, 2))
         reconstruction = self.mlsae.reconstruct(x)
         self.moments.update(x)
         self.sq_error += reconstruction.error.square().sum((1, 2))
@@ -76,19 +104,26 @@ class _ValidationSums:
         self.totals += totals
         self.counts += counts
 
-    def validation(self, data: Group) -> Validation:
+    def validation(self, top_share: Tensor, data: Group) -> Validation:
         """The metrics of all residuals added in any process of the group `data`."""
-        metrics.reduce([self.moments], [self.sq_error, self.totals, self.counts], data)
+        sums = [self.sq_error, self.dropped_sq_error, self.totals, self.counts]
+        metrics.reduce([self.moments, self.dropped_moments], sums, data)
         active = self.mlsae.shards.sum_(self.counts.sum(0))
         n_tokens = self.moments.count
         if n_tokens == 0:
             raise ValueError("residuals must hold at least one token, got none")
         gather_rows = self.mlsae.sae.gather_rows
+        n_dropped, moments_all = self.dropped_moments.count, self.dropped_moments
+        moments_all.merge(self.moments)
+        sq_error_all = self.sq_error + self.dropped_sq_error
         return Validation(
             n_tokens,
+            n_dropped,
             metrics.fvu(self.sq_error, n_tokens, self.moments),
             metrics.fvu_paper(self.sq_error, n_tokens, self.moments),
             active / n_tokens,
+            metrics.fvu(sq_error_all, moments_all.count, moments_all),
+            top_share,
             gather_rows(self.totals),
             gather_rows(self.counts),
         )
@@ -96,9 +131,10 @@ class _ValidationSums:
 
 @torch.inference_mode()
 def validate(
-    mlsaes: Sequence[MLSAE], residuals: Iterable[Tensor], data: Group = ALONE.data
+    mlsaes: Sequence[MLSAE], residuals: Iterable[tuple[Tensor, Tensor]], data: Group = ALONE.data
 ) -> list[Validation]:
-    """One pass over batches of residuals (L, N, D), for all of `mlsaes`. Nothing else changes.
+    """One pass over batches of residuals (L, N, D), kept and dropped (see
+    `data.stream.DataStream.kept_and_dropped`), for all of `mlsaes`. Nothing else changes.
 
     Each process of the group `data` has residuals of its own, and the metrics are of all. When
     sharded, only rank 0 receives the `totals` and `counts` of all latents.
@@ -106,7 +142,14 @@ def validate(
     Raises ValueError if there are no tokens.
     """
     all_sums = [_ValidationSums(mlsae) for mlsae in mlsaes]
-    for x in residuals:
+    weights = mlsaes[0].sae.W_dec
+    sq_deviation = [weights.new_zeros(len(mlsaes[0].config.layers), 0)]
+    center = None  # the mean of the first batch: near enough to the mean
+    for kept, dropped in residuals:
         for sums in all_sums:
-            sums.update(x.float())
-    return [sums.validation(data) for sums in all_sums]
+            sums.update(kept.float(), dropped.float())
+        if kept.shape[1]:
+            center = kept.mean(1, keepdim=True) if center is None else center
+            sq_deviation.append((kept - center).float().square().sum(-1))
+    top_share = metrics.top_share(data.all_cat(torch.cat(sq_deviation, 1)))
+    return [sums.validation(top_share, data) for sums in all_sums]

@@ -3,6 +3,7 @@
 import torch
 import transformers
 
+from mlsae import builtin
 from mlsae.data.residuals import find_blocks
 
 SMALL = {
@@ -43,3 +44,29 @@ def forward_with_hook(model, input_ids, layer, residual):
         return model(input_ids=input_ids, use_cache=False).logits
     finally:
         handle.remove()
+
+
+def save_gpt2(folder, massive=0.0, token=None, late=False):
+    """Save a random GPT-2 with the built-in tokenizer, in which the first position, or a token id,
+    has a vector `massive` times as long as others; with `late`, the first position has it at the
+    last layer only."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(builtin.MODEL_DIR)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        tokens, positions = model.transformer.wte.weight, model.transformer.wpe.weight
+        tokens.mul_(50)
+        positions.mul_(5)
+        length = tokens.norm(dim=1).mean()
+        (positions[0] if token is None else tokens[token])[3] += (4 if late else massive) * length
+        if late:  # a neuron that fires where one dimension is all of the norm
+            mlp = model.transformer.h[1].mlp
+            mlp.c_fc.weight[3, 0], mlp.c_fc.bias[0] = 10, -45
+            mlp.c_proj.weight[0, 5] = massive * length
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -8,10 +8,13 @@ import time
 import pytest
 import torch
 
+from mlsae.data.config import DataConfig
+from mlsae.data.stream import DataStream, read_shape
 from mlsae.data.tokens import Batches, BroadcastBatches
 from mlsae.distributed import ALONE, LostContactError, choose_device, make_mesh, splits
 from mlsae.errors import InputError, NonFiniteError
 from mlsae.training.loop import train_step
+from tests.helpers.models import save_gpt2
 from tests.helpers.parallel import SHARDS, N, flat, make, mine, residuals, run
 
 
@@ -173,3 +176,29 @@ def test_nothing_hangs():
 def test_an_unknown_device_is_named():
     with pytest.raises(InputError, match=r"--device must be auto, cpu, .* got 'gpu'"):
         choose_device("gpu")
+
+
+def found_massive(world, model, shards):
+    """The rule, its line, and the residuals that this process keeps of 10 rows."""
+    mesh = make_mesh(world, torch.device("cpu"), shards, timeout=30) if world.size > 1 else ALONE
+    config = DataConfig(model, "builtin")
+    device = torch.device("cpu")
+    stream = DataStream(config, read_shape(config), device, mesh, micro_rows=2, whole=False)
+    input_ids = torch.arange(640).view(10, 64) % 300 + 10
+    line = stream.resolve_drop(input_ids)
+    kept = torch.cat(list(stream.residuals(input_ids)), 1)
+    return stream.drop, line, kept
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+def test_massive_tokens_are_found_and_dropped_as_in_one_process(team, tmp_path, shards):
+    model = save_gpt2(tmp_path, massive=50)
+    rule, line, kept = found_massive(ALONE.world, model, 1)
+    assert "position 0 (10 of 10)" in line
+    results = team.run(found_massive, model, shards)
+    for other, other_line, _ in results:
+        assert other == results[0][0], "to the same bits in all"
+        assert other_line == line
+        assert other.medians == pytest.approx(rule.medians)
+    first_of_groups = [x for _, _, x in results[::shards]]
+    torch.testing.assert_close(torch.cat(first_of_groups, 1), kept)

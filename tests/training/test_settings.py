@@ -45,3 +45,15 @@ def test_only_what_changes_the_result_must_be_the_same():
         check_same([dataclasses.replace(c, seed=1) for c in configs], saved)
     with pytest.raises(InputError, match=r"--sae.expansion must be 2 3 to resume"):
         check_same(configs[:1], saved)
+
+
+def test_a_run_from_before_a_setting_is_resumed_as_it_was_made():
+    """Nothing was dropped but special tokens, when nothing could be said of it."""
+    config = TrainConfig(DataConfig(drop_norm="off"))
+    saved = joint_settings([config])
+    for name in ("drop_norm", "drop_positions", "drop_tokens"):
+        del saved[name]
+    check_same([config], saved)
+    with pytest.raises(InputError, match=r"--drop_norm must be off to resume .* got auto"):
+        check_same([TrainConfig()], saved)
+    assert parse(["--preset", "paper"])[0].data.drop_norm == "off"
