@@ -6,14 +6,13 @@ Legend: L layers, N tokens, D width of the residual stream.
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
+from itertools import islice
 
 import pytest
 import safetensors.torch
 import torch
 
-import mlsae
-from mlsae import MLSAE, metrics
+from mlsae import MLSAE, builtin, metrics
 from mlsae.analysis.run import AnalyzeConfig, analyze, show_prompt
 from mlsae.cli import parse
 from mlsae.compare import compare
@@ -31,7 +30,7 @@ from tests.helpers.models import save_gpt2
 from tests.training.test_step import make as make_state
 
 T = 64
-_TEXT = 150_000  # characters: 32 held-out rows and more
+_TEXT = 300_000  # characters: 32 held-out rows and more
 SETTINGS = {
     "sae": SAEConfig(expansion=4, k=8), "tokens": 12_000, "batch_tokens": 512,
     "checkpoint_tokens": 2000, "eval_tokens": 2048,
@@ -44,13 +43,14 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("sinks")
     save_gpt2(root / "plain")
     save_gpt2(root / "massive", massive=50)
-    code = "".join(path.read_text() for path in sorted(Path(mlsae.__file__).parent.rglob("*.py")))
-    (root / "text.txt").write_text(code[:_TEXT])
+    code = "".join(islice(builtin.corpus("train"), 60))[:_TEXT]
+    records = [{"text": code[i : i + 1000]} for i in range(0, len(code), 1000)]
+    (root / "text.jsonl").write_text("\n".join(map(json.dumps, records)))
     return root
 
 
 def settings(root, model="massive", out="run", **drops):
-    data = DataConfig(str(root / model), str(root / "text.txt"), **drops)
+    data = DataConfig(str(root / model), str(root / "text.jsonl"), **drops)
     return TrainConfig(data, out=root / out, **SETTINGS)
 
 
@@ -258,7 +258,7 @@ def test_several_saes_share_the_rule(root):
     sae = SAESweep(expansion=(2, 3), k=(8,))
     options = {name: value for name, value in SETTINGS.items() if name != "sae"} | {"tokens": 600}
     data = DataConfig(
-        str(root / "massive"), str(root / "text.txt"), drop_positions=(0,), drop_tokens=(" self",)
+        str(root / "massive"), str(root / "text.jsonl"), drop_positions=(0,), drop_tokens=(" self",)
     )
     train(*TrainArguments(data, sae=sae, out=root / "sweep", **options).configs())
     rules = [saved(root / "sweep" / name)["dropped"] for name in ("x2-k8", "x3-k8")]
