@@ -40,7 +40,10 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the entries of `folder` to the disk: a file's own sync does not cover its name."""
+    """Sync the entries of `folder` to the disk: a file's own sync does not cover its name. Windows
+    cannot do that, and there it does nothing."""
+    if os.name == "nt":  # which opens no folders
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
