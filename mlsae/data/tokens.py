@@ -77,6 +77,11 @@ class Rows:
             raise StopIteration
         return row
 
+    @property
+    def passes(self) -> int:
+        """The number of the pass that the last row is of: 1 in the first."""
+        return self._pass + 1
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next row depends on: tensors, and JSON-serializable values."""
         return {
@@ -178,35 +183,38 @@ class Batches:
     ) -> None:
         self.rows, self.batch_rows, self.group = rows, batch_rows, group
         self.seconds = 0.0  # spent reading and tokenizing
+        self.passes = 1
+        """The pass over the text that the last batch ended in."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         if state is None:
             self._pending = self._thread.submit(self._prepare)
         else:
             rows.load_state_dict(state["rows"])
-            self._pending = self._thread.submit(state["pending"].long)
+            pending, passes = state["pending"].long(), rows.passes
+            self._pending = self._thread.submit(lambda: (pending, passes))
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
 
     def __next__(self) -> Tensor:
-        batch = self._pending.result()
+        batch, self.passes = self._pending.result()
         self._pending = self._thread.submit(self._prepare)
         return self.group.broadcast_(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the rows, and the batch that is prepared but not yet yielded."""
-        pending = self._pending.result()
+        pending, _ = self._pending.result()
         return {"pending": pending.int(), "rows": self.rows.state_dict()}
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _prepare(self) -> Tensor:
+    def _prepare(self) -> tuple[Tensor, int]:
         started = time.perf_counter()
         batch = torch.stack(list(islice(self.rows, self.batch_rows)))
         self.seconds += time.perf_counter() - started
-        return batch
+        return batch, self.rows.passes
 
 
 class BroadcastBatches:
@@ -217,6 +225,7 @@ class BroadcastBatches:
     """
 
     seconds = 0.0  # spent reading: rank 0 does it
+    passes = 1  # over the text: rank 0 counts them
 
     def __init__(self, shape: tuple[int, int], group: Group) -> None:
         self.shape, self.group = shape, group

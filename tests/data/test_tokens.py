@@ -43,6 +43,31 @@ def write(path, texts):
     return str(path)
 
 
+def test_batches_know_which_pass_they_end_in(tmp_path, tokenizer):
+    """Counted by the rows yielded, not those read ahead; a resumed stream knows it too."""
+    path = write(tmp_path / "a.jsonl", [f"x{i} = {i}\n" * 9 for i in range(50)])
+    n = len(list(Rows(path, tokenizer, 8, "train")))
+
+    def batches(state=None):
+        return Batches(Rows(path, tokenizer, 8, "train", seed=0, endless=True), 4, state)
+
+    whole = batches()
+    assert whole.passes == 1
+    expected = [-(-4 * (i + 1) // n) for i in range(3 * n // 4)]
+    found, states = [], []
+    for _ in expected:
+        next(whole)
+        found.append(whole.passes)
+        states.append(through_json(whole.state_dict()))
+    whole.close()
+    assert found == expected
+    for i in (0, n // 4 - 1, n // 4, len(states) - 2):
+        resumed = batches(states[i])
+        next(resumed)
+        assert resumed.passes == expected[i + 1]
+        resumed.close()
+
+
 @pytest.mark.parametrize("name", ["folder", "a.jsonl", "a.jsonl.zst", "a.parquet"])
 def test_every_format_gives_the_same_documents(tmp_path, name):
     texts = ["def f():\n    return 1\n", "second, with ünïcode", "third\n\nparagraph"]

@@ -87,6 +87,8 @@ def test_what_is_not_finite_in_one_process_stops_all(team, shards):
 class Counting:
     """Rows 0, 1, 2, …, each of its number."""
 
+    passes = 1
+
     def __init__(self):
         self.next = 0
 
