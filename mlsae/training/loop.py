@@ -27,7 +27,7 @@ from ..data.stream import DataStream
 from ..data.tokens import Batches, BroadcastBatches
 from ..distributed import is_rank0, log_rank0
 from ..errors import NonFiniteError
-from . import checkpoint
+from . import checkpoint, previous
 from .run_dir import RunDir
 from .settings import joint_settings
 from .signals import Signals
@@ -228,6 +228,7 @@ class TrainLoop:
         if is_rank0():
             keep = self.config.keep_checkpoints
             self.saved = checkpoint.save(self.out, self.tokens, state, keep)
+            previous.discard(self.out)
 
     @torch.no_grad()
     def encode_seconds(self) -> float:

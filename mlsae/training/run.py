@@ -26,11 +26,12 @@ from ..memory import check_memory, estimate
 from ..model import MLSAE, MLSAEConfig
 from .init import init_stats, mlsae_config
 from .loop import TrainLoop
+from .previous import replacing_run
 from .run_dir import (
     PUSHED_FILES,
     RunDir,
     check_folders,
-    empty,
+    held,
     load_checkpoint,
     newest_checkpoint,
 )
@@ -50,7 +51,10 @@ def train(*configs: TrainConfig) -> dict[Path, MLSAE]:
     gone; SystemExit (128 + the signal's number) after SIGINT or SIGTERM in any process, with a
     checkpoint written and models that load.
     """
-    with distributed.session(configs[0].timeout) as world:
+    with distributed.session(configs[0].timeout) as world, ExitStack() as stack:
+        with world.raise_together():
+            if world.rank == 0:
+                stack.enter_context(held(configs))
         return _train(configs, world)
 
 
@@ -87,15 +91,17 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     if saved is None:
         first = [next(batches)]
         _initialize(states, stream, first[0])
-        if writes:
-            empty(out)
 
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
         run_dirs = []
-        for each, state in zip(configs, states, strict=True):
-            own = saved["runs"][each.sae.name] if saved else None
-            run_dirs.append(stack.enter_context(closing(RunDir(each, state, own, writes))))
+        with world.raise_together():
+            if writes and saved is None:
+                check_folders(configs, saes)  # again: much may have happened while all was loaded
+                stack.enter_context(replacing_run(out))
+            for each, state in zip(configs, states, strict=True):
+                own = saved["runs"][each.sae.name] if saved else None
+                run_dirs.append(stack.enter_context(closing(RunDir(each, state, own, writes))))
         loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout)
         if saved and path:
             loop.resume(saved, path)

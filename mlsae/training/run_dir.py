@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import transformers
 from ..config import TrainConfig, shared_folder
 from ..distributed import log_rank0
 from ..errors import InputError
-from ..files import check_out, write_file
+from ..files import LOCK, check_out, locked, write_file
 from ..model import MLSAEConfig
 from ..report import write_report
-from . import checkpoint
+from . import checkpoint, previous
 from .logs import MetricsLog
 from .settings import check_same, settings_of
 from .state import TrainState
@@ -45,6 +46,7 @@ RUN_FILES = (
     "checkpoints",
     "tensorboard",
     "wandb",
+    previous.PREVIOUS,
 )
 RUN_FOLDERS = ("x*-k*", "n*-k*")  # see `config.SAEConfig.name`
 
@@ -148,6 +150,26 @@ class RunDir:
             self.log.close()
 
 
+@contextmanager
+def held(configs: Sequence[TrainConfig]) -> Iterator[None]:
+    """Hold the folder of the run in this block, and put back what a killed process was moving.
+
+    Raises InputError if another process trains in it; or in a folder of the sweep in it, or in the
+    sweep that it is a folder of.
+    """
+    out = shared_folder(configs)
+    with locked(out):
+        others = [folder for pattern in RUN_FOLDERS for folder in out.glob(pattern)]
+        if any(fnmatch(out.absolute().name, pattern) for pattern in RUN_FOLDERS):
+            others.append(out.absolute().parent)
+        for other in others:
+            if (other / LOCK).exists():
+                with locked(other):
+                    pass
+        previous.recover(out)
+        yield
+
+
 def newest_checkpoint(configs: Sequence[TrainConfig]) -> Path | None:
     """The newest checkpoint of the run, or None if none has been saved yet. Raises InputError if
     starting over would discard a trained model."""
@@ -189,13 +211,3 @@ def check_folders(configs: Sequence[TrainConfig], saes: Iterable[MLSAEConfig]) -
     for pattern in RUN_FOLDERS:
         for folder in out.glob(pattern):
             check_out(folder, config.overwrite, config.resume, RUN_FILES, 0)
-
-
-def empty(folder: Path) -> None:
-    """Make the folder, and remove the runs in it, if any: `check_folders` has allowed it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
