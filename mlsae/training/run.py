@@ -36,7 +36,7 @@ from .run_dir import (
     newest_checkpoint,
 )
 from .state import TrainState
-from .summary import print_summary, write_csv
+from .summary import encode_seconds, print_summary, write_csv
 
 
 def train(*configs: TrainConfig) -> dict[Path, MLSAE]:
@@ -111,8 +111,8 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
 
     # Leave folders that stand alone.
     for run_dir, validation in zip(run_dirs, validations, strict=True):
-        run_dir.finish(validation)
-    dead, encoding = [state.dead_share() for state in states], loop.encode_seconds()
+        run_dir.finish(validation, **loop.about())
+    dead, encoding = [state.dead_share() for state in states], encode_seconds(loop)
     if writes:
         if len(configs) > 1:
             write_csv(out / "runs.csv", loop, validations, dead)

@@ -82,13 +82,15 @@ class RunDir:
         """What tells the SAE from others that train beside it."""
         return self.config.sae.name
 
-    def log_metrics(self, tokens_per_second: float, seconds: float) -> dict[str, Any]:
-        """Log a line of metrics of the steps since the last one."""
+    def log_metrics(self, tokens_per_second: float, seconds: float, passes: int) -> dict[str, Any]:
+        """Log a line of metrics of the steps since the last one, the last of which was in pass
+        number `passes` over the text."""
         state = self.state
         window = state.end_window()
         line = {
             "tokens": state.tokens,
             "steps": state.steps,
+            "passes": passes,
             "loss": window.loss.item() / window.steps,
             "fvu": window.fvu().mean().item(),
             "fvu_layers": window.fvu().tolist(),
@@ -131,9 +133,10 @@ class RunDir:
             card = str(mlsae.generate_model_card())  # also over that of a stop before the end
             write_file(self.config.out / "README.md", card.encode())
 
-    def finish(self, validation: Validation) -> None:
-        """Leave a folder that stands alone, with the last `validation`."""
-        self.save_model(heldout=validation.as_dict())
+    def finish(self, validation: Validation, **about: Any) -> None:
+        """Leave a folder that stands alone, with the last `validation`; for `about` see
+        `save_model`."""
+        self.save_model(heldout=validation.as_dict(), **about)
         if self.log is None:
             return
         latents = {
