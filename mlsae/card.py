@@ -85,7 +85,8 @@ def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
         ("model", settings.get("model") or "not known"),
     ]
     training = dict(settings.get("training", {}))
-    for name in ("model", "out", "overwrite", "resume", "push_to_hub"):  # told, or of one machine
+    # What is told already, or is of one machine.
+    for name in ("model", "out", "overwrite", "resume", "moved", "push_to_hub"):
         training.pop(name, None)
     training |= {f"sae.{name}": value for name, value in training.pop("sae", {}).items()}
     for name, value in training.items():

@@ -28,6 +28,7 @@ from ..data.tokens import Batches, BroadcastBatches
 from ..distributed import is_rank0, log_rank0
 from ..errors import NonFiniteError
 from . import checkpoint, previous
+from .inputs import Fingerprints
 from .run_dir import RunDir
 from .settings import joint_settings
 from .signals import Signals
@@ -141,11 +142,13 @@ class TrainLoop:
         stream: DataStream,
         batches: Batches | BroadcastBatches,
         heldout: Tensor,
+        inputs: Fingerprints,
     ) -> None:
         self.configs, self.states, self.run_dirs = configs, states, run_dirs
         self.config = configs[0]  # for what all of them share
         self.out = shared_folder(configs)
         self.stream, self.batches, self.heldout, self.mesh = stream, batches, heldout, stream.mesh
+        self.inputs = inputs
         self.timer = StageTimer(stream.device)
         self.seconds = 0.0
         self.passes = 1  # over the text: which one the last batch ended in
@@ -226,6 +229,7 @@ class TrainLoop:
             return
         state = {
             "settings": joint_settings(self.configs),
+            "inputs": self.inputs,
             "seconds": self.seconds,
             "passes": self.passes,
             "stages": self.timer.seconds(),

@@ -25,6 +25,7 @@ from ..hub import check_push, push_run
 from ..memory import check_memory, estimate
 from ..model import MLSAE, MLSAEConfig
 from .init import init_stats, mlsae_config
+from .inputs import fingerprints
 from .loop import TrainLoop
 from .previous import replacing_run
 from .run_dir import (
@@ -63,12 +64,13 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     with world.raise_together():
         device = _check(configs, world)
         path = newest_checkpoint(configs) if writes and config.resume else None
-    path = world.broadcast_object(path)
+        inputs = fingerprints(config) if writes else {}
+    path, inputs = world.broadcast_object((path, inputs))
     mesh = distributed.make_mesh(world, device, config.shard_latents, config.timeout)
 
     # What is read: the training so far, the transformer up to its last layer to read, the text.
     with world.raise_together():
-        saved = load_checkpoint(path, configs) if path else None
+        saved = load_checkpoint(path, configs, inputs) if path else None
         shape = read_shape(config.data)
         batch_rows, micro_rows = _rows(config, shape.seq_len, mesh)
         saes = [mlsae_config(each, shape) for each in configs]
@@ -102,7 +104,7 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
             for each, state in zip(configs, states, strict=True):
                 own = saved["runs"][each.sae.name] if saved else None
                 run_dirs.append(stack.enter_context(closing(RunDir(each, state, own, writes))))
-        loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout)
+        loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout, inputs)
         if saved and path:
             loop.resume(saved, path)
             log_rank0(f"resuming from {path}, after {loop.tokens:,} tokens")

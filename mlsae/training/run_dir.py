@@ -20,6 +20,7 @@ from ..files import LOCK, check_out, locked, write_file
 from ..model import MLSAEConfig
 from ..report import write_report
 from . import checkpoint, previous
+from .inputs import Fingerprints, check_inputs
 from .logs import MetricsLog
 from .settings import check_same, settings_of
 from .state import TrainState
@@ -190,13 +191,16 @@ def newest_checkpoint(configs: Sequence[TrainConfig]) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, configs: Sequence[TrainConfig]) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, configs: Sequence[TrainConfig], inputs: Fingerprints
+) -> dict[str, Any]:
     """The state in a checkpoint that rank 0 has checked for damage. Raises InputError if this
-    process cannot see it, or it was saved with other settings."""
+    process cannot see it, or it was saved with other settings or `inputs`."""
     if not path.exists():
         raise InputError(f"--out must be a folder that every node has, and {path} is not there")
     state = checkpoint.load(path)
     check_same(configs, state["settings"])
+    check_inputs(configs[0], state["settings"], state.get("inputs"), inputs)
     return state
 
 
