@@ -92,7 +92,7 @@ def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
     ]
     training = dict(settings.get("training", {}))
     # Shown above, or of one machine only.
-    for name in ("model", "out", "overwrite", "resume", "push_to_hub"):
+    for name in ("model", "out", "overwrite", "resume", "moved", "push_to_hub"):
         training.pop(name, None)
     training |= {f"sae.{name}": value for name, value in training.pop("sae", {}).items()}
     for name, value in training.items():

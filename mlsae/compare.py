@@ -29,10 +29,11 @@ from .evaluation import sharing
 from .evaluation.result import EvaluationResult
 from .evaluation.run import EvaluateConfig, evaluate
 from .evaluation.sharing import SHARED, Results
-from .files import check_out, write_file
+from .files import check_out, locked, write_file
 from .training.run import train
 
 _OUT = Path("runs/compare")
+_OWN = ("comparison.csv", SHARED, "layer-*")  # what is in it
 _PRESETS = {
     # Small, for seven SAEs on two cores; else the defaults of training.
     "default": TrainConfig(
@@ -54,8 +55,12 @@ def compare(config: TrainConfig) -> Results:
             "python -m mlsae.compare must run as one process, got several; train the runs with "
             "torchrun -m mlsae.train, then measure each with python -m mlsae.evaluate --layers"
         )
-    own = ("comparison.csv", SHARED, "layer-*")
-    check_out(config.out, config.overwrite, config.resume, own, 0)
+    with locked(config.out):
+        check_out(config.out, config.overwrite, config.resume, _OWN, 0)
+        return _compare(config)
+
+
+def _compare(config: TrainConfig) -> Results:
     log_rank0("SAE of all layers")
     results = {SHARED: _one(config, config.out / SHARED, config.data.layers, config.data.layers)}
     layers = results[SHARED].layers

@@ -142,6 +142,9 @@ class TrainSettings:
     resume: bool = False
     """Resume from the newest checkpoint in the folder, to the same bits as if never stopped; start
     from the beginning if there is none yet."""
+    moved: bool = False
+    """With --resume: the model or the dataset has other files or another name than when the run
+    began; go on with those given here, without comparing them."""
     preset: Literal["default", "paper"] = "default"
     """What the settings that are not given default to. paper: all of Lawson et al. (arXiv
     2409.04185): expansion 64, k 32, 10⁹ tokens in batches of 131,072, constant rate 1e-4, and no
@@ -234,6 +237,8 @@ def check_config(config: TrainConfig) -> None:
             raise InputError(f"--{name} must be greater than 0, got {value}")
     if config.overwrite and config.resume:
         raise InputError("--overwrite and --resume exclude each other; give one of them")
+    if config.moved and not config.resume:
+        raise InputError("--moved is for a run that is resumed; give it with --resume only")
     for name in ("warmup", "decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise InputError(f"--{name} must be in [0, 1], got {getattr(config, name)}")

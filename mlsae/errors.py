@@ -28,9 +28,14 @@ def check_installed(package: str, argument: str) -> None:
     """Raise InputError if `package`, which `argument` needs, cannot be imported."""
     try:
         importlib.import_module(package)
-    except ImportError as error:
+    except Exception as error:  # a package that is damaged, or lacks another, raises anything
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            raise InputError(
+                f"{argument} needs a package that is not installed: pip install {package}"
+            ) from error
         raise InputError(
-            f"{argument} needs a package that is not installed: pip install {package}"
+            f"{argument} needs the package {package}, which is installed but cannot be imported: "
+            f"{first_line(error)}; repair it, or leave {argument} out"
         ) from error
 
 

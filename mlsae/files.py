@@ -1,15 +1,25 @@
-"""Write files whole or not at all, and check that an output folder can take a run."""
+"""Write files whole or not at all; check that an output folder can take a run, and hold it for one
+process."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
+from filelock import FileLock, SoftFileLock, Timeout
+
+from .distributed import log_rank0
 from .errors import InputError
+
+LOCK = ".lock"
+"""The file in a folder that is locked by the process that writes a run there."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without them
 
 
 @contextmanager
@@ -40,12 +50,74 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the entries of `folder` to the disk: a file's own sync does not cover its name."""
+    """Sync the entries of `folder` to the disk: a file's own sync does not cover its name. Windows
+    cannot do that, and there it does nothing."""
+    if os.name == "nt":  # which opens no folders
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` in this block, so that no other process writes a run to it.
+
+    The lock is the operating system's, on the file `.lock`, which is removed at the end. It ends
+    with the process, so a killed one leaves none behind. On NFS it needs the server's lock manager;
+    on a file system without locks, a line says so. A folder that is not there is made, and removed
+    again if it is empty at the end.
+
+    Raises InputError if another process holds the folder, or if it is, or is in, a file.
+    """
+    folder = folder.absolute()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    _make(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        _acquire(lock, folder)
+        yield
+    finally:
+        if lock.is_locked:
+            if os.name == "posix":  # while it is held: afterwards it may be another process's
+                (folder / LOCK).unlink(missing_ok=True)
+            lock.release()
+            if os.name != "posix":  # Windows removes no open file, so another process's stays
+                with suppress(OSError):
+                    (folder / LOCK).unlink()
+        for path in made:
+            with suppress(OSError):  # not empty, or not there
+                path.rmdir()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(
+            f"--out must be a folder, and {folder} is, or is in, a file; choose another"
+        ) from error
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        lock.acquire(timeout=1)
+    except Timeout as error:
+        # Where only a file's existence locks, a killed process on another machine leaves it behind.
+        stale = f" (if none is, remove {folder / LOCK})" if isinstance(lock, SoftFileLock) else ""
+        raise InputError(
+            f"--out must be a folder of one run at a time, and another process is writing to "
+            f"{folder}{stale}; wait for its end, or choose another"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log_rank0(
+            f"the file system of {folder} has no locks ({error.strerror}), so nothing keeps "
+            "another process from writing a run to the same --out"
+        )
 
 
 def check_out(
@@ -55,11 +127,12 @@ def check_out(
 
     Raises InputError if it is a file; if it has files and neither `overwrite` nor `resume` is set;
     if a file in it matches none of `own`, the patterns of a run's files; or if its disk has less
-    than `needed_bytes` free.
+    than `needed_bytes` free. The lock of the folder does not count.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out must be a folder, and {folder} is a file; choose another")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = [name for name in names if name != LOCK]
     if names and not (overwrite or resume):
         raise InputError(
             f"--out must be a new or empty folder, and {folder} has files in it; choose another, "

@@ -6,7 +6,6 @@ Legend: L layers, D width of the residual stream, M latents, K active latents pe
 from __future__ import annotations
 
 import math
-import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,5 +77,11 @@ def peak(device: torch.device) -> int:
     """The most bytes that this process has held on `device` so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..distributed import log_rank0
+from ..errors import InputError, first_line
 
 
 class MetricsLog:
@@ -17,7 +19,10 @@ class MetricsLog:
 
     `position` is where the file ended at the checkpoint that the run resumes from, after `tokens`
     tokens: what was written after it is cut off. `run_id` names the Weights & Biases run, which a
-    resumed run continues.
+    resumed run continues. A logger that fails later is told once and no longer used: the metrics
+    are in the file.
+
+    Raises InputError if the file is shorter than `position`, or a logger cannot start.
     """
 
     def __init__(
@@ -30,42 +35,34 @@ class MetricsLog:
         tokens: int = 0,
     ) -> None:
         path = folder / "metrics.jsonl"
+        self._loggers: dict[str, _TensorBoard | _WandB] = {}
         self._file = path.open("a+b")
-        if self._file.tell() < position:
-            raise InputError(
-                f"{path} must have the {position:,} bytes that were in it at the checkpoint, and "
-                f"has {self._file.tell():,}; put it back, or start over with --overwrite"
-            )
+        try:
+            if self._file.tell() < position:
+                raise InputError(
+                    f"{path} must have the {position:,} bytes that were in it at the checkpoint, "
+                    f"and has {self._file.tell():,}; put it back, or start over with --overwrite"
+                )
+            for name in names:
+                with _starting(name):
+                    self._loggers[name] = (
+                        _TensorBoard(folder, tokens + 1 if position else None)
+                        if name == "tensorboard"
+                        else _WandB(folder, settings, run_id)
+                    )
+        except BaseException:
+            self.close()
+            raise
         self._file.truncate(position)
-        self._tensorboard: Any = None
-        self._wandb: Any = None
-        if "tensorboard" in names:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=tokens + 1 if position else None
-            )
-        if "wandb" in names:
-            self._wandb = importlib.import_module("wandb").init(
-                project=os.environ.get("WANDB_PROJECT", "mlsae"),
-                name=folder.resolve().name,
-                dir=str(folder),
-                config=settings,
-                id=run_id,
-                resume="allow",
-                reinit="create_new",  # beside the other SAEs' runs in this process
-            )
 
     def write(self, line: dict[str, Any]) -> None:
         """Write a line. Its "tokens" are the step of TensorBoard's and Weights & Biases' curves."""
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         scalars = _scalars(line)
-        if self._tensorboard:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, line["tokens"])
-        if self._wandb:
-            self._wandb.log(scalars, step=line["tokens"])
+        for name, logger in list(self._loggers.items()):
+            with self._dropped_if_it_fails(name):
+                logger.write(scalars, line["tokens"])
 
     def position(self) -> int:
         """Where the file ends, synced to the disk up to there."""
@@ -76,10 +73,71 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file and the loggers."""
         self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+        for name, logger in list(self._loggers.items()):
+            with self._dropped_if_it_fails(name):
+                logger.close()
+
+    @contextmanager
+    def _dropped_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many types; none is worth the run
+            del self._loggers[name]
+            log_rank0(
+                f"--log {name} failed and is no longer used: {first_line(error)}; all metrics are "
+                "in metrics.jsonl"
+            )
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+
+    def write(self, scalars: dict[str, float], tokens: int) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, tokens)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, folder: Path, settings: dict[str, Any], run_id: str) -> None:
+        self._run = importlib.import_module("wandb").init(
+            project=os.environ.get("WANDB_PROJECT", "mlsae"),
+            name=folder.resolve().name,
+            dir=str(folder),
+            config=settings,
+            id=run_id,
+            resume="allow",
+            reinit="create_new",  # beside the other SAEs' runs in this process
+        )
+
+    def write(self, scalars: dict[str, float], tokens: int) -> None:
+        self._run.log(scalars, step=tokens)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_ADVICE = {
+    "tensorboard": "leave it out",
+    "wandb": "run `wandb login`, set WANDB_MODE=offline, or leave it out",
+}
+
+
+@contextmanager
+def _starting(name: str) -> Iterator[None]:
+    """Raise InputError if the logger `name` cannot start."""
+    try:
+        yield
+    except Exception as error:  # no key, no network, a damaged package: of many types
+        raise InputError(
+            f"--log {name} must name a logger that starts, and it does not: {first_line(error)}; "
+            f"{_ADVICE[name]}"
+        ) from error
 
 
 def _scalars(line: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -27,13 +27,14 @@ from ..data.stream import DataStream
 from ..data.tokens import Batches, BroadcastBatches
 from ..distributed import is_rank0, log_rank0
 from ..errors import NonFiniteError
-from . import checkpoint
+from . import checkpoint, previous
+from .inputs import Fingerprints
 from .run_dir import RunDir
 from .settings import joint_settings
 from .signals import Signals
 from .state import TrainState
 from .step import Step, StepMetrics
-from .timer import StageTimer
+from .timer import Every, StageTimer
 from .validation import Validation, validate
 
 
@@ -141,13 +142,16 @@ class TrainLoop:
         stream: DataStream,
         batches: Batches | BroadcastBatches,
         heldout: Tensor,
+        inputs: Fingerprints,
     ) -> None:
         self.configs, self.states, self.run_dirs = configs, states, run_dirs
         self.config = configs[0]  # for what all of them share
         self.out = shared_folder(configs)
         self.stream, self.batches, self.heldout, self.mesh = stream, batches, heldout, stream.mesh
+        self.inputs = inputs
         self.timer = StageTimer(stream.device)
         self.seconds = 0.0
+        self.passes = 1  # over the text: which one the last batch ended in
         self.saved: Path | None = None  # the newest checkpoint
 
     @property
@@ -158,6 +162,7 @@ class TrainLoop:
     def resume(self, state: dict[str, Any], path: Path) -> None:
         """Restore the loop's own part of the checkpoint at `path`."""
         self.seconds, self.saved = state["seconds"], path
+        self.passes = state.get("passes", 1)  # not in the files of 0.2
         self.timer.add(state["stages"])
 
     def run(self, batches: Iterable[Tensor]) -> None:
@@ -174,6 +179,7 @@ class TrainLoop:
             while self.tokens < config.tokens:
                 input_ids = next(batches)
                 timer.lap("waiting for text")
+                self._count_passes(bar)
                 n_tokens = self.stream.count(input_ids)
                 train_step(self.states, self.stream.residuals(input_ids), n_tokens, timer.lap)
 
@@ -197,11 +203,14 @@ class TrainLoop:
         (tokens, then), now = self._mark, time.perf_counter()
         self._mark = (self.tokens, now)
         speed = (self.tokens - tokens) / (now - then)
-        lines = [run_dir.log_metrics(speed, self.seconds) for run_dir in self.run_dirs]
+        told = (speed, self.seconds, self.passes)
+        lines = [run_dir.log_metrics(*told) for run_dir in self.run_dirs]
+        again = f", pass {self.passes}" if self.passes > 1 else ""
         if len(lines) == 1:
-            return f"fvu={lines[0]['fvu']:.3f}, dead={lines[0]['dead']:.1%}"
+            return f"fvu={lines[0]['fvu']:.3f}, dead={lines[0]['dead']:.1%}{again}"
         named = zip(self.run_dirs, lines, strict=True)
-        return "fvu " + ", ".join(f"{run_dir.name}={line['fvu']:.3f}" for run_dir, line in named)
+        fvus = ", ".join(f"{run_dir.name}={line['fvu']:.3f}" for run_dir, line in named)
+        return f"fvu {fvus}{again}"
 
     def validate(self) -> list[Validation]:
         """Measure each SAE on held-out rows, and log it. Nothing else changes."""
@@ -221,7 +230,9 @@ class TrainLoop:
             return
         state = {
             "settings": joint_settings(self.configs),
+            "inputs": self.inputs,
             "seconds": self.seconds,
+            "passes": self.passes,
             "stages": self.timer.seconds(),
             "batches": self.batches.state_dict(),
             "dropped": self.stream.drop.as_dict(),
@@ -230,27 +241,27 @@ class TrainLoop:
         if is_rank0():
             keep = self.config.keep_checkpoints
             self.saved = checkpoint.save(self.out, self.tokens, state, keep)
+            previous.discard(self.out)
 
-    @torch.no_grad()
-    def encode_seconds(self) -> float:
-        """How long encoding took in the training, estimated from how long it takes now on a part of
-        the held-out text: within a step it cannot be told from the rest of the SAE. Rank 0 always
-        has some of that text; the other processes take part."""
-        x = next(self.stream.residuals(self.heldout), None)
-        if x is None:
-            return 0.0
-        timer = StageTimer(self.stream.device)
-        for state in self.states:
-            with state.autocast():
-                for stage in ("first", "second"):  # the first one compiles and allocates
-                    state.mlsae.encode(x)
-                    timer.lap(stage)
-        return timer.seconds()["second"] * self.tokens / self.mesh.data.size / x.shape[1]
+    def about(self) -> dict[str, Any]:
+        """What config.json says of the training beside its settings."""
+        return {"passes": self.passes}
+
+    def _count_passes(self, bar: tqdm[None]) -> None:
+        """Note the pass of the batch, and warn once, when the second begins."""
+        before, self.passes = self.passes, self.batches.passes
+        if before == 1 < self.passes and is_rank0():
+            bar.write(
+                f"DATASET is at its end after {self.tokens:,} of --tokens {self.config.tokens:,}: "
+                "the run goes on with the same text, in another order; for new text to the end, "
+                "give a larger dataset or fewer tokens",
+                file=sys.stderr,
+            )
 
     def _stop(self, caught: int) -> None:
         """End the program after a signal, with models that load."""
         for run_dir in self.run_dirs:
-            run_dir.save_model()
+            run_dir.save_model(**self.about())
         log_rank0(
             f"stopped by {signal.Signals(caught).name} after {self.tokens:,} tokens; "
             f"saved {self.saved}; resume with the same command and --resume"
@@ -276,15 +287,3 @@ class TrainLoop:
         except NonFiniteError as error:
             good = f"the last good checkpoint is {self.saved}" if self.saved else "none saved yet"
             raise NonFiniteError(f"{error}; {good}") from error
-
-
-class Every:
-    """Whether another `interval` of tokens has been passed since the last call."""
-
-    def __init__(self, interval: float, tokens: int) -> None:
-        self._interval, self._count = interval, tokens // interval
-
-    def passed(self, tokens: int) -> bool:
-        """Whether `tokens` lies in another interval than at the last call."""
-        before, self._count = self._count, tokens // self._interval
-        return self._count > before

@@ -26,17 +26,19 @@ from ..hub import check_push, push_run
 from ..memory import check_memory, estimate
 from ..model import MLSAE, MLSAEConfig
 from .init import init_stats, mlsae_config
+from .inputs import fingerprints
 from .loop import TrainLoop
+from .previous import replacing_run
 from .run_dir import (
     PUSHED_FILES,
     RunDir,
     check_folders,
-    empty,
+    held,
     load_checkpoint,
     newest_checkpoint,
 )
 from .state import TrainState
-from .summary import print_summary, write_csv
+from .summary import encode_seconds, print_summary, write_csv
 
 
 def train(*configs: TrainConfig) -> dict[Path, MLSAE]:
@@ -51,7 +53,10 @@ def train(*configs: TrainConfig) -> dict[Path, MLSAE]:
     gone; SystemExit (128 + the signal's number) after SIGINT or SIGTERM in any process, with a
     checkpoint written and models that load.
     """
-    with distributed.session(configs[0].timeout) as world:
+    with distributed.session(configs[0].timeout) as world, ExitStack() as stack:
+        with world.raise_together():
+            if world.rank == 0:
+                stack.enter_context(held(configs))
         return _train(configs, world)
 
 
@@ -60,12 +65,13 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     with world.raise_together():
         device = _check(configs, world)
         path = newest_checkpoint(configs) if writes and config.resume else None
-    path = world.broadcast_object(path)
+        inputs = fingerprints(config) if writes else {}
+    path, inputs = world.broadcast_object((path, inputs))
     mesh = distributed.make_mesh(world, device, config.shard_latents, config.timeout)
 
     # What is read: the training so far, the transformer up to its last layer to read, the text.
     with world.raise_together():
-        saved = load_checkpoint(path, configs) if path else None
+        saved = load_checkpoint(path, configs, inputs) if path else None
         shape = read_shape(config.data)
         batch_rows, micro_rows = _rows(config, shape.seq_len, mesh)
         saes = [mlsae_config(each, shape) for each in configs]
@@ -90,17 +96,20 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     else:
         first = [next(batches)]
         _initialize(states, stream, first[0])
-        if writes:
-            empty(out)
 
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
         run_dirs = []
-        for each, state in zip(configs, states, strict=True):
-            own = saved["runs"][each.sae.name] if saved else None
-            run_dir = RunDir(each, state, own, writes, stream.drop)
-            run_dirs.append(stack.enter_context(closing(run_dir)))
-        loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout)
+        with world.raise_together():
+            if writes and saved is None:
+                check_folders(configs, saes)  # again: much may have happened while all was loaded
+                stack.enter_context(replacing_run(out))
+            for each, state in zip(configs, states, strict=True):
+                own = saved["runs"][each.sae.name] if saved else None
+                run_dirs.append(
+                    stack.enter_context(closing(RunDir(each, state, own, writes, stream.drop)))
+                )
+        loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout, inputs)
         if saved and path:
             loop.resume(saved, path)
             log_rank0(f"resuming from {path}, after {loop.tokens:,} tokens")
@@ -109,8 +118,8 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
 
     # Leave folders that stand alone.
     for run_dir, validation in zip(run_dirs, validations, strict=True):
-        run_dir.finish(validation)
-    dead, encoding = [state.dead_share() for state in states], loop.encode_seconds()
+        run_dir.finish(validation, **loop.about())
+    dead, encoding = [state.dead_share() for state in states], encode_seconds(loop)
     if writes:
         if len(configs) > 1:
             write_csv(out / "runs.csv", loop, validations, dead)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from ..config import TrainConfig, shared_folder
 from ..data.sinks import DropRule
 from ..distributed import log_rank0
 from ..errors import InputError
-from ..files import check_out, write_file
+from ..files import LOCK, check_out, locked, write_file
 from ..model import MLSAEConfig
 from ..report import write_report
-from . import checkpoint
+from . import checkpoint, previous
+from .inputs import Fingerprints, check_inputs
 from .logs import MetricsLog
 from .settings import check_same, settings_of
 from .state import TrainState
@@ -46,6 +48,7 @@ RUN_FILES = (
     "checkpoints",
     "tensorboard",
     "wandb",
+    previous.PREVIOUS,
 )
 RUN_FOLDERS = ("x*-k*", "n*-k*")  # see `config.SAEConfig.name`
 
@@ -82,13 +85,15 @@ class RunDir:
         """What tells the SAE from others that train beside it."""
         return self.config.sae.name
 
-    def log_metrics(self, tokens_per_second: float, seconds: float) -> dict[str, Any]:
-        """Log a line of metrics of the steps since the last one."""
+    def log_metrics(self, tokens_per_second: float, seconds: float, passes: int) -> dict[str, Any]:
+        """Log a line of metrics of the steps since the last one, the last of which was in pass
+        number `passes` over the text."""
         state = self.state
         window = state.end_window()
         line = {
             "tokens": state.tokens,
             "steps": state.steps,
+            "passes": passes,
             "loss": window.loss.item() / window.steps,
             "fvu": window.fvu().mean().item(),
             "fvu_layers": window.fvu().tolist(),
@@ -132,9 +137,10 @@ class RunDir:
             card = str(mlsae.generate_model_card())  # also over that of a stop before the end
             write_file(self.config.out / "README.md", card.encode())
 
-    def finish(self, validation: Validation) -> None:
-        """Leave a folder that stands alone, with the last `validation`."""
-        self.save_model(heldout=validation.as_dict())
+    def finish(self, validation: Validation, **about: Any) -> None:
+        """Leave a folder that stands alone, with the last `validation`; for `about` see
+        `save_model`."""
+        self.save_model(heldout=validation.as_dict(), **about)
         if self.log is None:
             return
         latents = {
@@ -149,6 +155,26 @@ class RunDir:
         """End the log."""
         if self.log:
             self.log.close()
+
+
+@contextmanager
+def held(configs: Sequence[TrainConfig]) -> Iterator[None]:
+    """Hold the folder of the run in this block, and put back what a killed process was moving.
+
+    Raises InputError if another process trains in it; or in a folder of the sweep in it, or in the
+    sweep that it is a folder of.
+    """
+    out = shared_folder(configs)
+    with locked(out):
+        others = [folder for pattern in RUN_FOLDERS for folder in out.glob(pattern)]
+        if any(fnmatch(out.absolute().name, pattern) for pattern in RUN_FOLDERS):
+            others.append(out.absolute().parent)
+        for other in others:
+            if (other / LOCK).exists():
+                with locked(other):
+                    pass
+        previous.recover(out)
+        yield
 
 
 def newest_checkpoint(configs: Sequence[TrainConfig]) -> Path | None:
@@ -168,13 +194,16 @@ def newest_checkpoint(configs: Sequence[TrainConfig]) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, configs: Sequence[TrainConfig]) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, configs: Sequence[TrainConfig], inputs: Fingerprints
+) -> dict[str, Any]:
     """The state in a checkpoint that rank 0 has checked for damage. Raises InputError if this
-    process cannot see it, or it was saved with other settings."""
+    process cannot see it, or it was saved with other settings or `inputs`."""
     if not path.exists():
         raise InputError(f"--out must be a folder that every node has, and {path} is not there")
     state = checkpoint.load(path)
     check_same(configs, state["settings"])
+    check_inputs(configs[0], state["settings"], state.get("inputs"), inputs)
     return state
 
 
@@ -192,13 +221,3 @@ def check_folders(configs: Sequence[TrainConfig], saes: Iterable[MLSAEConfig]) -
     for pattern in RUN_FOLDERS:
         for folder in out.glob(pattern):
             check_out(folder, config.overwrite, config.resume, RUN_FILES, 0)
-
-
-def empty(folder: Path) -> None:
-    """Make the folder, and remove the runs in it, if any: `check_folders` has allowed it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

@@ -9,25 +9,39 @@ from typing import Any
 
 from ..config import TrainConfig, shared_folder
 from ..errors import InputError
+from .inputs import INPUTS
 
-_FREE = (  # what may differ from the run that is resumed
+_FREE = (  # what may differ from the run that is resumed, since the result does not depend on it
     "out",
     "push_to_hub",
     "overwrite",
     "resume",
+    "moved",
     "preset",
+    # where it is computed
     "device",
     "model_device_map",
     "shard_latents",
     "timeout",
     "micro_tokens",
+    # how it is watched
     "log",
+    "log_tokens",
+    "eval_every",
+    "eval_tokens",
     "checkpoint_tokens",
     "keep_checkpoints",
 )
 
 # What runs do whose checkpoints do not name these settings.
-_BEFORE_THEY_WERE_SETTINGS = {"drop_positions": [], "drop_tokens": [], "drop_norm": "off"}
+_BEFORE_THEY_WERE_SETTINGS = {
+    "drop_positions": [],
+    "drop_tokens": [],
+    "drop_norm": "off",
+    "dataset_split": "train",
+    "heldout_share": 0.05,
+    "max_bad_records": 0.01,
+}
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
@@ -48,10 +62,11 @@ def joint_settings(configs: Sequence[TrainConfig]) -> dict[str, Any]:
 
 
 def check_same(configs: Sequence[TrainConfig], saved: dict[str, Any]) -> None:
-    """Raise InputError if `configs` would not continue the run of the `saved` settings."""
+    """Raise InputError if `configs` would not continue the run of the `saved` settings. Its inputs
+    are not compared here: see `inputs.check_inputs`."""
     before = _BEFORE_THEY_WERE_SETTINGS | _flat(saved)
     for name, value in _flat(joint_settings(configs)).items():
-        if name not in _FREE and value != before.get(name):
+        if name not in (*_FREE, *INPUTS) and value != before.get(name):
             raise InputError(
                 f"--{name} must be {_shown(before.get(name))} to resume this run, as it began, got "
                 f"{_shown(value)}; give the same settings, or another --out"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from ..data.sinks import describe_top_share
 from ..files import write_file
 from ..memory import peak
 from .loop import TrainLoop
+from .timer import StageTimer
 from .validation import Validation
 
 _COLUMNS = ("run", "n_latents", "k", "fvu", "fvu_paper", "l0", "fvu_all", "dead")
@@ -44,7 +46,8 @@ def print_summary(
     console.print(
         f"trained on {loop.tokens:,} tokens in {loop.seconds:.0f} s "
         f"({loop.tokens / loop.seconds:,.0f} tokens/s)"
-        + (f"; {dead[0]:.1%} of {n_latents:,} latents dead" if single else ""),
+        + (f"; {dead[0]:.1%} of {n_latents:,} latents dead" if single else "")
+        + (f"; in {loop.passes} passes over the text" if loop.passes > 1 else ""),
         "where the time went: "
         + ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in sorted_stages)
         + f"; tokenizing, beside it, {loop.batches.seconds:.1f} s",
@@ -55,6 +58,23 @@ def print_summary(
         sep="\n",
         soft_wrap=True,
     )
+
+
+@torch.no_grad()
+def encode_seconds(loop: TrainLoop) -> float:
+    """How long encoding took in the training, estimated from how long it takes now on a part of
+    the held-out text: within a step it cannot be told from the rest of the SAE. Rank 0 always has
+    some of that text; the other processes take part."""
+    x = next(loop.stream.residuals(loop.heldout), None)
+    if x is None:
+        return 0.0
+    timer = StageTimer(loop.stream.device)
+    for state in loop.states:
+        with state.autocast():
+            for stage in ("first", "second"):  # the first one compiles and allocates
+                state.mlsae.encode(x)
+                timer.lap(stage)
+    return timer.seconds()["second"] * loop.tokens / loop.mesh.data.size / x.shape[1]
 
 
 def write_csv(

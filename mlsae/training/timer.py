@@ -59,3 +59,15 @@ class StageTimer:
             self._seconds[stage] = self._seconds.get(stage, 0.0) + milliseconds / 1e3
             self._last_event = event
         self._laps.clear()
+
+
+class Every:
+    """Whether another `interval` of tokens has been passed since the last call."""
+
+    def __init__(self, interval: float, tokens: int) -> None:
+        self._interval, self._count = interval, tokens // interval
+
+    def passed(self, tokens: int) -> bool:
+        """Whether `tokens` lies in another interval than at the last call."""
+        before, self._count = self._count, tokens // self._interval
+        return self._count > before

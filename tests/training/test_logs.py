@@ -62,3 +62,46 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as import sees a package that is not there
     with pytest.raises(InputError, match=r"--log wandb needs .* pip install wandb"):
         check_installed("wandb", "--log wandb")
+
+
+def test_a_logger_that_is_damaged_is_named(monkeypatch, tmp_path):
+    (tmp_path / "wandb.py").write_text("raise AttributeError('numpy has no attribute float_')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(InputError, match=r"cannot be imported: numpy has no attribute float_"):
+        check_installed("wandb", "--log wandb")
+    (tmp_path / "wandb.py").write_text("import a_package_that_is_missing")
+    with pytest.raises(InputError, match=r"cannot be imported: No module named 'a_package"):
+        check_installed("wandb", "--log wandb")
+
+
+class FailingWandb(FakeWandb):
+    def log(self, scalars, step):
+        if self.calls[-1][0] == "log":
+            raise ConnectionError("the network is gone")
+        super().log(scalars, step)
+
+
+def test_a_logger_that_fails_later_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    wandb = FailingWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = MetricsLog(tmp_path, ["wandb"], {}, "run-id")
+    for tokens in (100, 200, 300):
+        log.write({**LINE, "tokens": tokens})
+    log.close()
+    assert [call[0] for call in wandb.calls] == ["init", "log"]
+    assert capsys.readouterr().err.count("--log wandb failed and is no longer used: the net") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_logger_that_does_not_start_leaves_the_file(tmp_path, monkeypatch):
+    """What is after the checkpoint is cut off only once the run goes on."""
+
+    def init(**_options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    (tmp_path / "metrics.jsonl").write_text("1234567890")
+    with pytest.raises(InputError, match="does not: no network"):
+        MetricsLog(tmp_path, ["wandb"], {}, "run-id", position=5)
+    assert (tmp_path / "metrics.jsonl").read_text() == "1234567890"

@@ -1,6 +1,7 @@
 """The settings of a run, as its files and its command line name them."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +19,8 @@ def test_settings_have_the_names_of_the_flags():
     assert settings["layers"] == [0, 2]
     assert settings["sae"]["k"] == 8
     flags = {f"--{name}" for name in settings if name not in ("model", "dataset", "sae")}
-    values = {"--layers": ["0", "2"], "--log": ["wandb"], "--overwrite": [], "--resume": []}
-    for flag in sorted(flags - {"--overwrite", "--resume"}):
+    values = {"--layers": ["0", "2"], "--log": ["wandb"]}
+    for flag in sorted(flags - {"--overwrite", "--resume", "--moved"}):
         value = settings[flag.removeprefix("--")]
         given = values.get(flag, [str(value)] if value not in (None, []) else ["1"])
         if flag.startswith("--model_") or flag == "--push_to_hub":
@@ -39,8 +40,12 @@ def test_only_what_changes_the_result_must_be_the_same():
     saved = joint_settings(configs)
     assert saved["sae"]["expansion"] == [2, 3]
     assert saved["sae"]["k"] == 8
-    free = [dataclasses.replace(c, device="cpu", micro_tokens=512, resume=True) for c in configs]
-    check_same(free, saved)
+    changed = {
+        "device": "cpu", "micro_tokens": 512, "resume": True, "moved": True, "log": ("wandb",),
+        "log_tokens": 7, "eval_every": 8, "eval_tokens": 9, "checkpoint_tokens": 10,
+        "keep_checkpoints": 1, "out": Path("other"), "timeout": 5.0,
+    }  # fmt: skip
+    check_same([dataclasses.replace(c, **changed) for c in configs], saved)
     with pytest.raises(InputError, match=r"--seed must be 0 to resume this run.* got 1"):
         check_same([dataclasses.replace(c, seed=1) for c in configs], saved)
     with pytest.raises(InputError, match=r"--sae.expansion must be 2 3 to resume"):
