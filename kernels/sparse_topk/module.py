@@ -179,6 +179,29 @@ class SparseTopKSAE(
         rest = [p for p in self.parameters() if p is not self.W_dec]
         return [{"params": rest}, {"params": [self.W_dec], "unit_norm": True}]
 
+    @torch.no_grad()
+    def fold_norms_(self) -> Self:
+        """Give W_dec's rows norm 1, so that `UnitNormAdam` takes them, and move the norms into the
+        encoder: for each latent m with n = |W_dec[m]| > 0,
+
+            W_dec[m] ← W_dec[m] / n,   W_enc[m] ← n W_enc[m],   b_enc[m] ← n b_enc[m]
+
+        Activations become n times as large, and what a latent adds to the output stays the same.
+        But the K largest are then chosen by n · score instead of by score. The output stays the
+        same, up to rounding, for each token whose K-th score is at most 0, or exceeds the next by
+        more than the ratio of the largest norm to the smallest; so for every token, if all norms
+        are equal or K = M. For others another latent may be chosen: compare `sae(x)` before and
+        after on data of yours. Rows of zeros stay, with their encoder. Returns the SAE.
+        """
+        wide = torch.promote_types(self.W_dec.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True, dtype=wide)
+        norms = norms.where(norms != 0, 1)
+        self.W_dec.div_(norms)
+        self.W_enc.mul_(norms)
+        if self.b_enc is not None:
+            self.b_enc.mul_(norms[:, 0])
+        return self
+
     def extra_repr(self) -> str:
         bias = self.b_enc is not None
         return f"d_in={self.d_in}, n_latents={self.n_latents}, k={self.k}, bias={bias}"
