@@ -24,6 +24,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # is public
 
+from sparse_topk.loading import parse_dtype, refuse_unknown
+
 from . import formats
 from .card import model_card
 from .distributed import Group
@@ -49,8 +51,13 @@ class HubFiles(ModelHubMixin):
 
     @classmethod
     @abstractmethod
-    def from_saved(cls, saved: SavedSAE, device: torch.device | str = "cpu") -> Self:
-        """The module that the files hold."""
+    def from_saved(
+        cls,
+        saved: SavedSAE,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+    ) -> Self:
+        """The module that the files hold, in `dtype`; in the files' if None."""
 
     def save_pretrained(  # type: ignore[override] # `extra` goes into config.json
         self,
@@ -67,9 +74,14 @@ class HubFiles(ModelHubMixin):
         model card `README.md`, unless there is one. Each file is replaced at once. Collective when
         sharded: every process must call it, and rank 0 writes.
 
-        With `push_to_hub`, also push it to `repo_id`, and return the commit's address. `config`
-        and `model_card_kwargs` are the mixin's: an MLSAE knows both itself.
+        With `push_to_hub`, also push it to `repo_id`, and return the commit's address. Raises
+        TypeError if `config` or `model_card_kwargs` of the mixin are given: an MLSAE knows both.
         """
+        if config is not None or model_card_kwargs:
+            raise TypeError(
+                "config and model_card_kwargs cannot be given: an MLSAE saves its own config, and "
+                "takes what else the model card tells as keywords, such as training={…}"
+            )
         self.about.update(extra)
         saved = self.to_saved()
         if self.shards.rank > 0:
@@ -82,7 +94,7 @@ class HubFiles(ModelHubMixin):
             write_file(folder / "README.md", str(self.generate_model_card()).encode())
         return self.push_to_hub(repo_id or folder.name) if push_to_hub else None
 
-    def generate_model_card(self, *_args: Any, **_kwargs: Any) -> ModelCard:
+    def generate_model_card(self) -> ModelCard:
         """The model card: what it is, its settings, and its validation metrics if known."""
         return model_card({**asdict(self.config), **self.about})
 
@@ -91,19 +103,34 @@ class HubFiles(ModelHubMixin):
         cls,
         pretrained_model_name_or_path: Path | str,
         device: torch.device | str = "cpu",
-        **hub: Any,
+        dtype: torch.dtype | str | None = torch.float32,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: Path | str | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **unknown: Any,
     ) -> Self:
         """Load an MLSAE, or a checkpoint of the paper's own code, from a folder or by its name on
-        the Hugging Face hub (`hub`: revision, token, cache_dir, force_download,
-        local_files_only). With HF_HUB_OFFLINE=1, a name must have been downloaded before.
+        the Hugging Face hub; the last five arguments are the hub's. `dtype` is a torch.dtype, its
+        name, or "auto": that of the file. With HF_HUB_OFFLINE=1, a name must have been downloaded
+        before.
 
-        Raises InputError if a file is missing, damaged, or of another shape than the config.
+        Raises InputError if a file is missing, damaged, or of another shape than the config;
+        ValueError if `dtype` is none; TypeError on another keyword.
         """
+        refuse_unknown(unknown)
+        wanted = parse_dtype(dtype)
         name = str(pretrained_model_name_or_path)
         try:
             if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith(("/", "."))):
                 raise FileNotFoundError("there is no such folder")
-            return super().from_pretrained(name, device=device, **hub)
+            loaded: Self = super().from_pretrained(
+                name, revision=revision, token=token, cache_dir=cache_dir,
+                force_download=force_download, local_files_only=local_files_only,
+                device=device, dtype=wanted,
+            )  # fmt: skip
         except (OSError, ValueError) as error:
             offline = isinstance(error, LocalEntryNotFoundError) and constants.is_offline_mode()
             raise InputError(
@@ -111,10 +138,16 @@ class HubFiles(ModelHubMixin):
                 f"its name on the Hugging Face hub, and {name} cannot be loaded: "
                 + (f"{_OFFLINE} {name}`" if offline else str(error))
             ) from error
+        return loaded
 
     @classmethod
     def _from_pretrained(
-        cls, *, model_id: str, device: torch.device | str = "cpu", **hub: Any
+        cls,
+        *,
+        model_id: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        **hub: Any,
     ) -> Self:
         folder = Path(model_id)
         if not folder.is_dir():
@@ -128,7 +161,7 @@ class HubFiles(ModelHubMixin):
                 "those; on plain residuals its codes mean nothing",
                 stacklevel=4,
             )
-        return cls.from_saved(saved, device)
+        return cls.from_saved(saved, device, dtype)
 
 
 def check_push(repo_id: str) -> None:

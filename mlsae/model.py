@@ -51,7 +51,7 @@ class Standardized(NamedTuple):
     """Residual vectors as the SAE sees them, and what undoes it."""
 
     x: Tensor
-    """(…, D) x̃ = (x − μ) / (σ + 1e-5), float32."""
+    """(…, D) x̃ = (x − μ) / (σ + 1e-5), float32, or float64 if x is."""
     mean: Tensor
     """(…, 1) μ."""
     std: Tensor
@@ -64,7 +64,8 @@ class Standardized(NamedTuple):
 
 class Reconstruction:
     """What an MLSAE makes of residual vectors x (…, D). Each tensor is computed when it is asked
-    for, and is differentiable."""
+    for, and is differentiable. x̂ has x's dtype; the errors, being small differences, are in
+    float32, or float64 if x is."""
 
     def __init__(self, x: Tensor, standard: Standardized, output: SAEOutput) -> None:
         self.standard = standard
@@ -72,8 +73,8 @@ class Reconstruction:
 
     @cached_property
     def x_hat(self) -> Tensor:
-        """x̂ (…, D), in the units of x."""
-        return self.standard.invert(self._output.x_hat)
+        """x̂ (…, D), in the units and the dtype of x."""
+        return self.standard.invert(self._output.x_hat).to(self._x.dtype)
 
     @cached_property
     def error(self) -> Tensor:
@@ -143,17 +144,21 @@ class MLSAE(nn.Module, HubFiles):
         )
 
     def standardize(self, x: Tensor) -> Standardized:
-        """x̃ (…, D) float32, μ and σ (…, 1). A constant vector has σ = 0 and becomes 0, so x̂ is the
-        constant, exactly. A vector that is not finite becomes NaN, which stops training (see
-        `training.loop.raise_if_nonfinite`)."""
-        x = x.float()
+        """x̃ (…, D) float32, or float64 if x is; μ and σ (…, 1). A constant vector has σ = 0 and
+        becomes 0, so x̂ is the constant, exactly. A vector that is not finite becomes NaN, which
+        stops training (see `training.loop.raise_if_nonfinite`). Raises ValueError if x is not of a
+        floating-point dtype."""
+        if not x.is_floating_point():
+            raise ValueError(f"x must be of a floating-point dtype, got {x.dtype}")
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if not self.config.standardize:
             return Standardized(x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1]))
         std, mean = torch.std_mean(x, dim=-1, keepdim=True)
         return Standardized((x - mean) / (std + SIGMA_EPS), mean, std)
 
     def encode(self, x: Tensor) -> TopK:
-        """The active latents of residual vectors x (…, D): values and indices (…, K)."""
+        """The active latents of residual vectors x (…, D): values and indices (…, K), the values in
+        the parameters' dtype, or autocast's."""
         return self.sae.encode(self.standardize(x).x)
 
     def reconstruct(self, x: Tensor) -> Reconstruction:
@@ -162,7 +167,7 @@ class MLSAE(nn.Module, HubFiles):
         return Reconstruction(x, standard, self.sae.reconstruct(standard.x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x̂ (…, D), in the units of x."""
+        """x̂ (…, D), in the units and the dtype of x."""
         return self.reconstruct(x).x_hat
 
     def losses(
@@ -222,8 +227,13 @@ class MLSAE(nn.Module, HubFiles):
         )
 
     @classmethod
-    def from_saved(cls, saved: SavedSAE, device: torch.device | str = "cpu") -> Self:
-        """Build an MLSAE from a loaded SAE, cast to float32."""
+    def from_saved(
+        cls,
+        saved: SavedSAE,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+    ) -> Self:
+        """Build an MLSAE from a loaded SAE, in `dtype`; that of the loaded weights if None."""
         config = MLSAEConfig(
             saved.d_in,
             saved.n_latents,
@@ -234,7 +244,7 @@ class MLSAE(nn.Module, HubFiles):
             "b_enc" in saved.weights,
         )
         mlsae = cls(config, device="meta")
-        weights = {name: w.to(device, torch.float32) for name, w in saved.weights.items()}
+        weights = {name: w.to(device, dtype or w.dtype) for name, w in saved.weights.items()}
         mlsae.sae.load_state_dict(weights, assign=True)
         mlsae.about = dict(saved.about)
         return mlsae.requires_grad_()

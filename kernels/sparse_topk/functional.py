@@ -100,6 +100,8 @@ def topk_sae(
     its backward sorts the selections once for both weights.
 
     x (…, D), W_enc and W_dec (M, D), b_enc (M,), b_dec (D,) → x̂ (…, D), values, indices (…, K).
+    Computed as `topk_encode` is, in whose dtype the values are; x̂ has x's, so that it can take its
+    place, or autocast's if that is on, as the output of torch's own layers.
 
     With `shards`, the weights are one shard's, and k is how many candidates it offers: x̂ and the
     gradients of x and b_dec are those of all shards together; the codes are this shard's own.
@@ -118,6 +120,8 @@ def topk_sae(
         flat, W_enc, b_enc, W_dec, b_dec, k, _dtype(W_enc), shards
     )
     shape = x.shape[:-1]
+    if not torch.is_autocast_enabled(W_enc.device.type):
+        out = out.to(x.dtype)
     return SAEOutput(out.view(x.shape), values.view(*shape, k), indices.view(*shape, k))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from .functional import SAEOutput, TopK, check_k, sparse_decode, topk_encode, topk_sae
+from .loading import parse_dtype, refuse_unknown
 
 _CARD = """---
 {{ card_data }}
@@ -53,10 +54,11 @@ class SparseTopKSAE(
     weights have one row per latent. Initially W_enc = W_dec, with rows of norm 1, and the biases
     are 0. `UnitNormAdam` keeps W_dec's rows at norm 1 (Gao et al., arXiv 2406.04093, §2).
 
-    Computes in the parameters' dtype, or in autocast's. Raises ValueError if k is not in [1, M].
+    Computes in the parameters' dtype, or in autocast's, which is the dtype of the activations too.
+    x̂ has x's dtype, or autocast's if that is on. Raises ValueError if k is not in [1, M].
 
-    `save_pretrained(folder)`, `from_pretrained(folder or name, device=…)` and `push_to_hub(name)`
-    come from huggingface_hub's mixin; the files are `config.json` and `model.safetensors`.
+    `save_pretrained(folder)`, `from_pretrained(folder or name)` and `push_to_hub(name)` come from
+    huggingface_hub's mixin; the files are `config.json` and `model.safetensors`.
     """
 
     def __init__(
@@ -139,6 +141,20 @@ class SparseTopKSAE(
         sizes = {"d_in": self.d_in, "n_latents": self.n_latents, "k": self.k}
         return super().generate_model_card(*args, **sizes, **kwargs)
 
+    def save_pretrained(
+        self, save_directory: Path | str, *, push_to_hub: bool = False, **more: Any
+    ) -> str | None:
+        """Write `config.json`, `model.safetensors` and, unless there is one, the model card. With
+        `push_to_hub`, also push them; `more` is then what `push_to_hub` takes. Raises TypeError on
+        a keyword that would do nothing."""
+        unused = more.keys() - {"config", "repo_id", "model_card_kwargs"}
+        if unused and not push_to_hub:
+            raise TypeError(
+                f"save_pretrained() got an unexpected keyword argument {min(unused)!r}; those of "
+                "push_to_hub need push_to_hub=True"
+            )
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **more)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
         safetensors.torch.save_file(weights, save_directory / "model.safetensors")
@@ -147,13 +163,41 @@ class SparseTopKSAE(
         (save_directory / "config.json").write_text(json.dumps(config, indent=2))
 
     @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: Path | str | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **unknown: Any,
+    ) -> Self:
+        """Load an SAE from a folder or by its name on the Hugging Face hub; the last five arguments
+        are the hub's. `dtype` is a torch.dtype, its name, or, as by default, "auto": the file's.
+
+        Raises ValueError if there is no config.json, or its SAE standardizes its inputs; TypeError
+        on another keyword.
+        """
+        refuse_unknown(unknown)
+        sae: Self = super().from_pretrained(
+            pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir,
+            force_download=force_download, local_files_only=local_files_only,
+            device=device, dtype=parse_dtype(dtype),
+        )  # fmt: skip
+        return sae
+
+    @classmethod
     def _from_pretrained(
         cls,
         *,
         model_id: str,
-        config: dict[str, Any] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        config: dict[str, Any] | None = None,
         d_in: int = 0,
         n_latents: int = 0,
         k: int = 0,
@@ -171,13 +215,38 @@ class SparseTopKSAE(
         if not Path(model_id).is_dir():
             path = hf_hub_download(model_id, "model.safetensors", **hub)
         sae = cls(d_in, n_latents, k, bias=bias, device="meta")
-        sae.load_state_dict(safetensors.torch.load_file(path, device=str(device)), assign=True)
-        return sae.requires_grad_().to(dtype)
+        weights = safetensors.torch.load_file(path)
+        placed = {name: w.to(device, dtype or w.dtype) for name, w in weights.items()}
+        sae.load_state_dict(placed, assign=True)
+        return sae.requires_grad_()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameter groups for `UnitNormAdam`: W_dec with its rows at norm 1, and the rest."""
         rest = [p for p in self.parameters() if p is not self.W_dec]
         return [{"params": rest}, {"params": [self.W_dec], "unit_norm": True}]
+
+    @torch.no_grad()
+    def fold_norms_(self) -> Self:
+        """Give W_dec's rows norm 1, so that `UnitNormAdam` takes them, and move the norms into the
+        encoder: for each latent m with n = |W_dec[m]| > 0,
+
+            W_dec[m] ← W_dec[m] / n,   W_enc[m] ← n W_enc[m],   b_enc[m] ← n b_enc[m]
+
+        Activations become n times as large, and what a latent adds to the output stays the same.
+        But the K largest are then chosen by n · score instead of by score. The output stays the
+        same, up to rounding, for each token whose K-th score is at most 0, or exceeds the next by
+        more than the ratio of the largest norm to the smallest; so for every token, if all norms
+        are equal or K = M. For others another latent may be chosen: compare `sae(x)` before and
+        after on data of yours. Rows of zeros stay, with their encoder. Returns the SAE.
+        """
+        wide = torch.promote_types(self.W_dec.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True, dtype=wide)
+        norms = norms.where(norms != 0, 1)
+        self.W_dec.div_(norms)
+        self.W_enc.mul_(norms)
+        if self.b_enc is not None:
+            self.b_enc.mul_(norms[:, 0])
+        return self
 
     def extra_repr(self) -> str:
         bias = self.b_enc is not None

@@ -125,6 +125,9 @@ def adam_unit_norm_(
         w ← Adam(w, g)           bias-corrected (Kingma and Ba, 2015), `step` counted from 1
         w ← w / |w|              also stored in `shadow`, in its dtype, if given
 
+    A row that is 0 after Adam stays 0; any other finite row gets norm 1, also where its squares
+    overflow or underflow. So a pruned row stays 0 until it has a gradient, and then gets norm 1.
+
     weight, grad, exp_avg, exp_avg_sq, shadow (…) of one shape; (M, D) with `unit_norm`.
     grad_scale () on the weight's device. `grad` is not written to. If there is more to do than
     Adam, it is done a block of rows at a time, so that memory is read and written once.
@@ -150,9 +153,22 @@ def adam_unit_norm_(
             lr=lr, weight_decay=0.0, eps=eps, maximize=False,
         )  # fmt: skip
         if unit_norm:
-            w /= torch.linalg.vector_norm(w, dim=1, keepdim=True)
+            _normalize_rows_(w)
         if shadow is not None:
             copy.copy_(w)
+
+
+def _normalize_rows_(w: Tensor) -> None:
+    """w ← w / |w| for each row of w (M, D), in place; a row of zeros stays."""
+    norms = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    low = math.sqrt(torch.finfo(w.dtype).tiny / torch.finfo(w.dtype).eps)  # squares below lose bits
+    ordinary = (norms > low) & (norms < 1 / low)
+    if not ordinary.all():
+        largest = w.abs().amax(1, keepdim=True)
+        w /= largest.where(~ordinary & (largest > 0), 1)  # dividing by 1 leaves the others' bits
+        norms = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        norms = norms.where(norms != 0, 1)
+    w /= norms
 
 
 def _group_size(m: int, k: int) -> int:

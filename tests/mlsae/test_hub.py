@@ -189,6 +189,80 @@ def test_a_sparse_topk_sae_is_saved_and_loaded(tmp_path, bias, dtype):
     assert load_sae(tmp_path).k == 3
 
 
+@pytest.fixture(params=[MLSAE, SparseTopKSAE])
+def saved(request, tmp_path):
+    """Each class, and the folder of one of its SAEs with weights in bfloat16."""
+    made = MLSAE(MLSAEConfig(D, M, 3, (0,))) if request.param is MLSAE else SparseTopKSAE(D, M, 3)
+    made.to(torch.bfloat16).save_pretrained(tmp_path)
+    return request.param, tmp_path
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float16, torch.float16),
+        ("float64", torch.float64),
+        ("torch.float32", torch.float32),
+        ("auto", torch.bfloat16),
+    ],
+)
+def test_weights_are_loaded_in_the_dtype_asked_for(saved, dtype, expected):
+    kind, folder = saved
+    loaded, exact = (kind.from_pretrained(folder, dtype=d) for d in (dtype, "auto"))
+    for p, true in zip(loaded.parameters(), exact.parameters(), strict=True):
+        assert p.dtype == expected
+        assert p.requires_grad
+        assert torch.equal(p, true.to(expected))
+
+
+def test_weights_are_loaded_on_the_device_asked_for(saved):
+    kind, folder = saved
+    for device in ("meta", torch.device("meta")):
+        assert {p.device.type for p in kind.from_pretrained(folder, device).parameters()} == {
+            "meta"
+        }
+    assert {p.device.type for p in kind.from_pretrained(folder).parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat", "int8", torch.int32, 16, "nn"])
+def test_a_dtype_that_is_none_is_refused(saved, dtype):
+    kind, folder = saved
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point torch.dtype, .* got "):
+        kind.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "told"),
+    [
+        ("torch_dtype", "did you mean dtype"),
+        ("map_location", "did you mean device"),
+        ("devise", "did you mean device"),
+        ("revison", "did you mean revision"),
+        ("k", "there are device, dtype, revision"),
+        ("config", "there are device, dtype, revision"),
+    ],
+)
+def test_a_keyword_that_is_unknown_is_refused(saved, keyword, told):
+    kind, folder = saved
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'; {told}"):
+        kind.from_pretrained(folder, **{keyword: "x"})
+    loaded = kind.from_pretrained(
+        folder, revision=None, token=None, cache_dir=None, force_download=False,
+        local_files_only=True,
+    )  # fmt: skip
+    assert isinstance(loaded, kind)
+
+
+def test_saving_takes_no_keyword_that_does_nothing(tmp_path):
+    """What an MLSAE is given goes into config.json; see below."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'note'"):
+        SparseTopKSAE(D, M, 3).save_pretrained(tmp_path, note="lost")
+    for keywords in ({"config": {"k": 5}}, {"model_card_kwargs": {"license": "mit"}}):
+        with pytest.raises(TypeError, match="config and model_card_kwargs cannot be given"):
+            MLSAE(MLSAEConfig(D, M, 3, (0,))).save_pretrained(tmp_path, **keywords)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_sparse_topk_sae_does_not_load_one_that_standardizes(tmp_path):
     MLSAE(MLSAEConfig(D, M, 3, (0,))).save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match="standardizes its inputs, which a SparseTopKSAE cannot"):

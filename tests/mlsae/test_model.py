@@ -46,12 +46,11 @@ def by_hand(mlsae, vector):
 
 @pytest.mark.parametrize("standardize", [True, False])
 def test_forward_is_the_papers_formula(standardize):
-    mlsae, x = make(standardize), residuals()
+    mlsae, x = make(standardize), residuals().double()
     x_hat = mlsae(x)
     for layer in range(L):
         for n in range(3):
-            expected = by_hand(mlsae, x[layer, n].double())
-            torch.testing.assert_close(x_hat[layer, n], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(x_hat[layer, n], by_hand(mlsae, x[layer, n]))
 
 
 @pytest.mark.parametrize("standardize", [True, False])
@@ -72,6 +71,32 @@ def test_a_reconstruction_is_its_output_error_and_codes(standardize):
         for out in (reconstruction.error, x - mlsae(x))
     )
     torch.testing.assert_close(gradient, expected)
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_output_has_the_dtype_of_the_input(standardize, weights, dtype):
+    """So that it can take the residual's place; errors and activations are not rounded to it."""
+    mlsae, x = make(standardize).to(weights), residuals()[:2].to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    reconstruction = mlsae.reconstruct(x)
+    assert mlsae(x).dtype == reconstruction.x_hat.dtype == dtype
+    assert torch.equal(mlsae(x), mlsae(x.to(wide)).to(dtype))
+    assert torch.equal(reconstruction.error, mlsae.reconstruct(x.to(wide)).error)
+    assert reconstruction.error.dtype == reconstruction.standardized_error.dtype == wide
+    assert mlsae.encode(x).values.dtype == reconstruction.codes.values.dtype == weights
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mlsae(x).dtype == dtype
+        assert mlsae.encode(x).values.dtype == torch.bfloat16
+
+
+def test_integers_are_refused():
+    with pytest.raises(ValueError, match=r"x must be of a floating-point dtype, got torch\.int64"):
+        make()(torch.ones(2, D, dtype=torch.int64))
 
 
 def test_a_constant_vector_stays_finite():
@@ -97,7 +122,7 @@ AUX = {"k_aux": 3, "error_variance": torch.tensor([0.5, 1.0, 2.0])}
 
 
 def test_the_loss_is_the_mean_fvu_of_the_layers():
-    mlsae, x = make(), residuals()
+    mlsae, x = make(), residuals().double()
     (result,), _ = losses(mlsae, x)
     moments = Moments(L, D)
     moments.update(residuals(seed=9))

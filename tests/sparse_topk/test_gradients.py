@@ -110,11 +110,14 @@ def test_any_leading_shape(shape):
 @pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("w_dtype", [torch.bfloat16, torch.float32])
 def test_mixed_dtypes_compute_in_the_weights_dtype(x_dtype, w_dtype):
+    """And x̂ has x's dtype, to take its place."""
     torch.manual_seed(0)
     sae = SparseTopKSAE(D, M, K, dtype=w_dtype)
     x = torch.randn(N, D, dtype=x_dtype, requires_grad=True)
-    x_hat = sae(x)
-    assert x_hat.dtype == w_dtype
+    x_hat, values, _ = sae.reconstruct(x)
+    assert values.dtype == sae.encode(x).values.dtype == w_dtype
+    assert x_hat.dtype == sae(x).dtype == x_dtype
+    torch.testing.assert_close(x_hat, sae.decode(sae.encode(x)).to(x_dtype))
     x_hat.float().square().sum().backward()
     assert x.grad.dtype == x_dtype
     assert sae.W_enc.grad.dtype == w_dtype

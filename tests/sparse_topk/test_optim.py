@@ -5,11 +5,14 @@ Both backends are tested, Triton's under its interpreter if there is no GPU.
 
 import copy
 import io
+import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sparse_topk import SparseTopKSAE, UnitNormAdam, torch_ops
+from sparse_topk import SparseTopKSAE, UnitNormAdam, torch_ops, triton_ops
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -142,6 +145,81 @@ def test_nothing_to_update_is_no_error(device):
     empty.grad = torch.zeros_like(empty)
     for parameters in ([empty], [idle]):
         UnitNormAdam(parameters, unit_norm=True, max_grad_norm=1.0).step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_of_zeros_stays_until_it_has_a_gradient(device, dtype):
+    """A pruned latent. Other rows have the bits that they have without it."""
+    start = torch.nn.functional.normalize(torch.randn(4, 6, dtype=dtype), dim=1).to(device)
+    start[1] = 0
+    grads = [g.to(dtype) for g in gradients((4, 6), 6, device=device)]
+    others = [0, 2, 3]
+    pruned = start.clone().requires_grad_()
+    rest = start[others].requires_grad_()
+    one, two = (UnitNormAdam([p], lr=1e-2, unit_norm=True) for p in (pruned, rest))
+    for step, grad in enumerate(grads):
+        pruned.grad = grad.clone()
+        if step < 3:
+            pruned.grad[1] = 0
+        rest.grad = grad[others]
+        one.step()
+        two.step()
+        assert torch.equal(pruned[others], rest)
+        torch.testing.assert_close(pruned[1].norm().item(), float(step >= 3))
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("backend", [torch_ops, triton_ops])
+@given(
+    row=st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3),
+    exponent=st.integers(-149, 100),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_any_finite_row_becomes_a_unit_row_or_stays_zero(backend, row, exponent, dtype):
+    """From the smallest denormal to numbers whose squares overflow. Without a gradient Adam leaves
+    the row as it is. A unit row beside it keeps its bits."""
+    device = "cuda" if backend is triton_ops and torch.cuda.is_available() else "cpu"
+    row = torch.tensor([row, [1.0, 0.0, 0.0]], dtype=dtype, device=device)
+    row[0] *= 2.0**exponent
+    weight, grad = row.clone(), torch.zeros_like(row)
+    moments = torch.zeros_like(row), torch.zeros_like(row)
+    settings = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "unit_norm": True}
+    backend.adam_unit_norm_(weight, grad, *moments, 1, **settings)
+    largest = row[0].double().abs().max()
+    expected = row[0].double() if largest == 0 else row[0].double() / largest
+    expected = expected / (expected.norm() or 1)
+    torch.testing.assert_close(weight[0].double(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(weight[1], row[1])
+
+
+def rows_of_norm(*norms):
+    rows = torch.nn.functional.normalize(torch.randn(len(norms), 5), dim=1)
+    return (rows * torch.tensor(norms)[:, None]).requires_grad_()
+
+
+@pytest.mark.parametrize("norm", [0.5, 1.02, 1e-30, 1e30, math.inf, math.nan])
+def test_rows_that_are_no_unit_rows_are_refused(norm):
+    """Normalizing them at the first step would change what the SAE computes."""
+    told = r"norm 1 within 0.01, .* got 1 of 3 others, the first row 1 of norm .*fold_norms_"
+    with pytest.raises(ValueError, match=told):
+        UnitNormAdam([rows_of_norm(1.0, norm, 1.0)], unit_norm=True)
+    p = rows_of_norm(1.0, norm, 1.0)
+    UnitNormAdam([p])  # as they are
+    late = torch.nn.functional.normalize(torch.ones(3, 5), dim=1).requires_grad_()
+    optimizer = UnitNormAdam([late], unit_norm=True)
+    late.data.copy_(p.data)  # loaded after the optimizer was made
+    before, late.grad = late.detach().clone(), torch.ones(3, 5)
+    with pytest.raises(ValueError, match=told):
+        optimizer.step()
+    torch.testing.assert_close(late.detach(), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_are_unit_rows_but_for_rounding_are_taken(dtype):
+    """Those of other libraries, 1e-3 off, and rounded to half precision."""
+    p = rows_of_norm(0.999, 1.001, 1.0, 0.0).detach().to(dtype).requires_grad_()
+    UnitNormAdam([p], unit_norm=True)
+    UnitNormAdam([torch.nn.Parameter(torch.empty(3, 5, device="meta"))], unit_norm=True)
 
 
 def test_bad_arguments_are_named():

@@ -62,7 +62,13 @@ def adam_rows_kernel(
     g -= tl.sum(g * w, 0) * w
     w, m, v = _update(w, g, m, v, step_size, eps, c1, c2)
     w = tl.where(mask_d, w, 0.0)  # beyond D, 0 / 0 if eps is 0
-    w /= tl.sqrt(tl.sum(w * w, 0))
+    sq_norm = tl.sum(w * w, 0)
+    if (sq_norm < 1e-30) | (sq_norm > 1e30):  # few rows: the squares may underflow or overflow
+        largest = tl.max(tl.abs(w), 0)
+        w /= tl.where(largest > 0, largest, 1.0)
+        sq_norm = tl.sum(w * w, 0)
+        sq_norm = tl.where(sq_norm == 0, 1.0, sq_norm)  # a row of zeros stays
+    w /= tl.sqrt(sq_norm)
     tl.store(weight_ptr + offs, w.to(weight_ptr.dtype.element_ty), mask_d)
     tl.store(exp_avg_ptr + offs, m.to(exp_avg_ptr.dtype.element_ty), mask_d)
     tl.store(exp_avg_sq_ptr + offs, v.to(exp_avg_sq_ptr.dtype.element_ty), mask_d)
