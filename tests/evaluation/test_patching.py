@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from mlsae.data.residuals import ResidualReader, find_blocks
+from mlsae.data.blocks import find_blocks
+from mlsae.data.residuals import ResidualReader
 from mlsae.errors import InputError
 from mlsae.evaluation.patching import check_substitution, substituted_logits
 from tests.helpers.models import CONFIGS, SMALL, forward_with_hook, make
