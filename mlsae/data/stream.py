@@ -19,7 +19,7 @@ from .config import DataConfig
 from .documents import Split
 from .residuals import ResidualReader, chosen_layers
 from .tokens import Batches, BroadcastBatches, Rows, not_special
-from .transformer import load_config, load_tokenizer, load_transformer
+from .transformer import check_token_ids, load_config, load_tokenizer, load_transformer
 
 
 class Shape(NamedTuple):
@@ -38,7 +38,7 @@ def read_shape(config: DataConfig) -> Shape:
 
     Raises InputError if the model has no such layers, or rows are longer than its context.
     """
-    text_config = load_config(config.model)
+    text_config = load_config(config)
     context = getattr(text_config, "max_position_embeddings", None) or 2048
     seq_len = config.seq_len or min(context, 2048)
     if seq_len > context:
@@ -57,7 +57,8 @@ class DataStream:
     above the last layer that is read are not loaded, so that it has no logits. For `reserved` see
     `transformer.load_transformer`.
 
-    Raises InputError if the model or its tokenizer cannot be loaded.
+    Raises InputError if the model or its tokenizer cannot be loaded, if they do not fit together,
+    or if the model's residual stream cannot be read.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class DataStream:
         self.config, self.device, self.mesh = config, device, mesh
         self.d_in, layers, self.seq_len = shape
         self.micro_rows, self.seed = micro_rows, seed
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = load_tokenizer(config)
         n_layers = None if whole else layers[-1] + 1
-        self.reader = ResidualReader(load_transformer(config, device, n_layers, reserved), layers)
+        model = load_transformer(config, device, n_layers, reserved)
+        check_token_ids(self.tokenizer, model)
+        self.reader = ResidualReader(model, layers)
 
     def batches(
         self, batch_rows: int, state: dict[str, Any] | None = None

@@ -18,6 +18,7 @@ _FREE = (  # what may differ from the run that is resumed
     "preset",
     "device",
     "model_device_map",
+    "trust_remote_code",
     "shard_latents",
     "timeout",
     "micro_tokens",

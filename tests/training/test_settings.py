@@ -18,8 +18,8 @@ def test_settings_have_the_names_of_the_flags():
     assert settings["layers"] == [0, 2]
     assert settings["sae"]["k"] == 8
     flags = {f"--{name}" for name in settings if name not in ("model", "dataset", "sae")}
-    values = {"--layers": ["0", "2"], "--log": ["wandb"], "--overwrite": [], "--resume": []}
-    for flag in sorted(flags - {"--overwrite", "--resume"}):
+    values = {"--layers": ["0", "2"], "--log": ["wandb"]}
+    for flag in sorted(flags - {"--overwrite", "--resume", "--trust_remote_code"}):
         value = settings[flag.removeprefix("--")]
         given = values.get(flag, [str(value)] if value not in (None, []) else ["1"])
         if flag.startswith("--model_") or flag == "--push_to_hub":
@@ -45,3 +45,15 @@ def test_only_what_changes_the_result_must_be_the_same():
         check_same([dataclasses.replace(c, seed=1) for c in configs], saved)
     with pytest.raises(InputError, match=r"--sae.expansion must be 2 3 to resume"):
         check_same(configs[:1], saved)
+
+
+def test_a_run_from_before_a_model_s_options_existed_resumes():
+    config = TrainConfig()
+    saved = joint_settings([config])
+    for name in ("revision", "trust_remote_code", "eos_token"):
+        del saved[name]
+    check_same([config], saved)
+    for option in ({"revision": "step1"}, {"eos_token": "a"}):
+        (name,) = option
+        with pytest.raises(InputError, match=f"--{name} must be None to resume"):
+            check_same([TrainConfig(DataConfig(**option))], saved)
