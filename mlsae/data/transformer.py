@@ -157,15 +157,18 @@ def _load_config(config: DataConfig) -> Any:
 
 
 def _auto_class(model_config: Any) -> Any:
-    """The class that loads the language model of a configuration: transformers lists some models
-    that also see images elsewhere."""
-    with_images = transformers.AutoModelForImageTextToText
+    """The class that loads the language model of a configuration. Models that also see images are
+    in another list of transformers; some are in both, as a model of text alone in that of causal
+    ones, whose weights have other names than in the files."""
     causal = transformers.AutoModelForCausalLM
+    with_images = transformers.AutoModelForImageTextToText
     own_code = getattr(model_config, "auto_map", None) or {}
-    if type(model_config) in causal._model_mapping or causal.__name__ in own_code:
-        return causal
-    known = type(model_config) in with_images._model_mapping or with_images.__name__ in own_code
-    return with_images if known else causal
+    is_causal = type(model_config) in causal._model_mapping or causal.__name__ in own_code
+    if type(model_config) in with_images._model_mapping:
+        own: Any = with_images._model_mapping[type(model_config)]
+        saved = own.__name__ in (model_config.architectures or ())
+        return with_images if saved or not is_causal else causal
+    return with_images if with_images.__name__ in own_code and not is_causal else causal
 
 
 def _check_weights(model: Any, missing: Any, config: DataConfig) -> None:
@@ -184,9 +187,10 @@ def _possible_eos(tokenizer: Any, config: DataConfig) -> str:
     one, or else the newline's; quoted for a shell."""
     vocabulary, n_rows = tokenizer.get_vocab(), load_config(config).vocab_size
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    in_order = sorted(vocabulary, key=lambda token: vocabulary[token])
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
     last = [str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in newline]
-    for token in (*_ENDS, *tokenizer.all_special_tokens, *added, *last, *vocabulary):
+    for token in (*_ENDS, *tokenizer.all_special_tokens, *added, *last, *in_order):
         if vocabulary.get(token, n_rows) < n_rows and token.isprintable():
             return shlex.quote(token)
     raise InputError(

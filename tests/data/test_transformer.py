@@ -295,10 +295,11 @@ def test_a_tokenizer_without_eos_is_refused_and_the_advice_works(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "advised"), [(["a", "Ċ", "<a>"], "Ċ"), (["\u200b", "it's", "a"], "it's")]
+    ("tokens", "advised"),
+    [(["a", "Ċ", "<a>"], "Ċ"), (["\u200b", "it's", "a"], "it's"), (["a", "b", "c", "Ċ"], "a")],
 )
 def test_an_advised_token_is_the_newline_s_or_any(tokens, advised, tmp_path):
-    """If none is special. It is on one line, and quoted for a shell."""
+    """If none is special. It is on one line, quoted for a shell, and among the model's 3 tokens."""
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=tokens[0]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
