@@ -123,7 +123,8 @@ class ResidualReader:
     def _check_output(self, layer: int, output: Any, wanted: tuple[int, ...]) -> None:
         """Raise InputError if the output of block `layer` is not, and does not begin with, a tensor
         of the shape `wanted`."""
-        first = output[0] if isinstance(output, tuple | list) and output else output
+        # Not a named tuple: that of a reversible block holds two streams.
+        first = output[0] if type(output) in (tuple, list) and output else output
         if not isinstance(first, Tensor):
             found = f"a {type(first).__name__}"
         elif tuple(first.shape) != wanted:
