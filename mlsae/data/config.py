@@ -25,6 +25,15 @@ class DataConfig:
     """Split of the dataset to read, on the hub or in a folder that save_to_disk left."""
     dataset_revision: str | None = None
     """Branch, tag or commit of a dataset on the hub. None: the newest."""
+    revision: str | None = None
+    """The model's branch, tag or commit on the hub, such as a step of its training (step3000).
+    None: the newest."""
+    trust_remote_code: bool = False
+    """Whether to run Python code from the model's repository, which some models need. It can do
+    anything that you can, so read it before."""
+    eos_token: str | None = None
+    """A token of the model's tokenizer that joins documents. None: the tokenizer's EOS. Its
+    residuals are dropped, as those of other special tokens."""
     layers: tuple[int, ...] | None = None
     """Layers to read, the first being 0. None: all."""
     seq_len: int | None = None

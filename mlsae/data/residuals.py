@@ -5,18 +5,22 @@ Legend: L layers read, B rows, T positions, D width of the residual stream, V vo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
+from .blocks import find_blocks
 
 
 class _AllReadError(Exception):
     """Raised by the last hook, to end the forward pass above the last block that is read."""
+
+
+_PROBE_IDS = [[0, 1, 2, 3]]  # of the pass that shows what blocks return
 
 
 class ResidualReader:
@@ -30,7 +34,9 @@ class ResidualReader:
     comes after it. The forward pass ends after the last block that is read, so neither the blocks
     above it nor the unembedding are computed.
 
-    Raises InputError if the model has no single list of blocks, or a layer is out of range.
+    A short first pass shows whether that is so. Raises InputError if the model has no single list
+    of blocks, if a layer is out of range, if blocks do not run once each and in their order, or if
+    they return something other than one residual stream.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int] | None = None) -> None:
@@ -39,6 +45,7 @@ class ResidualReader:
         self.layers = chosen_layers(layers, len(self.blocks))
         self._block_devices: dict[int, torch.device] = {}  # of each residual, by layer
         self._n_extra_outputs: int | None = None  # in a block's tuple; None: the residual is alone
+        self._check()
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -58,20 +65,81 @@ class ResidualReader:
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) → the model's logits (B, T, V)."""
-        # A model on several devices has hooks that move its inputs, the first part's included; its
-        # weights may be on "meta" then. A model on one device needs its inputs on that device.
-        weights_device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        on_meta = weights_device.type == "meta"
-        moved = input_ids if on_meta else input_ids.to(weights_device)
+        # A model on several devices has hooks that move its inputs, the first part's included. A
+        # model on one device needs its inputs on that device.
+        device = _weights_device(self.model)
+        moved = input_ids if device.type == "meta" else input_ids.to(device)
         return self.model(input_ids=moved, use_cache=False).logits.to(input_ids.device)
 
     def block_output(self, layer: int, residual: Tensor) -> Any:
         """What block `layer` would return for `residual` (B, T, D): on the block's device, alone or
-        first in a tuple of Nones. The reader learns both in a forward pass, so run one before."""
+        first in a tuple of Nones, as the reader has seen in its last pass."""
         residual = residual.to(self._block_devices[layer])
         if self._n_extra_outputs is None:
             return residual
         return (residual, *[None] * self._n_extra_outputs)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Run the whole model on a few tokens. Raises InputError if its blocks do not run once each
+        and in their order, or return anything but a residual stream (B, T, D)."""
+        ran: list[int] = []
+        outputs: dict[int, Any] = {}
+
+        def hook_for(layer: int) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                ran.append(layer)
+                outputs[layer] = output
+
+            return hook
+
+        handles = [block.register_forward_hook(hook_for(i)) for i, block in enumerate(self.blocks)]
+        input_ids = torch.tensor(_PROBE_IDS)
+        try:
+            self.logits(input_ids)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # any code of any architecture
+            raise InputError(
+                f"MODEL must run on text alone, and {type(self.model).__name__} fails: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        if ran != sorted(set(ran)):
+            raise InputError(self._refusal(f"its blocks run in the order {_shown(ran)}"))
+        idle = [layer for layer in self.layers if layer not in ran]
+        if idle:
+            raise InputError(
+                "--layers must be blocks that run on text alone, and in "
+                f"{type(self.model).__name__} {_shown(idle)} do not; those that do are "
+                f"{_shown(ran)}"
+            )
+        width = self.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+        for layer in self.layers:
+            self._check_output(layer, outputs[layer], (*input_ids.shape, width))
+
+    def _check_output(self, layer: int, output: Any, wanted: tuple[int, ...]) -> None:
+        """Raise InputError if the output of block `layer` is not, and does not begin with, a tensor
+        of the shape `wanted`."""
+        # Not a named tuple: that of a reversible block holds two streams.
+        first = output[0] if type(output) in (tuple, list) and output else output
+        if not isinstance(first, Tensor):
+            found = f"a {type(first).__name__}"
+        elif tuple(first.shape) != wanted:
+            found = f"a tensor {tuple(first.shape)}"
+        else:
+            return
+        raise InputError(
+            self._refusal(f"block {layer} returns {found} where a residual stream is {wanted}")
+        )
+
+    def _refusal(self, symptom: str) -> str:
+        return (
+            "MODEL must have one residual stream, to which its blocks add one after another; "
+            f"{type(self.model).__name__} cannot be read: {symptom}"
+        )
 
     def _run(self, input_ids: Tensor, residuals: dict[int, Tensor], stop: bool) -> Tensor:
         """Run the model, fill `residuals` by layer, and return the logits. With `stop`, raise
@@ -104,7 +172,7 @@ def chosen_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...
     Raises InputError if a layer is out of range, or if they do not ascend.
     """
     chosen = tuple(range(n_layers)) if layers is None else tuple(layers)
-    shown = " ".join(map(str, chosen)) or "none"
+    shown = _shown(chosen)
     if not chosen or not all(0 <= layer < n_layers for layer in chosen):
         raise InputError(
             f"--layers must be in [0, {n_layers - 1}] (the model has {n_layers} layers), "
@@ -115,22 +183,11 @@ def chosen_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...
     return chosen
 
 
-def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of a transformer's blocks: the outermost ModuleList of `num_hidden_layers` modules.
+def _weights_device(model: Any) -> torch.device:
+    """The device of the embedding's weights. "meta" for a model on several devices: it has hooks
+    that move its inputs."""
+    return model.get_input_embeddings().weight.device
 
-    Raises InputError if there is none, or more than one.
-    """
-    config: Any = model.config
-    n_layers = config.get_text_config().num_hidden_layers
-    lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers and not inside:
-            lists[name] = module
-    if len(lists) != 1:
-        raise InputError(
-            f"MODEL must have one list of {n_layers} transformer blocks, and "
-            f"{type(model).__name__} has {len(lists)} ({', '.join(lists) or 'none'}); "
-            "only decoder-only language models can be read"
-        )
-    return next(iter(lists.values()))
+
+def _shown(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, numbers)) or "none"

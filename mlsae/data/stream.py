@@ -22,7 +22,7 @@ from .heldout_split import Split
 from .residuals import ResidualReader, chosen_layers
 from .sinks import describe_massive, resolve_norm, rule_of_places
 from .tokens import Batches, BroadcastBatches, Rows, not_special
-from .transformer import load_config, load_tokenizer, load_transformer
+from .transformer import check_token_ids, load_config, load_tokenizer, load_transformer
 
 
 class Shape(NamedTuple):
@@ -41,7 +41,7 @@ def read_shape(config: DataConfig) -> Shape:
 
     Raises InputError if the model has no such layers, or rows are longer than its context.
     """
-    text_config = load_config(config.model)
+    text_config = load_config(config)
     context = getattr(text_config, "max_position_embeddings", None) or 2048
     seq_len = config.seq_len or min(context, 2048)
     if seq_len > context:
@@ -63,8 +63,8 @@ class DataStream:
     Special tokens are dropped, and what the rule `drop` names: at first by position and id, as
     `config` says; by norm too, once `resolve_drop` has measured norms or `drop` has been set.
 
-    Raises InputError if the model or its tokenizer cannot be loaded, or a position or token to drop
-    does not exist.
+    Raises InputError if the model or its tokenizer cannot be loaded, if they do not fit together,
+    if the model's residual stream cannot be read, or if a position or token to drop does not exist.
     """
 
     def __init__(
@@ -82,10 +82,12 @@ class DataStream:
         self.config, self.device, self.mesh = config, device, mesh
         self.d_in, layers, self.seq_len = shape
         self.micro_rows, self.seed = micro_rows, seed
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = load_tokenizer(config)
         self.drop = rule_of_places(config, self.tokenizer, self.seq_len)
         n_layers = None if whole else layers[-1] + 1
-        self.reader = ResidualReader(load_transformer(config, device, n_layers, reserved), layers)
+        model = load_transformer(config, device, n_layers, reserved)
+        check_token_ids(self.tokenizer, model)
+        self.reader = ResidualReader(model, layers)
 
     def batches(
         self, batch_rows: int, state: dict[str, Any] | None = None

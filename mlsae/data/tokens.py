@@ -57,7 +57,7 @@ class Rows:
         if self._eos is None:
             raise InputError(
                 "MODEL's tokenizer must have an EOS token, which joins documents, and it has "
-                "none; set tokenizer.eos_token and save it with the model"
+                "none; name one of its tokens with --eos_token"
             )
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]

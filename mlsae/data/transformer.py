@@ -1,47 +1,69 @@
-"""Load a Hugging Face transformer: as many of its blocks as are read, in which dtype, and on which
-devices."""
+"""Load a Hugging Face transformer: its language model, as many of its blocks as are read, in which
+dtype, and on which devices; and its tokenizer."""
 
 from __future__ import annotations
 
-import copy
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from .. import builtin
 from ..errors import InputError, check_installed, first_line
 from .config import DataConfig
-from .residuals import find_blocks
+from .shortened import shortened_config
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's own words
 _USABLE = 0.9  # of a device's free memory, for the weights that accelerate places there
-_SETTING_TYPES = (bool, int, float, str, list, tuple, type(None))
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "[EOS]", "[SEP]")
 
 
-def load_config(name: str) -> Any:
-    """The configuration of the language model in the transformer `name`: a small file."""
-    with _raise_unloadable(name):
-        return transformers.AutoConfig.from_pretrained(_path_or_id(name)).get_text_config()
+def load_config(config: DataConfig) -> Any:
+    """The configuration of the language model in the transformer that `config` names: a small file.
+
+    Raises InputError if it cannot be loaded, or is not that of a decoder-only language model.
+    """
+    return _load_config(config).get_text_config()
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of the transformer `name`."""
-    with _raise_unloadable(name):
-        return transformers.AutoTokenizer.from_pretrained(_path_or_id(name))
+def load_tokenizer(config: DataConfig) -> Any:
+    """The tokenizer of the transformer that `config` names; its EOS is `eos_token`, if given.
+
+    Raises InputError if it cannot be loaded, or has no EOS, or no such token.
+    """
+    with _raise_unloadable(config):
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            _path_or_id(config.model), **_hub_options(config)
+        )
+    if config.eos_token is not None:
+        if config.eos_token not in tokenizer.get_vocab():
+            raise InputError(
+                "--eos_token must be a token of MODEL's tokenizer, such as "
+                f"{_possible_eos(tokenizer, config)}, got {config.eos_token!r}"
+            )
+        tokenizer.eos_token = config.eos_token
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "MODEL's tokenizer must have an EOS token, which joins documents, and that of "
+            f"{config.model} has none; name one of its tokens, for example with "
+            f"--eos_token {_possible_eos(tokenizer, config)}"
+        )
+    return tokenizer
 
 
 def load_transformer(
     config: DataConfig, device: torch.device, n_layers: int | None = None, reserved: int = 0
 ) -> Any:
-    """The causal language model that `config` names, without dropout and gradients.
+    """The language model that `config` names, without dropout and gradients: a causal one, or one
+    that also sees images.
 
     It is on `device`, the SAE's, or where `model_device_map` puts it, which leaves `reserved` bytes
     of `device` free. It computes in `model_dtype`. With `n_layers`, only the first so many blocks
-    are loaded, if the architecture allows it (see `_shortened_config`).
+    are loaded, if the architecture allows it (see `shortened_config`).
 
     Raises InputError if the model cannot be loaded, or a package that it needs is not installed.
     """
@@ -61,32 +83,140 @@ def load_transformer(
         bits = {f"load_in_{config.model_quantize}": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
         options.setdefault("device_map", {"": device})  # bitsandbytes forbids moving it later
-    with _raise_unloadable(config.model):
+    model_config = _load_config(config)
+    trust = {"trust_remote_code": config.trust_remote_code}
+    with _raise_unloadable(config):
+        auto_class = _auto_class(model_config)
         if n_layers is not None:
-            options["config"] = _shortened_config(config.model, n_layers)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            _path_or_id(config.model), **options
+            model_config = shortened_config(
+                model_config, n_layers, lambda each: auto_class.from_config(each, **trust)
+            )
+        model, loaded = auto_class.from_pretrained(
+            _path_or_id(config.model),
+            config=model_config,
+            output_loading_info=True,
+            **_hub_options(config),
+            **options,
         )
+    _check_weights(model, loaded["missing_keys"], config)
     if "device_map" not in options:
         model = model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def check_token_ids(tokenizer: Any, model: Any) -> None:
+    """Raise InputError if a token of `tokenizer`, added ones included, has no row in the embedding
+    of `model`."""
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    token, token_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if token_id < n_rows:
+        return
+    raise InputError(
+        f"MODEL's tokenizer must have ids below {n_rows} (the rows of the model's embedding), and "
+        f"{token!r} has {token_id}; take the token out of the tokenizer's files, or save the model "
+        "after model.resize_token_embeddings(len(tokenizer))"
+    )
 
 
 def _path_or_id(name: str) -> str:
     return str(builtin.MODEL_DIR) if name == builtin.NAME else name
 
 
+def _hub_options(config: DataConfig) -> dict[str, Any]:
+    """What is passed to every call that reads files of the model."""
+    if config.revision is not None and (
+        config.model == builtin.NAME or Path(config.model).is_dir()
+    ):
+        raise InputError(
+            "--revision must name a version of a model on the Hugging Face hub, and MODEL "
+            f"{config.model} is not there, got {config.revision!r}; leave it out"
+        )
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    return options if config.revision is None else options | {"revision": config.revision}
+
+
+def _load_config(config: DataConfig) -> Any:
+    """The whole configuration of the transformer that `config` names."""
+    with _raise_unloadable(config):
+        model_config: Any = transformers.AutoConfig.from_pretrained(
+            _path_or_id(config.model), **_hub_options(config)
+        )
+        text_config = model_config.get_text_config()
+    if model_config.is_encoder_decoder:
+        raise InputError(
+            f"MODEL must be a decoder-only language model, and {config.model} is an "
+            f"encoder-decoder ({model_config.model_type})"
+        )
+    for name in ("num_hidden_layers", "hidden_size"):
+        if not isinstance(getattr(text_config, name, None), int):
+            raise InputError(
+                f"MODEL must be a decoder-only language model, and the configuration of "
+                f"{config.model} ({model_config.model_type}) has no {name}"
+            )
+    return model_config
+
+
+def _auto_class(model_config: Any) -> Any:
+    """The class that loads the language model of a configuration. Models that also see images are
+    in another list of transformers; some are in both, as a model of text alone in that of causal
+    ones, whose weights have other names than in the files."""
+    causal = transformers.AutoModelForCausalLM
+    with_images = transformers.AutoModelForImageTextToText
+    own_code = getattr(model_config, "auto_map", None) or {}
+    is_causal = type(model_config) in causal._model_mapping or causal.__name__ in own_code
+    if type(model_config) in with_images._model_mapping:
+        own: Any = with_images._model_mapping[type(model_config)]
+        saved = own.__name__ in (model_config.architectures or ())
+        return with_images if saved or not is_causal else causal
+    return with_images if with_images.__name__ in own_code and not is_causal else causal
+
+
+def _check_weights(model: Any, missing: Any, config: DataConfig) -> None:
+    """Raise InputError if weights are `missing` from the model's files: transformers draws them at
+    random."""
+    absent = sorted(set(missing) & {name for name, _ in model.named_parameters()})
+    if absent:
+        raise InputError(
+            f"MODEL must have all weights of {type(model).__name__}, and {config.model} has no "
+            f"{absent[0]} ({len(absent)} are missing)"
+        )
+
+
+def _possible_eos(tokenizer: Any, config: DataConfig) -> str:
+    """A token that could end documents and that the model has: one that is known to, or a special
+    one, or else the newline's; quoted for a shell."""
+    vocabulary, n_rows = tokenizer.get_vocab(), load_config(config).vocab_size
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    in_order = sorted(vocabulary, key=lambda token: vocabulary[token])
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
+    last = [str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in newline]
+    for token in (*_ENDS, *tokenizer.all_special_tokens, *added, *last, *in_order):
+        if vocabulary.get(token, n_rows) < n_rows and token.isprintable():
+            return shlex.quote(token)
+    raise InputError(
+        f"MODEL's tokenizer must have a token that can be named; that of {config.model} has none"
+    )
+
+
 @contextmanager
-def _raise_unloadable(name: str) -> Iterator[None]:
-    """Raise InputError if loading the transformer `name` fails."""
+def _raise_unloadable(config: DataConfig) -> Iterator[None]:
+    """Raise InputError if loading the transformer that `config` names fails."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, InputError):
             raise
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"MODEL {config.model} needs Python code from its repository; read that code, and "
+                "give --trust_remote_code if you trust it"
+            ) from error
+        name = repr(config.model)
+        if config.revision is not None:
+            name += f" at revision {config.revision!r}"
         raise InputError(
             f"MODEL must be {builtin.NAME!r}, a local folder, or the name of a causal language "
-            f"model on the Hugging Face hub, and {name!r} cannot be loaded: {first_line(error)}"
+            f"model on the Hugging Face hub, and {name} cannot be loaded: {first_line(error)}"
         ) from error
 
 
@@ -110,48 +240,3 @@ def _free_memory(device: torch.device, reserved: int) -> dict[int | str, int]:
     sae_device = device.index if device.type == "cuda" else device.type
     usable = {name: int(_USABLE * size) for name, size in get_max_memory().items()}
     return {name: max(0, size - reserved * (name == sae_device)) for name, size in usable.items()}
-
-
-def _shortened_config(name: str, n_layers: int) -> Any:
-    """The configuration of the transformer `name`, cut to its first `n_layers` blocks, or the whole
-    one if the cut would change those blocks.
-
-    In some architectures a block depends on how many there are: the last blocks of Gemma 3n share
-    the keys of earlier ones, counted from the end. So both models are built without weights, and
-    their blocks compared.
-    """
-    whole_config = transformers.AutoConfig.from_pretrained(_path_or_id(name))
-    short_config = copy.deepcopy(whole_config)
-    text_config = short_config.get_text_config()
-    if text_config.num_hidden_layers == n_layers:
-        return whole_config
-    text_config.num_hidden_layers = n_layers
-    for types in ("layer_types", "mlp_layer_types"):  # transformers checks their lengths
-        if getattr(text_config, types, None) is not None:
-            setattr(text_config, types, getattr(text_config, types)[:n_layers])
-    with torch.device("meta"):
-        whole = transformers.AutoModelForCausalLM.from_config(whole_config)
-        short = transformers.AutoModelForCausalLM.from_config(short_config)
-    pairs = zip(find_blocks(whole), find_blocks(short), strict=False)  # the first n_layers
-    same_blocks = all(_same_structure(*pair) for pair in pairs)
-    same_shapes = _parameter_shapes(short).items() <= _parameter_shapes(whole).items()
-    return short_config if same_blocks and same_shapes else whole_config
-
-
-def _same_structure(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two modules consist of modules of the same types with the same settings."""
-    a_parts, b_parts = list(a.modules()), list(b.modules())
-    return len(a_parts) == len(b_parts) and all(
-        type(a_part) is type(b_part) and _settings(a_part) == _settings(b_part)
-        for a_part, b_part in zip(a_parts, b_parts, strict=True)
-    )
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that are plain values, not tensors or modules."""
-    attributes = vars(module).items()
-    return {name: value for name, value in attributes if isinstance(value, _SETTING_TYPES)}
-
-
-def _parameter_shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in module.named_parameters()}

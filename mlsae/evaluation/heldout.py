@@ -45,6 +45,14 @@ class HeldoutConfig:
     trained on, or all if not known."""
     model: str | None = None
     """The transformer. None: the one it was trained on."""
+    revision: str | None = None
+    """The model's branch, tag or commit on the hub. None: as in the run, or the newest with
+    --model."""
+    trust_remote_code: bool = False
+    """Whether to run Python code from the model's repository. It can do anything that you can, so
+    read it before."""
+    eos_token: str | None = None
+    """The token that joins documents. None: as in the run, or the tokenizer's EOS with --model."""
     column: str | None = None
     """The dataset's column of text. None: as in the run, or "text"."""
     seq_len: int | None = None
@@ -164,6 +172,9 @@ def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -
     return DataConfig(
         model,
         dataset,
+        revision=config.revision or (trained.get("revision") if config.model is None else None),
+        trust_remote_code=config.trust_remote_code,  # a run's own file cannot permit it
+        eos_token=config.eos_token or (trained.get("eos_token") if config.model is None else None),
         layers=config.layers or mlsae.config.layers or None,
         seq_len=config.seq_len or trained.get("seq_len"),
         column=config.column or trained.get("column", "text"),

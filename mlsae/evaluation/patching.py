@@ -66,7 +66,9 @@ def check_substitution(reader: ResidualReader, input_ids: Tensor) -> None:
         try:
             logits = substituted_logits(reader, input_ids, layer, residual)
             change = (logits - true_logits).abs().max().item()
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # any code of any architecture
             raise InputError(_refusal(reader, layer, f"it fails: {first_line(error)}")) from error
         if not change <= _TOLERANCE * true_logits.abs().max().item():
             raise InputError(_refusal(reader, layer, f"its logits change by {change:.2g}"))

@@ -21,6 +21,7 @@ _FREE = (  # what may differ from the run that is resumed, since the result does
     # where it is computed
     "device",
     "model_device_map",
+    "trust_remote_code",
     "shard_latents",
     "timeout",
     "micro_tokens",

@@ -7,9 +7,11 @@ import pytest
 import torch
 import transformers
 
-from mlsae.data.residuals import ResidualReader, find_blocks
+from mlsae.data.blocks import find_blocks
+from mlsae.data.residuals import ResidualReader
 from mlsae.errors import InputError
-from tests.helpers.models import CONFIGS
+from mlsae.evaluation.patching import check_substitution
+from tests.helpers.models import CONFIGS, SMALL, gemma3
 
 FINAL_NORMS = {
     "gpt2": "transformer.ln_f",
@@ -45,10 +47,12 @@ def test_the_forward_pass_ends_after_the_last_layer_that_is_read(model):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
     model.get_output_embeddings().register_forward_hook(lambda *_: ran.append("logits"))
     input_ids = torch.randint(0, 64, (1, 5))
-    all_layers = ResidualReader(model)(input_ids)
-    assert "logits" not in ran
+    reader, lower_reader = ResidualReader(model), ResidualReader(model, [0, 1])
     ran.clear()
-    lower = ResidualReader(model, [0, 1])(input_ids)
+    all_layers = reader(input_ids)
+    assert ran == [0, 1, 2]
+    ran.clear()
+    lower = lower_reader(input_ids)
     assert ran == [0, 1]
     torch.testing.assert_close(lower, all_layers[:2])
     assert all(len(block._forward_hooks) == 1 for block in find_blocks(model)), "hooks left behind"
@@ -63,9 +67,108 @@ def test_bad_layers_are_named(model):
         ResidualReader(model, [1, 1])
 
 
-def test_a_model_without_one_list_of_blocks_is_refused():
+def causal(config):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_an_encoder_decoder_is_refused():
     t5 = transformers.T5Config(
         vocab_size=64, d_model=24, num_layers=3, num_decoder_layers=3, num_heads=2, d_ff=32, d_kv=12
     )
-    with pytest.raises(InputError, match="has 2"):
+    with pytest.raises(InputError, match="T5ForConditionalGeneration is an encoder-decoder"):
         find_blocks(transformers.T5ForConditionalGeneration(t5))
+
+
+@pytest.mark.parametrize("vision_layers", [2, 3])
+def test_the_blocks_are_those_of_the_text(vision_layers):
+    """Not those of the vision tower, whatever its depth."""
+    model = causal(gemma3(vision_layers, text_layers=3))
+    assert find_blocks(model) is model.model.language_model.layers
+    assert ResidualReader(model, [0, 2])(torch.ones(1, 4, dtype=torch.int64)).shape[0] == 2
+
+
+def test_a_list_of_rotary_embeddings_is_no_list_of_blocks():
+    """This one has as many as the model has blocks."""
+    model = causal(
+        transformers.GraniteSWAConfig(**SMALL | {"num_hidden_layers": 1}, layer_rope_theta=[1e4])
+    )
+    assert any(
+        isinstance(module, torch.nn.ModuleList) and module is not model.model.layers
+        for module in model.modules()
+    )
+    assert find_blocks(model) is model.model.layers
+
+
+def test_two_lists_of_blocks_are_named():
+    """The blocks of this model are in two stacks, which run in turn and more than once."""
+    config = transformers.HrmTextConfig(**SMALL | {"num_layers_per_stack": 3})
+    with pytest.raises(InputError, match=r"one list of 3 .* has 2 \(L_module\S*, H_module"):
+        find_blocks(causal(config))
+
+
+def test_blocks_that_return_several_streams_are_refused():
+    config = transformers.Gemma3nTextConfig(
+        **SMALL, head_dim=12, vocab_size_per_layer_input=64, hidden_size_per_layer_input=4,
+        num_kv_shared_layers=0, layer_types=["sliding_attention"] * 2 + ["full_attention"],
+        laurel_rank=4, activation_sparsity_pattern=[0.0] * 3,
+    )  # fmt: skip
+    message = r"block 0 returns a tensor \(4, 1, 4, 24\) where a residual stream is \(1, 4, 24\)"
+    with pytest.raises(InputError, match=rf"Gemma3nForCausalLM cannot be read: {message}"):
+        ResidualReader(causal(config))
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        (lambda x: (None, x), "a NoneType"),
+        (lambda x: {"hidden": x}, "a dict"),
+        (lambda x: x.transpose(0, 1), r"a tensor \(4, 1, 24\)"),
+        (lambda x: x[..., :12], r"a tensor \(1, 4, 12\)"),
+    ],
+)
+def test_a_block_that_returns_something_else_is_refused(output, found):
+    model = causal(CONFIGS["llama"])
+    last, inside = find_blocks(model)[2], find_blocks(model)[2].forward
+    last.forward = lambda *args, **kwargs: output(inside(*args, **kwargs))
+    model.model.norm.forward = lambda _: torch.zeros(1, 4, 24)  # whatever the block returns
+    with pytest.raises(InputError, match=f"block 2 returns {found} where"):
+        ResidualReader(model)
+    ResidualReader(model, [0, 1])  # only what is read must be a residual
+
+
+def test_blocks_that_run_in_another_order_are_refused():
+    model = causal(CONFIGS["llama"])
+    _, second, last = find_blocks(model)
+    model.model.layers = torch.nn.ModuleList([second, second, last])
+    with pytest.raises(InputError, match="its blocks run in the order 0 1 0 1 2"):
+        ResidualReader(model)
+
+
+def test_blocks_that_do_not_run_on_text_are_named():
+    """The second block of this model attends to images, and is left out without one."""
+    config = transformers.models.mllama.MllamaTextConfig(
+        **SMALL,
+        cross_attention_layers=[1],
+        pad_token_id=0,
+        rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
+    )
+    model = transformers.MllamaForCausalLM(config).eval()
+    with pytest.raises(InputError, match=r"--layers must be .* 1 do not; those that do are 0 2"):
+        ResidualReader(model)
+    input_ids = torch.randint(0, 64, (2, 7))
+    reader = ResidualReader(model, [0, 2])
+    assert reader(input_ids).shape == (2, 2, 7, 24)
+    check_substitution(reader, input_ids)
+
+
+def test_a_model_that_does_not_run_on_text_is_refused():
+    model = causal(CONFIGS["llama"])
+    inside = model.forward
+
+    def forward(*args, pixel_values, **kwargs):
+        return inside(*args, **kwargs)
+
+    model.forward = forward
+    with pytest.raises(InputError, match=r"must run on text alone.* missing .* 'pixel_values'"):
+        ResidualReader(model)

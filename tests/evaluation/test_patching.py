@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from mlsae.data.residuals import ResidualReader, find_blocks
+from mlsae.data.blocks import find_blocks
+from mlsae.data.residuals import ResidualReader
 from mlsae.errors import InputError
 from mlsae.evaluation.patching import check_substitution, substituted_logits
 from tests.helpers.models import CONFIGS, SMALL, forward_with_hook, make
@@ -101,6 +102,8 @@ def test_a_model_in_bfloat16():
     ("take", "message"),
     [
         (lambda memory: memory.pop(), "layer 0, it fails: pop from empty list"),
+        (lambda memory: dict(enumerate(memory))[0], "layer 0, it fails: 0"),
+        (lambda memory: memory[0] if memory else int("?"), "layer 0, it fails: invalid literal"),
         (lambda memory: sum(memory, 0.0), r"layer 0, its logits change by \d"),
     ],
 )
@@ -120,3 +123,14 @@ def test_a_model_that_passes_on_more_than_the_residual_is_refused(take, message)
     model.register_forward_pre_hook(lambda *_: memory.clear())
     with pytest.raises(InputError, match=f"MODEL must pass only the residual stream .* {message}"):
         check_substitution(ResidualReader(model), random_ids())
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_model(monkeypatch):
+    reader = ResidualReader(make(CONFIGS["llama"]))
+
+    def fail(*_args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("mlsae.evaluation.patching.substituted_logits", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_substitution(reader, random_ids())

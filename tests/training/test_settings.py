@@ -20,7 +20,7 @@ def test_settings_have_the_names_of_the_flags():
     assert settings["sae"]["k"] == 8
     flags = {f"--{name}" for name in settings if name not in ("model", "dataset", "sae")}
     values = {"--layers": ["0", "2"], "--log": ["wandb"]}
-    for flag in sorted(flags - {"--overwrite", "--resume", "--moved"}):
+    for flag in sorted(flags - {"--overwrite", "--resume", "--moved", "--trust_remote_code"}):
         value = settings[flag.removeprefix("--")]
         given = values.get(flag, [str(value)] if value not in (None, []) else ["1"])
         if flag.startswith("--model_") or flag == "--push_to_hub":
@@ -62,3 +62,15 @@ def test_a_run_from_before_a_setting_is_resumed_as_it_was_made():
     with pytest.raises(InputError, match=r"--drop_norm must be off to resume .* got auto"):
         check_same([TrainConfig()], saved)
     assert parse(["--preset", "paper"])[0].data.drop_norm == "off"
+
+
+def test_a_run_from_before_a_model_s_options_existed_resumes():
+    config = TrainConfig()
+    saved = joint_settings([config])
+    for name in ("revision", "trust_remote_code", "eos_token"):
+        del saved[name]
+    check_same([config], saved)
+    for option in ({"revision": "step1"}, {"eos_token": "a"}):
+        (name,) = option
+        with pytest.raises(InputError, match=f"--{name} must be None to resume"):
+            check_same([TrainConfig(DataConfig(**option))], saved)
