@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from .run_dir import (
     load_checkpoint,
     newest_checkpoint,
 )
+from .settings import history_of
 from .state import TrainState
 from .summary import encode_seconds, print_summary, write_csv
 
@@ -71,6 +73,7 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     # What is read: the training so far, the transformer up to its last layer to read, the text.
     with world.raise_together():
         saved = load_checkpoint(path, configs, inputs) if path else None
+        history = history_of(config, inputs, saved)
         shape = read_shape(config.data)
         batch_rows, micro_rows = _rows(config, shape.seq_len, mesh)
         saes = [mlsae_config(each, shape) for each in configs]
@@ -87,7 +90,10 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     heldout = world.broadcast_object(heldout)
 
     # What is trained. The first batch sets b_pre and the first variances, then is trained on.
-    states = [_new_state(each, sae, stream) for each, sae in zip(configs, saes, strict=True)]
+    states = [
+        _new_state(each, sae, stream, history.first_tokens(each))
+        for each, sae in zip(configs, saes, strict=True)
+    ]
     batches = stream.batches(batch_rows, saved["batches"] if saved else None)
     first: list[Tensor] = []
     if saved is None:
@@ -104,10 +110,12 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
             for each, state in zip(configs, states, strict=True):
                 own = saved["runs"][each.sae.name] if saved else None
                 run_dirs.append(stack.enter_context(closing(RunDir(each, state, own, writes))))
-        loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout, inputs)
+        loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout, history)
         if saved and path:
             loop.resume(saved, path)
             log_rank0(f"resuming from {path}, after {loop.tokens:,} tokens")
+            if config.tokens > saved["settings"]["tokens"]:
+                _log_extension(loop)
         loop.run(chain(first, batches))
         validations = loop.validate()
 
@@ -167,6 +175,23 @@ def _initialize(states: Sequence[TrainState], stream: DataStream, input_ids: Ten
         state.initialize(moments, center)
 
 
+def _log_extension(loop: TrainLoop) -> None:
+    """Say what the learning rates of an extended run are."""
+    config, extension = loop.config, loop.history.extensions[-1]
+    log_rank0(
+        f"extending the run from {extension['from']:,} to {extension['to']:,} tokens: its peak "
+        f"learning rate and warm-up stay those of {loop.history.first_tokens(config):,} tokens; "
+        f"the rate falls over the last {config.decay:.0%} of {extension['to']:,}"
+    )
+    for each, state in zip(loop.configs, loop.states, strict=True):
+        n_latents, first = state.mlsae.config.n_latents, loop.history.first_tokens(each)
+        shorter = replace(each, tokens=extension["from"])
+        before, now = (
+            learning_rate(config, n_latents, state.tokens, first) for config in (shorter, each)
+        )
+        log_rank0(f"learning rate of {each.sae.name}: {before:.2e} until here, {now:.2e} from here")
+
+
 def _log_backend(stream: DataStream) -> None:
     """Say what trains on what."""
     try:
@@ -206,13 +231,15 @@ def _memory_needed(
     return estimate(saes, micro_tokens, _k_aux(config, saes[0].d_in), dtype, shards)
 
 
-def _new_state(config: TrainConfig, sae: MLSAEConfig, stream: DataStream) -> TrainState:
-    """The state of an SAE at the start of its training."""
+def _new_state(
+    config: TrainConfig, sae: MLSAEConfig, stream: DataStream, first_tokens: int
+) -> TrainState:
+    """The state of an SAE at the start of its training. For `first_tokens` see `History`."""
     torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
     return TrainState(
         MLSAE(sae, stream.device, stream.mesh.latents),
-        schedule=lambda tokens: learning_rate(config, sae.n_latents, tokens),
-        dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
+        schedule=lambda tokens: learning_rate(config, sae.n_latents, tokens, first_tokens),
+        dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(first_tokens / 10)),
         k_aux=_k_aux(config, sae.d_in),
         aux_weight=config.sae.aux_weight,
         max_grad_norm=config.max_grad_norm,
