@@ -94,7 +94,8 @@ class TrainSettings:
 
     data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     tokens: int = 800_000
-    """Tokens to train on; each gives one vector per layer."""
+    """Tokens to train on; each gives one vector per layer. More of them with --resume extend a run:
+    its peak rate and warm-up stay, and the decay is that of the new number."""
     batch_tokens: int = 2048
     """Tokens per optimizer step."""
     micro_tokens: int | None = None
@@ -130,6 +131,10 @@ class TrainSettings:
     """Tokens between two checkpoints. None: a twentieth of the run."""
     keep_checkpoints: int = 2
     """Checkpoints to keep, the newest ones."""
+    init_from: str | None = None
+    """Start from the weights of a trained SAE: a run's folder, a name on the Hugging Face hub, or a
+    file or folder of another library's format. Its sizes must be those of --sae. None: random
+    weights."""
     seed: int = 0
     """Seed of the initial weights and of the order of rows."""
     out: Path = Path("runs/mlsae")
@@ -244,16 +249,22 @@ def check_config(config: TrainConfig) -> None:
             raise InputError(f"--{name} must be in [0, 1], got {getattr(config, name)}")
 
 
-def learning_rate(config: TrainConfig, n_latents: int, tokens: int) -> float:
+def learning_rate(
+    config: TrainConfig, n_latents: int, tokens: int, first_tokens: int | None = None
+) -> float:
     """The rate after `tokens` tokens: linear up over `warmup`, level, linear down over `decay`.
 
     The peak defaults to 2e-4 / √(M / 2¹⁴) · (10⁹ / run's tokens)^0.32: the law of Gao et al. (arXiv
     2406.04093, App. A) for the paper's 10⁹ tokens, and the growth of the best rate with a shorter
     horizon that Bjorck et al. measured (arXiv 2409.19913).
+
+    A run that was extended began with `first_tokens` tokens to train on: its peak and its warm-up
+    are those of that number, its decay that of `config.tokens`.
     """
-    law = 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / config.tokens) ** 0.32
+    first_tokens = first_tokens or config.tokens
+    law = 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / first_tokens) ** 0.32
     peak = config.lr if config.lr is not None else law
-    done = (tokens + config.batch_tokens / 2) / config.tokens
-    up = done / config.warmup if config.warmup else 1.0
-    down = (1 - done) / config.decay if config.decay else 1.0
+    middle = tokens + config.batch_tokens / 2  # of the step
+    up = middle / first_tokens / config.warmup if config.warmup else 1.0
+    down = (1 - middle / config.tokens) / config.decay if config.decay else 1.0
     return peak * max(0.0, min(1.0, up, down))

@@ -28,9 +28,8 @@ from ..data.tokens import Batches, BroadcastBatches
 from ..distributed import is_rank0, log_rank0
 from ..errors import NonFiniteError
 from . import checkpoint, previous
-from .inputs import Fingerprints
 from .run_dir import RunDir
-from .settings import joint_settings
+from .settings import History, joint_settings
 from .signals import Signals
 from .state import TrainState
 from .step import Step, StepMetrics
@@ -142,13 +141,13 @@ class TrainLoop:
         stream: DataStream,
         batches: Batches | BroadcastBatches,
         heldout: Tensor,
-        inputs: Fingerprints,
+        history: History,
     ) -> None:
         self.configs, self.states, self.run_dirs = configs, states, run_dirs
         self.config = configs[0]  # for what all of them share
         self.out = shared_folder(configs)
         self.stream, self.batches, self.heldout, self.mesh = stream, batches, heldout, stream.mesh
-        self.inputs = inputs
+        self.history = history
         self.timer = StageTimer(stream.device)
         self.seconds = 0.0
         self.passes = 1  # over the text: which one the last batch ended in
@@ -230,7 +229,7 @@ class TrainLoop:
             return
         state = {
             "settings": joint_settings(self.configs),
-            "inputs": self.inputs,
+            **self.history._asdict(),
             "seconds": self.seconds,
             "passes": self.passes,
             "stages": self.timer.seconds(),
@@ -245,7 +244,8 @@ class TrainLoop:
 
     def about(self) -> dict[str, Any]:
         """What config.json says of the training beside its settings."""
-        return {"passes": self.passes}
+        extensions = self.history.extensions
+        return {"passes": self.passes} | ({"extensions": extensions} if extensions else {})
 
     def _count_passes(self, bar: tqdm[None]) -> None:
         """Note the pass of the batch, and warn once, when the second begins."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from ..data.sinks import DropRule
 from ..data.stream import DataStream, read_shape
 from ..distributed import Group, Mesh, choose_device, log_rank0
 from ..errors import InputError, check_installed
+from ..formats import SavedSAE
 from ..hub import check_push, push_run
 from ..memory import check_memory, estimate
 from ..model import MLSAE, MLSAEConfig
 from .init import init_stats, mlsae_config
+from .init_from import load_initial, set_weights
 from .inputs import fingerprints
 from .loop import TrainLoop
 from .previous import replacing_run
@@ -37,6 +40,7 @@ from .run_dir import (
     load_checkpoint,
     newest_checkpoint,
 )
+from .settings import history_of
 from .state import TrainState
 from .summary import encode_seconds, print_summary, write_csv
 
@@ -72,9 +76,19 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     # What is read: the training so far, the transformer up to its last layer to read, the text.
     with world.raise_together():
         saved = load_checkpoint(path, configs, inputs) if path else None
+        history = history_of(config, inputs, saved)
         shape = read_shape(config.data)
         batch_rows, micro_rows = _rows(config, shape.seq_len, mesh)
         saes = [mlsae_config(each, shape) for each in configs]
+        initial: list[SavedSAE | None] = [None] * len(saes)
+        if saved is None:
+            loaded = [load_initial(each, sae) for each, sae in zip(configs, saes, strict=True)]
+            saes, initial = [sae for sae, _ in loaded], [start for _, start in loaded]
+        elif config.init_from:
+            saes = [
+                replace(sae, bias="b_enc" in saved["runs"][each.sae.name]["trainer"]["weights"])
+                for each, sae in zip(configs, saes, strict=True)
+            ]
         if writes:
             check_folders(configs, saes)
         needed = _memory_needed(config, saes, micro_rows * shape.seq_len, device, mesh)
@@ -88,14 +102,17 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     heldout = world.broadcast_object(heldout)
 
     # What is trained. The first batch sets b_pre and the first variances, then is trained on.
-    states = [_new_state(each, sae, stream) for each, sae in zip(configs, saes, strict=True)]
+    states = [
+        _new_state(each, sae, stream, history.first_tokens(each), start)
+        for each, sae, start in zip(configs, saes, initial, strict=True)
+    ]
     batches = stream.batches(batch_rows, saved["batches"] if saved else None)
     first: list[Tensor] = []
     if saved:
         stream.drop = DropRule.from_dict(saved.get("dropped", {}))
     else:
         first = [next(batches)]
-        _initialize(states, stream, first[0])
+        _initialize(configs, states, stream, first[0])
 
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
@@ -109,10 +126,12 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
                 run_dirs.append(
                     stack.enter_context(closing(RunDir(each, state, own, writes, stream.drop)))
                 )
-        loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout, inputs)
+        loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout, history)
         if saved and path:
             loop.resume(saved, path)
             log_rank0(f"resuming from {path}, after {loop.tokens:,} tokens")
+            if config.tokens > saved["settings"]["tokens"]:
+                _log_extension(loop)
         loop.run(chain(first, batches))
         validations = loop.validate()
 
@@ -163,16 +182,39 @@ def _rows(config: TrainConfig, seq_len: int, mesh: Mesh) -> tuple[int, int]:
     return batch_rows, min(own_rows, micro_tokens // seq_len)
 
 
-def _initialize(states: Sequence[TrainState], stream: DataStream, input_ids: Tensor) -> None:
-    """Set what is dropped, b_pre and the first variances from the first batch (B, T)."""
+def _initialize(
+    configs: Sequence[TrainConfig],
+    states: Sequence[TrainState],
+    stream: DataStream,
+    input_ids: Tensor,
+) -> None:
+    """Set what is dropped, the first variances and, unless it was loaded, b_pre from the first
+    batch (B, T)."""
     mlsae = states[0].mlsae
     with stream.mesh.world.raise_together():
         found = stream.resolve_drop(input_ids)
         if found:
             log_rank0(found)
         moments, center = init_stats(mlsae, stream.residuals(input_ids), stream.mesh.data)
-    for state in states:
-        state.initialize(moments, center)
+    for config, state in zip(configs, states, strict=True):
+        state.initialize(moments, None if config.init_from else center)
+
+
+def _log_extension(loop: TrainLoop) -> None:
+    """Say what the learning rates of an extended run are."""
+    config, extension = loop.config, loop.history.extensions[-1]
+    log_rank0(
+        f"extending the run from {extension['from']:,} to {extension['to']:,} tokens: its peak "
+        f"learning rate and warm-up stay those of {loop.history.first_tokens(config):,} tokens; "
+        f"the rate falls over the last {config.decay:.0%} of {extension['to']:,}"
+    )
+    for each, state in zip(loop.configs, loop.states, strict=True):
+        n_latents, first = state.mlsae.config.n_latents, loop.history.first_tokens(each)
+        shorter = replace(each, tokens=extension["from"])
+        before, now = (
+            learning_rate(config, n_latents, state.tokens, first) for config in (shorter, each)
+        )
+        log_rank0(f"learning rate of {each.sae.name}: {before:.2e} until here, {now:.2e} from here")
 
 
 def _log_backend(stream: DataStream) -> None:
@@ -214,13 +256,23 @@ def _memory_needed(
     return estimate(saes, micro_tokens, _k_aux(config, saes[0].d_in), dtype, shards)
 
 
-def _new_state(config: TrainConfig, sae: MLSAEConfig, stream: DataStream) -> TrainState:
-    """The state of an SAE at the start of its training."""
+def _new_state(
+    config: TrainConfig,
+    sae: MLSAEConfig,
+    stream: DataStream,
+    first_tokens: int,
+    initial: SavedSAE | None,
+) -> TrainState:
+    """The state of an SAE at the start of its training, from the `initial` weights if given. For
+    `first_tokens` see `History`."""
     torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
+    mlsae = MLSAE(sae, stream.device, stream.mesh.latents)
+    if initial is not None:
+        set_weights(mlsae, initial)
     return TrainState(
-        MLSAE(sae, stream.device, stream.mesh.latents),
-        schedule=lambda tokens: learning_rate(config, sae.n_latents, tokens),
-        dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(config.tokens / 10)),
+        mlsae,
+        schedule=lambda tokens: learning_rate(config, sae.n_latents, tokens, first_tokens),
+        dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(first_tokens / 10)),
         k_aux=_k_aux(config, sae.d_in),
         aux_weight=config.sae.aux_weight,
         max_grad_norm=config.max_grad_norm,

@@ -1,15 +1,15 @@
-"""Whether a run that is resumed has the settings it began with."""
+"""Whether a run that is resumed has the settings it began with, and how it was extended."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import TrainConfig, shared_folder
 from ..errors import InputError
-from .inputs import INPUTS
+from .inputs import INPUTS, Fingerprints
 
 _FREE = (  # what may differ from the run that is resumed, since the result does not depend on it
     "out",
@@ -18,6 +18,7 @@ _FREE = (  # what may differ from the run that is resumed, since the result does
     "resume",
     "moved",
     "preset",
+    "init_from",  # used once, before the first step
     # where it is computed
     "device",
     "model_device_map",
@@ -45,6 +46,32 @@ _BEFORE_THEY_WERE_SETTINGS = {
 }
 
 
+class History(NamedTuple):
+    """What a checkpoint tells of a run beside its settings."""
+
+    inputs: Fingerprints
+    """Of what it reads: see `inputs`."""
+    extensions: list[dict[str, int]]
+    """Each time that --resume raised --tokens: {"at": tokens trained on by then, "from": --tokens
+    before, "to": --tokens since}."""
+
+    def first_tokens(self, config: TrainConfig) -> int:
+        """--tokens as the run began. The peak learning rate, the warm-up and the tokens after
+        which a latent is dead follow it, also when the run is extended."""
+        return self.extensions[0]["from"] if self.extensions else config.tokens
+
+
+def history_of(config: TrainConfig, inputs: Fingerprints, saved: dict[str, Any] | None) -> History:
+    """The history of the run that goes on with `config` from the `saved` checkpoint, if any."""
+    if saved is None:
+        return History(inputs, [])
+    extensions, before = list(saved.get("extensions", [])), saved["settings"]["tokens"]
+    if config.tokens > before:
+        at = next(iter(saved["runs"].values()))["trainer"]["tokens"]
+        extensions.append({"at": at, "from": before, "to": config.tokens})
+    return History(inputs, extensions)
+
+
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """The settings by their names on the command line; JSON-serializable."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
@@ -67,7 +94,12 @@ def check_same(configs: Sequence[TrainConfig], saved: dict[str, Any]) -> None:
     are not compared here: see `inputs.check_inputs`."""
     before = _BEFORE_THEY_WERE_SETTINGS | _flat(saved)
     for name, value in _flat(joint_settings(configs)).items():
-        if name not in (*_FREE, *INPUTS) and value != before.get(name):
+        if name == "tokens" and value < before[name]:
+            raise InputError(
+                f"--tokens must be at least {before[name]} to resume this run, as it began, got "
+                f"{value}; give as many, or more to extend it"
+            )
+        if name not in (*_FREE, *INPUTS, "tokens") and value != before.get(name):
             raise InputError(
                 f"--{name} must be {_shown(before.get(name))} to resume this run, as it began, got "
                 f"{_shown(value)}; give the same settings, or another --out"

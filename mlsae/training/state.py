@@ -73,11 +73,13 @@ class TrainState:
         n_dead = self.mlsae.shards.sum_int(int(self.dead().sum()))
         return n_dead / self.mlsae.config.n_latents
 
-    def initialize(self, moments: metrics.Moments, center: Tensor) -> None:
-        """Begin with the first batch's moments (see `init.init_stats`), and b_pre at `center`."""
+    def initialize(self, moments: metrics.Moments, center: Tensor | None) -> None:
+        """Begin with the first batch's moments (see `init.init_stats`), and b_pre at `center`, or
+        where it is if None."""
         self.moments.merge(moments)
-        with torch.no_grad():
-            self.mlsae.sae.b_dec.copy_(center)
+        if center is not None:
+            with torch.no_grad():
+                self.mlsae.sae.b_dec.copy_(center)
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
         """The context in which the SAE computes in `dtype`."""

@@ -84,7 +84,7 @@ def test_other_content_is_refused_and_the_run_untouched(cut, change):
     elif change == "a file less":
         (text / "b.jsonl").unlink()
     elif change == "a name":
-        (text / "b.jsonl").rename(text / "0.jsonl")
+        (text / "b.jsonl").rename(text / "c.jsonl")
     else:
         config = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps(config | {"rope_theta": 5000}))

@@ -166,9 +166,9 @@ def test_what_is_not_finite_stops_all_and_names_whose_it_is(tmp_path, monkeypatc
     """A rate that ruins the weights of one: they never become a checkpoint."""
     rate = run.learning_rate
 
-    def too_high(config, n_latents, tokens):
+    def too_high(config, n_latents, tokens, first_tokens):
         high = config.sae.expansion == 3 and config.sae.k == 4 and tokens > 1000
-        return bad if high else rate(config, n_latents, tokens)
+        return bad if high else rate(config, n_latents, tokens, first_tokens)
 
     monkeypatch.setattr(run, "learning_rate", too_high)
     with pytest.raises(NonFiniteError, match=f"in .*x3-k4, ({message})") as stopped:
