@@ -1,6 +1,9 @@
 """Functions with argument checks and gradients: `topk_encode`, `sparse_decode`, `topk_sae`.
 
-Every function here is differentiable in its float arguments; each line of a backward is an op.
+Every function here is differentiable in its float arguments; each line of a backward is an op. The
+transforms of torch.func and forward mode take another way, which composes the ops of `derivatives`
+at the latents chosen: slower, as it sorts once per weight, but it has all derivatives. A second
+derivative by autograd alone (`create_graph=True`) is refused.
 
 Legend: N tokens, D inputs, M latents, K active latents per token; "…" any leading shape.
 """
@@ -11,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
+from .derivatives import gather_dot, gather_sum, once_differentiable, transformed
 
 
 class TopK(NamedTuple):
@@ -66,7 +69,11 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> TopK:
     """
     _check_weights(x, W_enc, b_enc, None)
     check_k(k, len(W_enc))
-    values, indices = _Encode.apply(x.reshape(-1, x.shape[-1]), W_enc, b_enc, k, _dtype(W_enc))
+    flat, dtype = x.reshape(-1, x.shape[-1]), _dtype(W_enc)
+    if transformed():
+        values, indices = _compose_encode(flat, W_enc, b_enc, k, dtype)
+    else:
+        values, indices = _Encode.apply(flat, W_enc, b_enc, k, dtype)
     return TopK(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k))
 
 
@@ -83,7 +90,8 @@ def sparse_decode(codes: TopK, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
             f"got {tuple(values.shape)} and {tuple(indices.shape)}"
         )
     k = values.shape[-1]
-    out = _Decode.apply(values.reshape(-1, k), indices.reshape(-1, k), W_dec, b_dec, _dtype(W_dec))
+    decode = _compose_decode if transformed() else _Decode.apply
+    out = decode(values.reshape(-1, k), indices.reshape(-1, k), W_dec, b_dec, _dtype(W_dec))
     return out.view(*values.shape[:-1], W_dec.shape[1])
 
 
@@ -115,10 +123,18 @@ def topk_sae(
             f"got {tuple(W_dec.shape)} and {tuple(W_enc.shape)}"
         )
     check_k(k, len(W_enc))
-    flat = x.reshape(-1, x.shape[-1])
-    out, values, indices = _TopKSAE.apply(
-        flat, W_enc, b_enc, W_dec, b_dec, k, _dtype(W_enc), shards
-    )
+    flat, dtype = x.reshape(-1, x.shape[-1]), _dtype(W_enc)
+    if not transformed():
+        out, values, indices = _TopKSAE.apply(flat, W_enc, b_enc, W_dec, b_dec, k, dtype, shards)
+    elif shards is None:
+        centered = flat if b_dec is None else flat - b_dec
+        values, indices = _compose_encode(centered, W_enc, b_enc, k, dtype)
+        out = _compose_decode(values, indices, W_dec, b_dec, dtype)
+    else:
+        raise RuntimeError(
+            "an SAE whose latents are split among processes has no torch.func transforms and no "
+            "forward mode; use the whole SAE in one process"
+        )
     shape = x.shape[:-1]
     if not torch.is_autocast_enabled(W_enc.device.type):
         out = out.to(x.dtype)
@@ -264,6 +280,25 @@ class _TopKSAE(torch.autograd.Function):
                 sum_dx = sum_shards(by_latent.to(W_enc.dtype) @ W_enc)
                 d_b_dec = (d_out.sum(0) - sum_dx).to(b_dec_dtype)
         return dx, d_enc, d_b_enc, d_dec, d_b_dec, None, None, None
+
+
+def _compose_encode(
+    x: Tensor, W: Tensor, b: Tensor | None, k: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`_Encode` from ops with all derivatives: the selection has none, so it is made first."""
+    x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
+    fixed_b = None if b is None else b.detach()
+    indices = ops.topk_encode(x.detach(), W.detach(), fixed_b, k)[1]
+    scores = gather_dot(x, indices, W)
+    return (scores if b is None else scores + b[indices]).relu(), indices
+
+
+def _compose_decode(
+    values: Tensor, indices: Tensor, W: Tensor, b: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`_Decode` from ops with all derivatives."""
+    out = gather_sum(values.to(dtype), indices, W.to(dtype))
+    return out if b is None else out + b.to(dtype)
 
 
 def _relu_backward(d_values: Tensor, values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ Legend: N tokens, D inputs, M latents, K active latents per token.
 
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,51 @@ def _(values: Tensor, indices: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
     dtype = torch.promote_types(values.dtype, torch.float32)
     return values.new_empty(len(indptr) - 1, dtype=dtype)
 
+
+# Under torch.vmap, those that compute each token alone take a batch as more tokens, as long as the
+# weights are not batched; the others run once for each of the batch.
+
+
+def _vmap_tokens(operator: Any, n_per_token: int) -> None:
+    """The first `n_per_token` arguments of the operator have one row per token."""
+
+    def fold(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if any(dim is not None for dim in in_dims[n_per_token:]):
+            return _one_by_one(operator, info.batch_size, in_dims, args)
+        rows = [
+            (a.expand(info.batch_size, *a.shape) if d is None else a.movedim(d, 0)).flatten(0, 1)
+            for a, d in zip(args[:n_per_token], in_dims, strict=False)
+        ]
+        out = operator(*rows, *args[n_per_token:])
+        unfold = lambda t: t.unflatten(0, (info.batch_size, -1))  # noqa: E731
+        return (unfold(out), 0) if isinstance(out, Tensor) else (tuple(map(unfold, out)), (0, 0))
+
+    operator.register_vmap(fold)
+
+
+def _vmap_each(operator: Any) -> None:
+    operator.register_vmap(
+        lambda info, in_dims, *args: _one_by_one(operator, info.batch_size, in_dims, args)
+    )
+
+
+def _one_by_one(
+    operator: Any, n: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    outs = [
+        operator(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        for i in range(n)
+    ]
+    if isinstance(outs[0], Tensor):
+        return torch.stack(outs), 0
+    return tuple(map(torch.stack, zip(*outs, strict=True))), (0,) * len(outs[0])
+
+
+_vmap_tokens(topk_encode, 1)
+_vmap_tokens(gather_sum, 2)
+_vmap_tokens(gather_dot, 2)
+for _operator in (_csc_by_latent, _scatter_outer, _sum_by_latent):
+    _vmap_each(_operator)
 
 # An operator's arguments are tensors and numbers, so these three take the CSC apart.
 
