@@ -38,13 +38,15 @@ class ConvertConfig:
     """What to convert, and to which format."""
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """The SAE: a folder, or a .pt file."""
+    """The SAE: a folder, a .pt file, or a repository on the Hugging Face hub."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Folder for the converted SAE; must be new or empty."""
     to: Literal["mlsae", "released", "sparsify", "saelens", "dictionary_learning", "openai"] = (
         "mlsae"
     )
     """The format to write."""
+    hookpoint: str | None = None
+    """Folder of the SAE in SRC, if that has several, such as layers.5."""
 
 
 def convert(config: ConvertConfig) -> str:
@@ -53,8 +55,9 @@ def convert(config: ConvertConfig) -> str:
     Raises InputError, before anything is written, if SRC cannot be read, DST is not empty, or the
     target format cannot express the SAE.
     """
-    source = formats.detect(config.src)
-    sae = formats.read(config.src)
+    src = formats.local_folder(config.src, config.hookpoint)
+    source = formats.detect(src)
+    sae = formats.read(src)
     if config.dst.exists() and (not config.dst.is_dir() or any(config.dst.iterdir())):
         raise InputError(
             f"DST must be a new or empty folder, and {config.dst} is not; choose another"
@@ -65,9 +68,9 @@ def convert(config: ConvertConfig) -> str:
         f"{'standardized' if sae.standardize else 'plain'} inputs",
         f"{config.to}: {', '.join(str(path) for path in written)}",
     ]
-    if (config.src / "checkpoints").is_dir():
+    if (src / "checkpoints").is_dir():
         lines.append(
-            f"not converted: {config.src / 'checkpoints'}, the training state (optimizer, "
+            f"not converted: {src / 'checkpoints'}, the training state (optimizer, "
             "counters of dead latents), which only --resume reads"
         )
     return "\n".join(lines)

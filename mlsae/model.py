@@ -250,12 +250,15 @@ class MLSAE(nn.Module, HubFiles):
         return mlsae.requires_grad_()
 
 
-def load_sae(path: Path | str, device: torch.device | str = "cpu") -> SparseTopKSAE:
-    """The SAE in a folder or file of any of `formats.FORMATS`, ready to use and to train on.
+def load_sae(
+    path: Path | str, device: torch.device | str = "cpu", *, hookpoint: str | None = None
+) -> SparseTopKSAE:
+    """The SAE in a folder or file of any of `formats.FORMATS`, or in a repository of the hub (in
+    its folder `hookpoint`, if it has several): ready to use and to train on.
 
     Raises InputError if it cannot be read, or standardizes its inputs: an MLSAE does that.
     """
-    saved = formats.read(path)
+    saved = formats.read(path, hookpoint)
     if saved.standardize:
         raise InputError(
             f"PATH must hold an SAE that takes its inputs as they are, and that in {path} "

@@ -16,6 +16,7 @@ from ..data.sinks import DropRule
 from ..data.stream import DataStream, read_shape
 from ..distributed import log_rank0
 from ..errors import InputError
+from ..formats.places import check_residual
 from ..model import MLSAE
 
 _DEFAULT_MICRO_TOKENS = 2048
@@ -95,6 +96,7 @@ def open_run(
     mlsae = MLSAE.from_pretrained(config.run, device).requires_grad_(False)
     if config.out is None and not config.run.exists():
         raise InputError(f"--out must be given if RUN is on the hub, as {config.run} is, got none")
+    check_residual(mlsae.about, f"RUN {config.run}")
     trained = mlsae.about.get("training", {})
     data = _data_config(config, mlsae, trained)
     shape = read_shape(data)

@@ -21,9 +21,10 @@ import safetensors.torch
 from ..errors import InputError
 from ..files import write_file
 from . import dictionary_learning, openai, own, released, saelens, sparsify
+from .remote import local_folder
 from .saved import SavedSAE, read_json, read_tensors
 
-__all__ = ["FORMATS", "SavedSAE", "detect", "read", "write"]
+__all__ = ["FORMATS", "SavedSAE", "detect", "local_folder", "read", "write"]
 
 SETTINGS, CARRIED = "mlsae.json", "carried.safetensors"
 
@@ -68,9 +69,11 @@ def detect(path: Path) -> str:
     )
 
 
-def read(path: Path | str) -> SavedSAE:
-    """Read the SAE at `path`, a folder or a file. Raises InputError if it cannot be read."""
-    path = Path(path)
+def read(path: Path | str, hookpoint: str | None = None) -> SavedSAE:
+    """Read the SAE at `path`, a folder, a file, or the name of another library's repository on the
+    Hugging Face hub; `hookpoint` is its folder there, if it has several SAEs. Raises InputError if
+    it cannot be read."""
+    path = local_folder(path, hookpoint)
     sae = FORMATS[detect(path)].read(path)
     folder = path if path.is_dir() else path.parent
     if (folder / SETTINGS).is_file():

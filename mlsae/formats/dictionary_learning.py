@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from .places import layer_of, place
 from .saved import SavedSAE, read_json, read_pickle, rename_weights, unsupported
 
 _NAMES = {
@@ -56,15 +57,15 @@ def read(folder: Path) -> SavedSAE:
     threshold = tensors.pop("threshold", None)
     weights = rename_weights(tensors, _NAMES, path)
     weights["W_dec"] = weights["W_dec"].T.contiguous()
-    layer = trainer.get("layer")
-    residual = "resid_post" in (trainer.get("submodule_name") or "")
+    submodule = trainer.get("submodule_name")
+    residual = layer_of(submodule)
     return SavedSAE(
         weights,
         k,
         standardize=False,
-        layers=(layer,) if isinstance(layer, int) and residual else (),
+        layers=() if residual is None else (residual,),
         model=trainer.get("lm_name") or "",
-        about={"dictionary_learning": config},
+        about={"dictionary_learning": config, **place(submodule)},
         carried={} if threshold is None else {_THRESHOLD: threshold},
     )
 

@@ -11,23 +11,25 @@ undone after decoding. Its hook "blocks.5.hook_resid_post" is our layer 5. If th
 sae_lens_version of 6 or more, SAELens would read cfg.json as an older version's. Checked against
 sae-lens 6.54.12.
 
+Versions 3 to 5 have no `metadata` and no `k`: {architecture: "standard", activation_fn_str (or
+activation_fn): "topk", activation_fn_kwargs: {"k"}, hook_name, model_name, …}. They are read too.
+
 Legend: D inputs, M latents.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
+from .places import layer_of, place
 from .saved import SavedSAE, read_json, read_tensors, rename_weights, unsupported
 
 _NAMES = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
-_RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 _UNIT = 1e-5  # norms this close to 1 differ by rounding only
 
 
@@ -38,20 +40,46 @@ def matches(folder: Path) -> bool:
 
 def read(folder: Path) -> SavedSAE:
     """Read the SAE. Raises InputError if it is damaged, or no TopK SAE that we can compute."""
-    cfg, path = read_json(folder / "cfg.json"), folder / "sae_weights.safetensors"
+    cfg = _as_version_6(read_json(folder / "cfg.json"), folder / "cfg.json")
+    path = folder / "sae_weights.safetensors"
     weights = rename_weights(read_tensors(path), _NAMES, path)
     weights["W_enc"] = weights["W_enc"].T.contiguous()
     _check(cfg, weights["W_dec"], folder / "cfg.json")
     metadata = cfg.get("metadata", {})
-    hook = _RESIDUAL.fullmatch(metadata.get("hook_name") or "")
+    layer = layer_of(metadata.get("hook_name"))
     return SavedSAE(
         weights,
         cfg.get("k", 0),
         standardize=cfg.get("normalize_activations", "none") == "layer_norm",
-        layers=(int(hook[1]),) if hook else (),
+        layers=() if layer is None else (layer,),
         model=metadata.get("model_name") or "",
-        about={"saelens": cfg},
+        about={"saelens": cfg, **place(metadata.get("hook_name"))},
     )
+
+
+def _as_version_6(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The cfg.json of a version before 6 in the terms of version 6. Raises InputError if it is of
+    another SAE than TopK, or scales its activations."""
+    if "metadata" in cfg or ("activation_fn" not in cfg and "activation_fn_str" not in cfg):
+        return cfg
+    name = "activation_fn_str" if "activation_fn_str" in cfg else "activation_fn"
+    if cfg[name] != "topk" or cfg.get("architecture", "standard") not in ("standard", "topk"):
+        raise unsupported(
+            path, name, "'topk', of the architecture 'standard'",
+            f"{cfg[name]}, {cfg.get('architecture')}", "only TopK SAEs have a counterpart here",
+        )  # fmt: skip
+    if cfg.get("finetuning_scaling_factor"):
+        raise unsupported(
+            path, "finetuning_scaling_factor", "false", True, "fold it in SAELens, and save again"
+        )
+    metadata = {key: cfg[key] for key in ("model_name", "hook_name", "dataset_path") if key in cfg}
+    kept = ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations")
+    return {
+        **{key: cfg[key] for key in kept if key in cfg},
+        "architecture": "topk",
+        "k": (cfg.get("activation_fn_kwargs") or {}).get("k", 0),
+        "metadata": metadata,
+    }
 
 
 def _check(cfg: dict[str, Any], W_dec: Tensor, path: Path) -> None:

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import safetensors.torch
 
+from .places import layer_of, place
 from .saved import SavedSAE, read_json, read_tensors, rename_weights, unsupported
 
 _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 _PLAIN = {"activation": "topk", "skip_connection": False, "transcode": False, "signed": False}
-_RESIDUAL = re.compile(r"layers\.(\d+)")
 
 
 def matches(folder: Path) -> bool:
@@ -41,13 +41,15 @@ def read(folder: Path) -> SavedSAE:
                 "only plain TopK autoencoders have a counterpart here",
             )  # fmt: skip
     path = folder / "sae.safetensors"
-    hookpoint = _RESIDUAL.fullmatch(folder.resolve().name)
+    name = folder.resolve().name
+    hookpoint = name if re.search(r"(layers|h|blocks)\.\d", name) else None  # else any folder
+    layer = layer_of(hookpoint)
     return SavedSAE(
         rename_weights(read_tensors(path), _NAMES, path),
         cfg.get("k", 0),
         standardize=False,
-        layers=(int(hookpoint[1]),) if hookpoint else (),
-        about={"sparsify": cfg},
+        layers=() if layer is None else (layer,),
+        about={"sparsify": cfg, **place(hookpoint)},
     )
 
 

@@ -15,6 +15,7 @@ from ..config import TrainConfig
 from ..distributed import log_rank0
 from ..errors import InputError
 from ..formats import SavedSAE
+from ..formats.places import check_residual
 from ..model import MLSAE, MLSAEConfig
 
 _NORM_TOLERANCE = 1e-2  # what `UnitNormAdam` takes
@@ -33,6 +34,7 @@ def load_initial(config: TrainConfig, sae: MLSAEConfig) -> tuple[MLSAEConfig, Sa
         saved = formats.read(path)
     else:
         saved = MLSAE.from_pretrained(config.init_from).to_saved()
+    check_residual(saved.about, f"--init_from {config.init_from}")
     if saved.d_in != sae.d_in:
         raise InputError(
             f"--init_from must have inputs of width {sae.d_in}, that of MODEL's residual stream, "

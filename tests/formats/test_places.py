@@ -1,0 +1,141 @@
+"""Where SAEs of other libraries were trained, and where they are found."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, constants, snapshot_download
+
+from mlsae import MLSAE, formats, load_sae
+from mlsae.config import SAEConfig, TrainConfig
+from mlsae.convert import ConvertConfig, convert
+from mlsae.errors import InputError
+from mlsae.evaluation.run import EvaluateConfig, evaluate
+from mlsae.formats import remote
+from mlsae.formats.places import layer_of
+from mlsae.training.run import train
+from tests.helpers.hub_server import hub
+from tests.helpers.peer_files import D, K, M, build, sae, save
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("blocks.5.hook_resid_post", 5), ("layers.5", 5), ("h.11", 11), ("transformer.h.0", 0),
+        ("gpt_neox.layers.3", 3), ("model.layers.31", 31), ("model.language_model.layers.2", 2),
+        ("resid_post_layer_3", 3), ("blocks.5.hook_resid_pre", 4), ("resid_pre_layer_1", 0),
+        ("blocks.0.hook_resid_pre", None), ("blocks.5.hook_mlp_out", None),
+        ("blocks.5.hook_resid_mid", None), ("blocks.5.attn.hook_z", None), ("layers.5.mlp", None),
+        ("layers.5.attention", None), ("embed_in", None), ("", None), (None, None),
+        ("mylayers.5", None),
+    ],
+)  # fmt: skip
+def test_names_of_the_residual_stream_are_known(name, layer):
+    assert layer_of(name) == layer
+
+
+def saelens_before_6(folder, **changes):
+    """As sae-lens 5 saved a TopK SAE."""
+    w = sae()
+    folder.mkdir()
+    cfg = {
+        "architecture": "standard", "d_in": D, "d_sae": M, "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": K}, "apply_b_dec_to_input": True,
+        "finetuning_scaling_factor": False, "context_size": 128, "model_name": "gpt2-small",
+        "hook_name": "blocks.8.hook_resid_post", "hook_layer": 8, "hook_head_index": None,
+        "prepend_bos": True, "normalize_activations": "none", "dtype": "torch.float32",
+        "device": "cpu", "sae_lens_training_version": "5.3.1",
+    }  # fmt: skip
+    save(folder / "cfg.json", cfg | changes)
+    save(folder / "sae_weights.safetensors", {**w, "W_enc": w["W_enc"].T.contiguous()})
+    return folder, w
+
+
+def test_saelens_before_6_is_read(tmp_path):
+    folder, w = saelens_before_6(tmp_path / "old")
+    saved = formats.read(folder)
+    assert (saved.k, saved.layers, saved.model) == (K, (8,), "gpt2-small")
+    x = torch.randn(5, D)
+    scores = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
+    values, indices = scores.topk(K)
+    f = torch.zeros_like(scores).scatter(1, indices, values.relu())
+    torch.testing.assert_close(load_sae(folder)(x), f @ w["W_dec"] + w["b_dec"])
+    formats.write(saved, tmp_path / "new", "saelens")
+    new = json.loads((tmp_path / "new" / "cfg.json").read_text())
+    assert (new["architecture"], new["k"]) == ("topk", K)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_fn_str": "relu"}, "activation_fn_str"),
+        ({"architecture": "gated"}, "activation_fn_str .* gated"),
+        ({"architecture": "jumprelu"}, "jumprelu"),
+        ({"normalize_activations": "expected_average_only_in"}, "normalize_activations"),
+        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
+        ({"activation_fn_kwargs": {}}, "k must be in"),
+    ],
+)
+def test_what_of_it_cannot_be_computed_is_named(tmp_path, changes, message):
+    folder, _ = saelens_before_6(tmp_path / "old", **changes)
+    with pytest.raises(InputError, match=message):
+        formats.read(folder)
+
+
+def test_an_sae_of_another_place_is_used_there_only(tmp_path):
+    folder, _ = saelens_before_6(tmp_path / "mlp", hook_name="blocks.8.hook_mlp_out")
+    assert load_sae(folder).k == K
+    saved = formats.read(folder)
+    assert saved.layers == ()
+    MLSAE.from_saved(saved).save_pretrained(tmp_path / "run")
+    message = "residual stream after a block, .* blocks.8.hook_mlp_out"
+    with pytest.raises(InputError, match=message):
+        evaluate(EvaluateConfig(tmp_path / "run", "builtin", model="builtin"))
+    config = TrainConfig(
+        sae=SAEConfig(n_latents=M, k=K, standardize=False), init_from=str(folder),
+        out=tmp_path / "new",
+    )  # fmt: skip
+    with pytest.raises(InputError, match=message):
+        train(config)
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A hub with a repository of two SAEs, and one of a single SAE at its top."""
+    with hub() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        here = {"endpoint": server.address, "cache_dir": tmp_path / "cache"}
+        monkeypatch.setattr(remote, "snapshot_download", partial(snapshot_download, **here))
+        monkeypatch.setattr(remote, "HfApi", partial(HfApi, endpoint=server.address))
+        for layer in (2, 10):
+            folder = build("sparsify", tmp_path / f"layers.{layer}", sae(layer))
+            for file in folder.iterdir():
+                files = server.repos.setdefault("lab/two", {})
+                files[f"layers.{layer}/{file.name}"] = file.read_bytes()
+                if layer == 2:
+                    server.repos.setdefault("lab/one", {})[file.name] = file.read_bytes()
+        yield server
+
+
+def test_one_of_several_saes_on_the_hub(server, tmp_path):
+    found = load_sae("lab/two", hookpoint="layers.10")
+    torch.testing.assert_close(found.W_enc, sae(10)["W_enc"])
+    assert formats.read("lab/two", "layers.2").layers == (2,)
+    torch.testing.assert_close(load_sae("lab/one").W_enc, sae(2)["W_enc"])
+    with pytest.raises(InputError, match=r"several SAEs; .*--hookpoint.*: layers.10, layers.2"):
+        load_sae("lab/two")
+    with pytest.raises(InputError, match=r"must be a folder of lab/two, .*layers.10, layers.2"):
+        load_sae("lab/two", hookpoint="layers.3")
+    with pytest.raises(InputError, match="lab/none cannot be loaded"):
+        load_sae("lab/none")
+
+
+def test_convert_takes_a_hookpoint(server, tmp_path):
+    config = ConvertConfig(Path("lab/two"), tmp_path / "ours", hookpoint="layers.2")
+    convert(config)
+    assert MLSAE.from_pretrained(tmp_path / "ours").config.layers == (2,)
+    with pytest.raises(InputError, match="several SAEs"):
+        convert(dataclasses.replace(config, hookpoint=None, dst=tmp_path / "other"))
