@@ -266,7 +266,7 @@ def with_tokenizer(folder, **special):
     for name, token in special.items():
         setattr(tokenizer, name, token)
     tokenizer.save_pretrained(folder)
-    documents = "\n".join(json.dumps({"text": f"def f(x): return {i}"}) for i in range(200))
+    documents = "\n".join(json.dumps({"text": f"def f(x): return {i}"}) for i in range(4000))
     (folder / "text.jsonl").write_text(documents)
     return DataConfig(str(folder), str(folder / "text.jsonl"), seq_len=64, layers=(0,))
 

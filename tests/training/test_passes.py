@@ -29,7 +29,7 @@ def dataset(tmp_path_factory):
     texts = [f"def function_{i}(x):\n    return x + {i} * {i}\n" * 4 for i in range(40)]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     tokenizer = AutoTokenizer.from_pretrained(builtin.MODEL_DIR)
-    rows = list(Rows(str(path), tokenizer, 64, "train"))
+    rows = list(Rows(DataConfig(dataset=str(path)), tokenizer, 64, "train"))
     return path, 64 * len(rows)
 
 

@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_run(run, tmp_path):
 
 
 def test_some_layers_of_a_local_model_on_a_local_file(tmp_path):
-    text = "\n".join(f"def function_{i}(x):\n    return x + {i}\n" for i in range(400))
+    text = "\n".join(f"def function_{i}(x):\n    return x + {i}\n" for i in range(4000))
     (tmp_path / "code.txt").write_text(text)
     result = program(
         builtin.MODEL_DIR, tmp_path / "code.txt", *SMALL, "--layers", 1, 4,
@@ -138,7 +138,7 @@ def test_a_preset_sets_what_is_not_given():
 def test_help_teaches():
     result = program("--help")
     assert result.returncode == 0
-    for words in ("--sae.expansion", "--batch_tokens", "Latents per dimension", "jsonl.zst"):
+    for words in ("--sae.expansion", "--batch_tokens", "Latents per dimension", ".zst"):
         assert words in result.stdout
 
 
