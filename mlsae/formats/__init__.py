@@ -21,7 +21,7 @@ import safetensors.torch
 from ..errors import InputError
 from ..files import write_file
 from . import dictionary_learning, openai, own, released, saelens, sparsify
-from .saved import SavedSAE, read_json, read_tensors
+from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
 __all__ = ["FORMATS", "SavedSAE", "detect", "read", "write"]
 
@@ -53,10 +53,14 @@ FORMATS: dict[str, Format] = {
 
 def detect(path: Path) -> str:
     """The name of the format at `path`. Raises InputError if it is none of `FORMATS`."""
-    if path.exists():
+    try:
         for name, form in FORMATS.items():
             if form.matches(path):
                 return name
+    except OSError as error:
+        raise InputError(
+            f"SRC must be a folder or a file that can be read, and {path} cannot: {error.strerror}"
+        ) from error
     inside = []
     if path.is_dir():
         folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
@@ -72,6 +76,7 @@ def read(path: Path | str) -> SavedSAE:
     """Read the SAE at `path`, a folder or a file. Raises InputError if it cannot be read."""
     path = Path(path)
     sae = FORMATS[detect(path)].read(path)
+    check_finite(sae.weights, path)
     folder = path if path.is_dir() else path.parent
     if (folder / SETTINGS).is_file():
         settings = read_json(folder / SETTINGS)
@@ -81,9 +86,9 @@ def read(path: Path | str) -> SavedSAE:
         sae = replace(
             sae,
             weights=weights,
-            layers=tuple(settings.get("layers", sae.layers)),
+            layers=layers_in(settings, folder / SETTINGS) or sae.layers,
             model=settings.get("model", sae.model),
-            about=settings.get("about", {}) | sae.about,
+            about=object_in(settings, "about", folder / SETTINGS) | sae.about,
         )
     if (folder / CARRIED).is_file():
         sae = replace(sae, carried=read_tensors(folder / CARRIED) | sae.carried)

@@ -24,7 +24,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from .saved import SavedSAE, read_json, read_tensors, rename_weights, unsupported
+from .saved import SavedSAE, object_in, read_json, read_tensors, rename_weights, unsupported
 
 _NAMES = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_post")
@@ -42,8 +42,8 @@ def read(folder: Path) -> SavedSAE:
     weights = rename_weights(read_tensors(path), _NAMES, path)
     weights["W_enc"] = weights["W_enc"].T.contiguous()
     _check(cfg, weights["W_dec"], folder / "cfg.json")
-    metadata = cfg.get("metadata", {})
-    hook = _RESIDUAL.fullmatch(metadata.get("hook_name") or "")
+    metadata = object_in(cfg, "metadata", folder / "cfg.json")
+    hook = _RESIDUAL.fullmatch(str(metadata.get("hook_name")))
     return SavedSAE(
         weights,
         cfg.get("k", 0),
