@@ -119,7 +119,9 @@ def _facts(run: RunData) -> dict[str, str]:
 
 
 def _layer_range(layers: list[int]) -> str:
-    """0 to 5, or 1, 3, 4."""
+    """0 to 5, or 1, 3, 4; if the SAE's files do not say, just that."""
+    if not layers:
+        return "not named"
     first, last = layers[0], layers[-1]
     if len(layers) > 2 and layers == list(range(first, last + 1)):
         return f"{first} to {last}"
@@ -131,19 +133,19 @@ def _headline(run: RunData) -> list[tuple[str, str, str]]:
     headline: list[tuple[str, str, str]] = []
     if run.evaluation:
         metrics = run.evaluation["figures"]
-        headline.append(("FVU", f"{metrics['fvu']['mean']:.3f}", "mean over layers, held-out text"))
-        headline.append(("ΔCE", f"{metrics['delta_ce']['mean']:.3f}", "nats per token"))
+        fvu, delta_ce = (_decimals(metrics[name]["mean"]) for name in ("fvu", "delta_ce"))
+        headline.append(("FVU", fvu, "mean over layers, held-out text"))
+        headline.append(("ΔCE", delta_ce, "nats per token"))
     elif run.validation:
-        fvu = run.validation[-1]["heldout"]["fvu"]
-        headline.append(("FVU", f"{fvu:.3f}", "mean over layers, held-out text"))
+        fvu = _decimals(run.validation[-1]["heldout"]["fvu"])
+        headline.append(("FVU", fvu, "mean over layers, held-out text"))
     if run.analysis:
         ratios = run.analysis.summary["ratios"]["equations"]
         for name, of in (
             ("A", "spread left, given the latent"),
             ("B", "of that, left at one token"),
         ):
-            value = ratios[name]["value"]
-            headline.append((f"ratio {name}", f"{value:.3f}" if value is not None else "–", of))
+            headline.append((f"ratio {name}", _decimals(ratios[name]["value"]), of))
     totals = run.analysis.profile.nan_to_num() if run.analysis else run.totals
     if totals is not None and (totals.sum(1) > 0).any():
         entropy = normalized_entropy(latent_plots.layer_shares(totals)).mean()
@@ -151,6 +153,11 @@ def _headline(run: RunData) -> list[tuple[str, str, str]]:
     if run.training:
         headline.append(("dead", f"{run.training[-1]['dead']:.1%}", "of latents, end of training"))
     return headline
+
+
+def _decimals(value: float | None) -> str:
+    """A number with three decimals; a dash for None, which stands for one that is not finite."""
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _prompt(analysis: Analysis) -> dict[str, Any]:
