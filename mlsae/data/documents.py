@@ -41,7 +41,7 @@ class Documents:
     def __init__(self, dataset: str, split: Split, column: str = "text") -> None:
         self.dataset, self.column = dataset, column
         self._empty = True
-        path = Path(dataset).expanduser()
+        path = _expand_user(dataset)
         if dataset == builtin.NAME:
             self.column = "text"
             self._records = IterableDataset.from_generator(
@@ -99,6 +99,16 @@ class Documents:
 def _builtin_records(split: Split) -> Iterator[dict[str, str]]:
     for text in builtin.corpus(split):
         yield {"text": text}
+
+
+def _expand_user(dataset: str) -> Path:
+    """The path with a home directory in place of "~". Raises InputError if there is none."""
+    try:
+        return Path(dataset).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"DATASET must be a path or a name, got {dataset!r}: {first_line(error)}"
+        ) from error
 
 
 def _loader_of(path: Path) -> str | None:
