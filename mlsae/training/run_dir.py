@@ -140,7 +140,13 @@ class RunDir:
         }
         path = self.config.out / "latents.safetensors"
         write_file(path, safetensors.torch.save(latents))
-        write_report(self.config.out)
+        try:
+            write_report(self.config.out)
+        except InputError as error:  # a file of an earlier measurement; the training is whole
+            log_rank0(
+                f"the run is whole, and {self.config.out / 'report.html'} could not be drawn: "
+                f"{error}"
+            )
 
     def close(self) -> None:
         """End the log."""
