@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..bootstrap import Interval, without_interval
 from ..data.tokens import not_special
 from ..distributed import choose_device
-from ..files import write_file
+from ..files import check_folder, write_file
 from .faithfulness import Faithfulness, measure_faithfulness
 from .heldout import HeldoutConfig, open_run
 from .patching import check_substitution
@@ -35,11 +35,12 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     """
     started = time.perf_counter()
     device, out = choose_device(config.device), config.out or config.run
+    check_folder(out, files=("evaluation.csv", "evaluation.json"))
     mlsae, stream = open_run(config, device)
-    out.mkdir(parents=True, exist_ok=True)
     input_ids = stream.heldout(config.tokens)
     token_mask = not_special(input_ids, stream.tokenizer)
     check_substitution(stream.reader, input_ids[:1, :_CHECKED_POSITIONS].to(device))
+    out.mkdir(parents=True, exist_ok=True)
     measured = measure_faithfulness(mlsae, stream.reader, input_ids, token_mask, stream.micro_rows)
     metrics = _metrics(measured, config.resamples, stream.seed)
     sums = measured.sums

@@ -15,7 +15,7 @@ import transformers
 from ..config import TrainConfig, shared_folder
 from ..distributed import log_rank0
 from ..errors import InputError
-from ..files import check_out, write_file
+from ..files import check_folder, check_out, write_file
 from ..model import MLSAEConfig
 from ..report import write_report
 from . import checkpoint
@@ -190,6 +190,8 @@ def check_folders(configs: Sequence[TrainConfig], saes: Iterable[MLSAEConfig]) -
     for sae in saes:
         bytes_needed += 4 * sae.n_latents * (2 * sae.d_in + 3 * len(sae.layers)) + 12 * 2**20
         bytes_needed += (config.keep_checkpoints + 1) * 24 * sae.n_latents * sae.d_in
+    for each in configs:
+        check_folder(each.out, files=() if config.overwrite else PUSHED_FILES)
     own = (*RUN_FILES, "runs.csv", *RUN_FOLDERS)
     check_out(out, config.overwrite, config.resume, own, bytes_needed)
     for pattern in RUN_FOLDERS:
