@@ -23,6 +23,7 @@ from ..errors import InputError
 from ..evaluation.heldout import HeldoutConfig, open_run
 from ..evaluation.provenance import provenance_of
 from ..files import check_folder, write_file
+from ..formats.saved import read_tensors
 from ..model import MLSAE
 from ..report.prompt_page import prompt_page
 from .collect import Collected, collect
@@ -164,7 +165,7 @@ def _profile_over_text(out: Path, run: Path, shape: tuple[int, int]) -> tuple[Te
     """Where latents are active over many tokens, of `shape` (M, L), and a line that says from what.
 
     It is taken from an analysis in `out` or `run`, else from the validation of the training run;
-    None if none of them has this shape.
+    None if none of them has this shape. Raises InputError if one is damaged.
     """
     for path, name in (
         (out / "analysis.safetensors", "profile"),
@@ -172,7 +173,7 @@ def _profile_over_text(out: Path, run: Path, shape: tuple[int, int]) -> tuple[Te
         (run / "latents.safetensors", "totals"),
     ):
         if path.exists():
-            weights = safetensors.torch.load_file(path)[name].double()
+            weights = read_tensors(path).get(name, torch.empty(0)).double()
             if weights.shape == shape:
                 return weights / weights.sum(1, keepdim=True), f"over many: {name} of {path}"
     return None, "over many: nothing at these layers; run mlsae.analyze without --prompt first"
