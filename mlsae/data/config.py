@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .. import builtin
+from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,9 @@ class DataConfig:
     room for the SAE on its own; what does not fit goes to the CPU's memory, then to the disk."""
     model_quantize: Literal["8bit", "4bit"] | None = None
     """Load the transformer quantized by bitsandbytes, which must be installed."""
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise InputError if torch's generators do not take this `--seed`."""
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise InputError(f"--seed must be in [-2^63, 2^63), got {seed}")

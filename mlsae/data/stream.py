@@ -5,6 +5,7 @@ Legend: L layers, B rows, T positions, N tokens, D width of the residual stream,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ class DataStream:
     def heldout(self, tokens: int) -> Tensor:
         """Rows (B, T) that are never trained on, `tokens` tokens in all or fewer if the text has
         fewer."""
-        n_rows = max(1, tokens // self.seq_len)
+        n_rows = min(max(1, tokens // self.seq_len), sys.maxsize)  # which is what islice takes
         return torch.stack(list(islice(self._rows("heldout"), n_rows)))
 
     def count(self, input_ids: Tensor) -> int:
