@@ -7,19 +7,27 @@ packages, because no module imports a program.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any, TypeVar
 
+import torch
 import tyro
 from rich.table import Table
 
 from .distributed import LostContactError, is_rank0, log_rank0
-from .errors import exit_on_bad_input
+from .errors import InputError, exit_on_bad_input, first_line
 
 Config = TypeVar("Config")
 
+_NO_MEMORY = (
+    "not enough memory", "can't allocate memory", "Storage size calculation overflowed",
+)  # fmt: skip
+"""What torch says of memory on the CPU, in an error of no type of its own."""
 _LAUNCHER_SECONDS = 5  # within which a launcher ends this process and names the one that failed
 
 
@@ -52,7 +60,7 @@ def preset(arguments: Sequence[str], presets: Mapping[str, Config]) -> Config:
     # tyro takes its defaults before it parses, so the preset is read first; it refuses an unknown
     # one.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
+    parser.add_argument("--preset", nargs="?")
     return presets.get(parser.parse_known_args(arguments)[0].preset, presets["default"])
 
 
@@ -63,16 +71,23 @@ def run_program(
 ) -> None:
     """Call `run()`, and turn what it raises into a message and an exit code.
 
-        1    one of `failures`, or lost contact with another process
-        2    bad input, or a disk that is full or read-only: see `errors.exit_on_bad_input`
+        1    one of `failures`, lost contact with another process, or nobody reads the output
+        2    bad input, a full disk, or too little memory: see `errors.exit_on_bad_input`
         130  Ctrl-C; the message is `interrupted`
 
     Any other exception is a bug and keeps its traceback.
     """
     _silence_transformers()
+    _escape_unprintable()
     with exit_on_bad_input():
         try:
-            run()
+            with raise_out_of_memory():
+                run()
+            sys.stdout.flush()  # here, where a full disk is told in one line
+        except BrokenPipeError:
+            # What reads the output has ended: `| head`. Python flushes stdout again at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except LostContactError as error:
             # Every process loses contact when one fails; only the launcher knows which one it was.
             time.sleep(_LAUNCHER_SECONDS)
@@ -84,6 +99,32 @@ def run_program(
         except KeyboardInterrupt:
             log_rank0(interrupted)
             sys.exit(130)
+
+
+@contextmanager
+def raise_out_of_memory() -> Iterator[None]:
+    """Raise InputError where torch or Python cannot have the memory that the settings ask for."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _too_large(error) from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise _too_large(error) from error
+
+
+def _too_large(error: BaseException) -> InputError:
+    return InputError(
+        f"there is too little memory: {first_line(error)}; take less at a time with "
+        "--micro_tokens, or less in all: fewer --tokens, a smaller SAE, fewer --layers"
+    )
+
+
+def _escape_unprintable() -> None:
+    """Print what stdout cannot encode, such as a path that is not UTF-8, as escapes."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _silence_transformers() -> None:

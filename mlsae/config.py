@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .data.config import DataConfig
+from .data.config import DataConfig, check_seed
 from .errors import InputError
 
 Ints = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
@@ -240,6 +240,7 @@ def check_config(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be greater than 0, got {value}")
+    check_seed(config.seed)
     if config.overwrite and config.resume:
         raise InputError("--overwrite and --resume exclude each other; give one of them")
     if config.moved and not config.resume:

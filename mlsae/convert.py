@@ -31,6 +31,7 @@ import tyro
 from . import formats
 from .cli import parse, run_program
 from .errors import InputError
+from .files import check_folder
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,20 @@ def convert(config: ConvertConfig) -> str:
     src = formats.local_folder(config.src, config.hookpoint)
     source = formats.detect(src)
     sae = formats.read(src)
-    if config.dst.exists() and (not config.dst.is_dir() or any(config.dst.iterdir())):
+    check_folder(config.dst, "DST")
+    made = not config.dst.exists()
+    if not made and any(config.dst.iterdir()):
         raise InputError(
             f"DST must be a new or empty folder, and {config.dst} is not; choose another"
         )
-    written = formats.write(sae, config.dst, config.to)
+    try:
+        written = formats.write(sae, config.dst, config.to)
+    except BaseException:  # a full disk: some of an SAE's files are no SAE
+        for path in config.dst.iterdir() if config.dst.is_dir() else ():
+            path.unlink()
+        if made and config.dst.is_dir():
+            config.dst.rmdir()
+        raise
     lines = [
         f"{source}: {sae.d_in} inputs, {sae.n_latents:,} latents, k = {sae.k}, "
         f"{'standardized' if sae.standardize else 'plain'} inputs",

@@ -39,20 +39,31 @@ def check_installed(package: str, argument: str) -> None:
         ) from error
 
 
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
+_PATH = (  # what is wrong with a path, which is the user's to repair
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EIO,
+)  # fmt: skip
+
+
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """On bad input, or a disk that is full or read-only, print one line and exit with code 2."""
+    """On bad input, a path that cannot be used, or a disk that is full or read-only, print one line
+    and exit with code 2."""
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        lines = (line.strip() for line in str(error).splitlines())  # a library's error has several
+        print(f"error: {' '.join(line for line in lines if line)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno in _FULL:
+            what = f"cannot write {error.filename or 'the output'}: {error.strerror}; "
+            way_out = "free some space, or choose another folder with --out"
+        elif error.errno in _PATH:
+            what = f"cannot read or write {error.filename or 'a file'}: {error.strerror}; "
+            way_out = "repair it, or give another path"
+        else:
             raise
-        print(
-            f"error: cannot write {error.filename or 'to --out'}: {error.strerror}; "
-            "free some space, or choose another folder with --out",
-            file=sys.stderr,
-        )
+        print(f"error: {what}{way_out}", file=sys.stderr)
         sys.exit(2)

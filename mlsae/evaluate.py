@@ -20,9 +20,8 @@ from .report import redraw
 
 
 def evaluate_and_print(config: EvaluateConfig) -> None:
-    """Evaluate, redraw the run's report, and print the metrics."""
+    """Evaluate, print the metrics, and redraw the run's report."""
     result, out = evaluate(config), config.out or config.run
-    redraw(out)
     about = result.provenance
     console = Console(highlight=False)
     console.print(*result.tables(), sep="\n")
@@ -38,6 +37,7 @@ def evaluate_and_print(config: EvaluateConfig) -> None:
         sep="\n",
         soft_wrap=True,
     )
+    redraw(out)
 
 
 def main() -> None:

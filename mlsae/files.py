@@ -31,7 +31,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Yields the path to write to, `path` with ".partial" appended. At the end of the block that file
     is synced to the disk and renamed to `path`; on an error it is removed, and `path` is untouched.
+    Raises InputError if `path` is a folder.
     """
+    if path.is_dir():
+        raise InputError(f"{path} must be a file to be replaced, and is a folder; remove it")
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
@@ -72,9 +75,10 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises InputError if another process holds the folder, or if it is, or is in, a file.
     """
+    check_folder(folder)
     folder = folder.absolute()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    _make(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         _acquire(lock, folder)
@@ -90,15 +94,6 @@ def locked(folder: Path) -> Iterator[None]:
         for path in made:
             with suppress(OSError):  # not empty, or not there
                 path.rmdir()
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(
-            f"--out must be a folder, and {folder} is, or is in, a file; choose another"
-        ) from error
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:
@@ -120,6 +115,34 @@ def _acquire(lock: FileLock, folder: Path) -> None:
         )
 
 
+def check_folder(folder: Path, argument: str = "--out", files: Collection[str] = ()) -> None:
+    """Raise InputError if `files` could not be written to `folder`, which need not be there yet;
+    `argument` is what names it."""
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it is to be made, or a path through a file, which is told below
+    except OSError as error:
+        raise InputError(
+            f"{argument} must be a folder, and {folder} cannot be one: {error.strerror}; "
+            "choose another"
+        ) from error
+    places = (folder, *folder.absolute().parents)
+    nearest = next(path for path in places if os.path.lexists(path))
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        what = "may not be written to" if nearest.is_dir() else "is no folder"
+        raise InputError(
+            f"{argument} must be a folder to write to, got {folder}, and {nearest} {what}; "
+            "choose another"
+        )
+    for name in files:
+        if (folder / name).is_dir():
+            raise InputError(
+                f"{argument} must be a folder in which {name} can be written, and "
+                f"{folder / name} is itself a folder; remove it, or choose another"
+            )
+
+
 def check_out(
     folder: Path, overwrite: bool, resume: bool, own: Collection[str], needed_bytes: int
 ) -> None:
@@ -129,8 +152,7 @@ def check_out(
     if a file in it matches none of `own`, the patterns of a run's files; or if its disk has less
     than `needed_bytes` free. The lock of the folder does not count.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out must be a folder, and {folder} is a file; choose another")
+    check_folder(folder)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     names = [name for name in names if name != LOCK]
     if names and not (overwrite or resume):

@@ -22,7 +22,8 @@ from ..distributed import choose_device
 from ..errors import InputError
 from ..evaluation.heldout import HeldoutConfig, check_kept, open_run
 from ..evaluation.provenance import provenance_of
-from ..files import write_file
+from ..files import check_folder, write_file
+from ..formats.saved import read_tensors
 from ..model import MLSAE
 from ..report.prompt_page import prompt_page
 from .collect import Collected, collect
@@ -32,6 +33,14 @@ from .parquet import TokenText, activity_columns, direction_columns, write_examp
 from .prompt import latents_by_token, prompt_table, read_prompt, tokenize
 from .result import AnalysisResult
 
+_FILES = (
+    "analysis.json",
+    "analysis.safetensors",
+    "analysis_latents.parquet",
+    "analysis_examples.parquet",
+    "analysis_prompt.json",
+    "prompt.html",
+)
 _PROMPT_TOKENS = 24  # of the first row: shown if no prompt is given
 
 
@@ -119,6 +128,7 @@ def show_prompt(config: AnalyzeConfig, prompt: str) -> tuple[Table, str]:
 
 def _open(config: AnalyzeConfig) -> tuple[MLSAE, DataStream]:
     """See `open_run`."""
+    check_folder(config.out or config.run, files=_FILES)
     for name, least in (("examples", 0), ("groups", 1), ("count_threshold", 1)):
         value = getattr(config, name)
         if value is not None and value < least:
@@ -155,7 +165,7 @@ def _profile_over_text(out: Path, run: Path, shape: tuple[int, int]) -> tuple[Te
     """Where latents are active over many tokens, of `shape` (M, L), and a line that says from what.
 
     It is taken from an analysis in `out` or `run`, else from the validation of the training run;
-    None if none of them has this shape.
+    None if none of them has this shape. Raises InputError if one is damaged.
     """
     for path, name in (
         (out / "analysis.safetensors", "profile"),
@@ -163,7 +173,7 @@ def _profile_over_text(out: Path, run: Path, shape: tuple[int, int]) -> tuple[Te
         (run / "latents.safetensors", "totals"),
     ):
         if path.exists():
-            weights = safetensors.torch.load_file(path)[name].double()
+            weights = read_tensors(path).get(name, torch.empty(0)).double()
             if weights.shape == shape:
                 return weights / weights.sum(1, keepdim=True), f"over many: {name} of {path}"
     return None, "over many: nothing at these layers; run mlsae.analyze without --prompt first"

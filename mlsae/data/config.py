@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .. import builtin
+from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,9 @@ class DataConfig:
     """Leave out tokens whose norm exceeds so many times the median of a layer, at any layer; the
     medians are those of the first batch. They train nothing, but count among --tokens. auto: 10
     if the first batch has such tokens, else off."""
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise InputError if torch's generators do not take this `--seed`."""
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise InputError(f"--seed must be in [-2^63, 2^63), got {seed}")

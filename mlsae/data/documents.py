@@ -217,7 +217,7 @@ class _HubRecords:
 
 
 def _open_source(config: DataConfig, split: Split) -> _Source:
-    path = Path(config.dataset).expanduser()
+    path = _expand_user(config.dataset)
     if config.dataset == builtin.NAME:
         return _BuiltinFiles(split)
     if not path.exists():
@@ -232,6 +232,16 @@ def _open_source(config: DataConfig, split: Split) -> _Source:
                 "out, or name the file or folder to read"
             )
     return LocalFiles(path, config.column, config.dataset_split)
+
+
+def _expand_user(dataset: str) -> Path:
+    """The path with a home directory in place of "~". Raises InputError if there is none."""
+    try:
+        return Path(dataset).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"DATASET must be a path or a name, got {dataset!r}: {first_line(error)}"
+        ) from error
 
 
 @cache  # so that the text of both sides, and every pass, report the same record once

@@ -47,9 +47,20 @@ class DropRule:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> DropRule:
-        """The rule that `as_dict` gave; without an entry, nothing is dropped."""
-        lists = {name: tuple(saved.get(name, ())) for name in ("positions", "tokens", "medians")}
-        return cls(norm=saved.get("norm"), **lists)
+        """The rule that `as_dict` gave; without an entry, nothing is dropped. Raises InputError for
+        anything else."""
+        names = ("positions", "tokens", "medians")
+        values = [saved.get(name, ()) for name in names] if isinstance(saved, dict) else [None]
+        norm = saved.get("norm") if isinstance(saved, dict) else None
+        numbers = [norm if norm is not None else 0.0]
+        for value in values:
+            numbers.extend(value if isinstance(value, (list, tuple)) else [None])
+        if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in numbers):
+            raise InputError(
+                f"dropped must hold lists of numbers, {', '.join(names)}, and the number norm, got "
+                f"{saved!r}; repair the file it was read from, or measure again"
+            )
+        return cls(norm=norm, **{n: tuple(v) for n, v in zip(names, values, strict=True)})
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serializable."""

@@ -6,6 +6,7 @@ Legend: L layers, B rows, T positions, N tokens, D width of the residual stream,
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ class DataStream:
     def heldout(self, tokens: int) -> Tensor:
         """Rows (B, T) that are never trained on, `tokens` tokens in all or fewer if the text has
         fewer: the first ones of the text, in an order that `seed` draws."""
-        n_rows = max(1, tokens // self.seq_len)
+        n_rows = min(max(1, tokens // self.seq_len), sys.maxsize)  # which is what islice takes
         if self.config.dataset == builtin.NAME:
             # It is small, and shuffled whole: a few rows are of many files.
             rows = list(islice(self._rows("heldout", self.seed), n_rows))

@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from .. import builtin
-from ..data.config import DataConfig
+from ..data.config import DataConfig, check_seed
 from ..data.sinks import DropRule
 from ..data.stream import DataStream, read_shape
 from ..distributed import log_rank0
@@ -28,6 +28,15 @@ _AS_TRAINED = (  # settings that a measurement takes from the run
     "max_bad_records",
 )
 _MEDIAN_TOKENS = 16_384  # of the held-out rows, to measure norms on
+_MOST_RESAMPLES = 1_000_000
+_TRAINED = {  # the settings of the training that a measurement begins from
+    "dataset": str, "column": str, "seq_len": int, "seed": int, "model_dtype": str,
+    "model_device_map": str, "model_quantize": str,
+}  # fmt: skip
+_CHOICES = {
+    "model_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "model_quantize": (None, "8bit", "4bit"),
+}
 
 
 @dataclass(frozen=True)
@@ -93,11 +102,14 @@ def open_run(
         value = getattr(config, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
+    if config.resamples > _MOST_RESAMPLES:  # else memory might end only after the measurement
+        raise InputError(f"--resamples must be at most {_MOST_RESAMPLES:,}, got {config.resamples}")
     mlsae = MLSAE.from_pretrained(config.run, device).requires_grad_(False)
     if config.out is None and not config.run.exists():
         raise InputError(f"--out must be given if RUN is on the hub, as {config.run} is, got none")
     check_residual(mlsae.about, f"RUN {config.run}")
     trained = mlsae.about.get("training", {})
+    _check_trained(trained, config.run)
     data = _data_config(config, mlsae, trained)
     shape = read_shape(data)
     micro_tokens = config.micro_tokens or max(_DEFAULT_MICRO_TOKENS, shape.seq_len)
@@ -112,7 +124,8 @@ def open_run(
             f"{config.run}, and {data.model} has {shape.d_in}; give the model that the "
             "MLSAE was trained on with --model"
         )
-    seed = config.seed if config.seed is not None else trained.get("seed", 0)
+    seed = config.seed if config.seed is not None else trained.get("seed") or 0
+    check_seed(seed)
     stream = DataStream(data, shape, device, micro_rows=micro_tokens // shape.seq_len, seed=seed)
     if drop is not None:
         stream.drop = drop
@@ -147,6 +160,26 @@ def _drop_norms(config: HeldoutConfig, mlsae: MLSAE, stream: DataStream) -> None
         found = stream.resolve_drop(stream.heldout(min(config.tokens, _MEDIAN_TOKENS)))
         if found:
             log_rank0(found)
+
+
+def _check_trained(trained: Any, run: Path) -> None:
+    """Raise InputError if what config.json says of the training is damaged."""
+    if not isinstance(trained, dict):
+        raise InputError(f"training in {run / 'config.json'} must be an object, got {trained!r}")
+    for name, kind in _TRAINED.items():
+        value = trained.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise InputError(
+                f"training.{name} in {run / 'config.json'} must be of type {kind.__name__}, got "
+                f"{value!r}; repair the file"
+            )
+    for name, choices in _CHOICES.items():
+        if trained.get(name, choices[0]) not in choices:
+            rule = " or ".join(map(str, choices))
+            raise InputError(
+                f"training.{name} in {run / 'config.json'} must be {rule}, got "
+                f"{trained[name]!r}; repair the file"
+            )
 
 
 def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -> DataConfig:

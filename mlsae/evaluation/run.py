@@ -13,7 +13,7 @@ from ..bootstrap import Interval, without_interval
 from ..data.sinks import DropRule
 from ..data.tokens import not_special
 from ..distributed import choose_device
-from ..files import write_file
+from ..files import check_folder, write_file
 from .faithfulness import Faithfulness, measure_faithfulness
 from .heldout import HeldoutConfig, check_kept, open_run
 from .patching import check_substitution
@@ -37,13 +37,14 @@ def evaluate(config: EvaluateConfig, drop: DropRule | None = None) -> Evaluation
     """
     started = time.perf_counter()
     device, out = choose_device(config.device), config.out or config.run
+    check_folder(out, files=("evaluation.csv", "evaluation.json"))
     mlsae, stream = open_run(config, device, drop)
-    out.mkdir(parents=True, exist_ok=True)
     input_ids = stream.heldout(config.tokens)
     text_mask = not_special(input_ids, stream.tokenizer)
     token_mask = stream.token_mask(input_ids)
     check_kept(token_mask, text_mask)
     check_substitution(stream.reader, input_ids[:1, :_CHECKED_POSITIONS].to(device))
+    out.mkdir(parents=True, exist_ok=True)
     measured = measure_faithfulness(
         mlsae, stream.reader, input_ids, token_mask, stream.micro_rows, text_mask
     )

@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..files import write_file
 from . import dictionary_learning, openai, own, released, saelens, sparsify
 from .remote import local_folder
-from .saved import SavedSAE, read_json, read_tensors
+from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
 __all__ = ["FORMATS", "SavedSAE", "detect", "local_folder", "read", "write"]
 
@@ -54,10 +54,14 @@ FORMATS: dict[str, Format] = {
 
 def detect(path: Path) -> str:
     """The name of the format at `path`. Raises InputError if it is none of `FORMATS`."""
-    if path.exists():
+    try:
         for name, form in FORMATS.items():
             if form.matches(path):
                 return name
+    except OSError as error:
+        raise InputError(
+            f"SRC must be a folder or a file that can be read, and {path} cannot: {error.strerror}"
+        ) from error
     inside = []
     if path.is_dir():
         folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
@@ -75,6 +79,7 @@ def read(path: Path | str, hookpoint: str | None = None) -> SavedSAE:
     it cannot be read."""
     path = local_folder(path, hookpoint)
     sae = FORMATS[detect(path)].read(path)
+    check_finite(sae.weights, path)
     folder = path if path.is_dir() else path.parent
     if (folder / SETTINGS).is_file():
         settings = read_json(folder / SETTINGS)
@@ -84,9 +89,9 @@ def read(path: Path | str, hookpoint: str | None = None) -> SavedSAE:
         sae = replace(
             sae,
             weights=weights,
-            layers=tuple(settings.get("layers", sae.layers)),
+            layers=layers_in(settings, folder / SETTINGS) or sae.layers,
             model=settings.get("model", sae.model),
-            about=settings.get("about", {}) | sae.about,
+            about=object_in(settings, "about", folder / SETTINGS) | sae.about,
         )
     if (folder / CARRIED).is_file():
         sae = replace(sae, carried=read_tensors(folder / CARRIED) | sae.carried)

@@ -21,10 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
 from .places import layer_of, place
-from .saved import SavedSAE, read_json, read_pickle, rename_weights, unsupported
+from .saved import (
+    SavedSAE,
+    object_in,
+    read_json,
+    read_pickle,
+    rename_weights,
+    unsupported,
+)
 
 _NAMES = {
     "encoder.weight": "W_enc",
@@ -43,7 +51,7 @@ def matches(folder: Path) -> bool:
 def read(folder: Path) -> SavedSAE:
     """Read the SAE. Raises InputError if it is damaged, or not an AutoEncoderTopK."""
     config = read_json(folder / "config.json")
-    trainer = config.get("trainer", {})
+    trainer = object_in(config, "trainer", folder / "config.json")
     if trainer.get("dict_class") != "AutoEncoderTopK":
         raise unsupported(
             folder / "config.json", "trainer.dict_class", "'AutoEncoderTopK'",
@@ -51,9 +59,11 @@ def read(folder: Path) -> SavedSAE:
         )  # fmt: skip
     path = folder / "ae.pt"
     tensors = read_pickle(path)
-    k = int(tensors.pop("k", trainer.get("k", 0)))
+    k = tensors.pop("k", trainer.get("k", 0))
+    if isinstance(k, Tensor):
+        k = k.tolist()
     if k != trainer.get("k", k):
-        raise InputError(f"k in {path} must be {trainer['k']}, as in config.json, got {k}")
+        raise InputError(f"k in {path} must be {trainer['k']!r}, as in config.json, got {k!r}")
     threshold = tensors.pop("threshold", None)
     weights = rename_weights(tensors, _NAMES, path)
     weights["W_dec"] = weights["W_dec"].T.contiguous()
@@ -66,7 +76,7 @@ def read(folder: Path) -> SavedSAE:
         layers=() if residual is None else (residual,),
         model=trainer.get("lm_name") or "",
         about={"dictionary_learning": config, **place(submodule)},
-        carried={} if threshold is None else {_THRESHOLD: threshold},
+        carried={_THRESHOLD: threshold} if isinstance(threshold, Tensor) else {},
     )
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
-from .saved import SavedSAE, read_pickle, rename_weights, unsupported
+from .saved import SavedSAE, object_in, read_pickle, rename_weights, unsupported
 
 _NAMES = {
     "pre_bias": "b_dec",
@@ -43,7 +44,8 @@ def read(path: Path) -> SavedSAE:
     path = path if path.is_file() else path / "autoencoder.pt"
     tensors = read_pickle(path)
     activation = tensors.pop("activation", "ReLU")  # their default
-    state = tensors.pop("activation_state_dict", {})
+    state = object_in(tensors, "activation_state_dict", path)
+    tensors.pop("activation_state_dict", None)
     for name, rule, value in (
         ("activation", "TopK", activation),
         ("postact_fn", "ReLU", state.get("postact_fn", "ReLU")),
@@ -52,7 +54,8 @@ def read(path: Path) -> SavedSAE:
             raise unsupported(
                 path, name, repr(rule), value, "other values have no counterpart here"
             )
-    carried = {f"openai.{name}": tensors.pop(name) for name in _STATISTICS if name in tensors}
+    statistics = {name: tensors.pop(name, None) for name in _STATISTICS}
+    carried = {f"openai.{name}": t for name, t in statistics.items() if isinstance(t, Tensor)}
     weights = rename_weights(tensors, _NAMES, path)
     weights["W_dec"] = weights["W_dec"].T.contiguous()
     return SavedSAE(weights, state.get("k", 0), standardize=True, carried=carried)

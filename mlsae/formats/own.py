@@ -15,7 +15,7 @@ from pathlib import Path
 import safetensors.torch
 
 from ..errors import InputError
-from .saved import SavedSAE, read_json, read_tensors
+from .saved import SavedSAE, layers_in, read_json, read_tensors
 
 CONFIG = ("d_in", "n_latents", "k", "layers", "standardize", "model", "bias")
 
@@ -33,7 +33,7 @@ def read(folder: Path) -> SavedSAE:
         read_tensors(folder / "model.safetensors"),
         config.get("k", 0),
         config.get("standardize", False),  # absent for a SparseTopKSAE, which never standardizes
-        tuple(config.get("layers", ())),
+        layers_in(config, folder / "config.json"),
         config.get("model", ""),
         {name: value for name, value in config.items() if name not in CONFIG},
     )

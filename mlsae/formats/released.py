@@ -30,8 +30,8 @@ import torch
 from huggingface_hub import ModelCard
 from torch import Tensor
 
-from ..errors import InputError
-from .saved import SavedSAE, read_json, read_tensors, rename_weights, unsupported
+from ..errors import InputError, first_line
+from .saved import SavedSAE, layers_in, read_json, read_tensors, rename_weights, unsupported
 
 _NAMES = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "pre_encoder_bias": "b_dec"}
 _BLOCK = re.compile(r"transformer\.(?:.+\.)?(?:layers|h)\.(\d+)\.")
@@ -57,14 +57,14 @@ def read(folder: Path) -> SavedSAE:
     counters = {"released.last_nonzero": tensors.pop("last_nonzero", None)}
     weights = rename_weights(tensors, _NAMES, path)
     weights["W_dec"] = weights["W_dec"].T.contiguous()
-    layers = config.get("layers")
-    if layers is None and with_transformer:
-        layers = range(_n_layers(path))
+    layers = layers_in(config, folder / "config.json")
+    if config.get("layers") is None and with_transformer:
+        layers = tuple(range(_n_layers(path)))
     return SavedSAE(
         weights,
         config.get("k", 0),
         config.get("standardize", True),  # their default
-        tuple(layers or ()),
+        layers,
         config.get("model_name") or _base_model(folder),
         {"released": config},
         {name: counter for name, counter in counters.items() if counter is not None},
@@ -114,5 +114,10 @@ def _n_layers(path: Path) -> int:
 def _base_model(folder: Path) -> str:
     """The base model that the model card beside the files names, or "" if it names none."""
     path = folder / "README.md"
-    name = ModelCard.load(path).data.base_model if path.is_file() else None
+    try:
+        name = ModelCard.load(path).data.base_model if path.is_file() else None
+    except Exception as error:  # of its YAML, which has errors of many types
+        raise InputError(
+            f"{path} must be a readable model card, or not there: {first_line(error)}"
+        ) from error
     return name if isinstance(name, str) else ""

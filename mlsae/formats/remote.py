@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, snapshot_download
@@ -18,9 +19,9 @@ def local_folder(name: Path | str, hookpoint: str | None = None) -> Path:
     Raises InputError if there is no such path or repository, or it has several SAEs and no
     `hookpoint` is given. Works offline for what was downloaded before, if `hookpoint` is given.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # as os.path.exists, it raises nothing
     text = str(name)
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+    if os.path.exists(path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
         return path / hookpoint if hookpoint else path
     try:
         folder = hookpoint or _only_folder(text)

@@ -27,7 +27,7 @@ import safetensors.torch
 from torch import Tensor
 
 from .places import layer_of, place
-from .saved import SavedSAE, read_json, read_tensors, rename_weights, unsupported
+from .saved import SavedSAE, object_in, read_json, read_tensors, rename_weights, unsupported
 
 _NAMES = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
 _UNIT = 1e-5  # norms this close to 1 differ by rounding only
@@ -45,7 +45,7 @@ def read(folder: Path) -> SavedSAE:
     weights = rename_weights(read_tensors(path), _NAMES, path)
     weights["W_enc"] = weights["W_enc"].T.contiguous()
     _check(cfg, weights["W_dec"], folder / "cfg.json")
-    metadata = cfg.get("metadata", {})
+    metadata = object_in(cfg, "metadata", folder / "cfg.json")
     layer = layer_of(metadata.get("hook_name"))
     return SavedSAE(
         weights,

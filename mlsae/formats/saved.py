@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors
 import torch
@@ -27,7 +27,8 @@ class SavedSAE:
         x̃ = (x − μ) / (σ + 1e-5) with `standardize`, else x
         x̂ = Σ ReLU(TopK(W_enc (x̃ − b_dec) + b_enc)) · W_dec rows + b_dec, de-standardized
 
-    Raises InputError if the shapes of the weights do not match, or k is not in [1, M].
+    Raises InputError if the shapes of the weights do not match, k is not in [1, M], or a setting
+    is of the wrong type, as in a damaged file.
     """
 
     weights: dict[str, Tensor]
@@ -49,13 +50,24 @@ class SavedSAE:
 
     def __post_init__(self) -> None:
         missing = [name for name in WEIGHTS if name not in self.weights]
-        if missing:
+        extra = [name for name in self.weights if name not in (*WEIGHTS, "b_enc")]
+        if missing or extra:
+            differences = [
+                f"{verb} {', '.join(names)}"
+                for verb, names in (("lacks", missing), ("also has", extra))
+                if names
+            ]
             raise InputError(
-                f"an SAE must have {', '.join(WEIGHTS)}, and lacks {', '.join(missing)}"
+                f"an SAE must have the weights {', '.join(WEIGHTS)} and b_enc or none, and it "
+                f"{' and '.join(differences)}"
             )
         W_enc = self.weights["W_enc"]
-        M, D = W_enc.shape if W_enc.ndim == 2 else (-1, -1)
+        M, D = W_enc.shape if W_enc.ndim == 2 and W_enc.numel() else (-1, -1)
         shapes = {"W_enc": (M, D), "W_dec": (M, D), "b_dec": (D,), "b_enc": (M,)}
+        if M < 1:
+            raise InputError(
+                f"W_enc must have latents and inputs, (M, D), got {tuple(W_enc.shape)}"
+            )
         for name, weight in self.weights.items():
             if tuple(weight.shape) != shapes[name]:
                 raise InputError(
@@ -64,8 +76,15 @@ class SavedSAE:
                 )
             if not weight.is_floating_point():
                 raise InputError(f"{name} must be floating-point, got {weight.dtype}")
-        if not isinstance(self.k, int) or not 1 <= self.k <= M:
-            raise InputError(f"k must be in [1, {M}] (the number of latents), got {self.k}")
+        if not is_integer(self.k) or not 1 <= self.k <= M:
+            raise InputError(f"k must be in [1, {M}] (the number of latents), got {self.k!r}")
+        for name, rule, holds in (
+            ("standardize", "true or false", isinstance(self.standardize, bool)),
+            ("layers", "integers, 0 or more", all(is_integer(n) and n >= 0 for n in self.layers)),
+            ("model", "a name", isinstance(self.model, str)),
+        ):
+            if not holds:
+                raise InputError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
     @property
     def d_in(self) -> int:
@@ -100,11 +119,44 @@ class SavedSAE:
             )
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether `value` is an integer; JSON's true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def object_in(content: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """The object `name` in the JSON `content` of `path`; empty if it is null or not there. Raises
+    InputError if it is something else."""
+    found = content.get(name)
+    if found is not None and not isinstance(found, dict):
+        raise InputError(f"{name} in {path} must be an object, got {found!r}")
+    return found or {}
+
+
+def layers_in(content: dict[str, Any], path: Path) -> tuple[Any, ...]:
+    """The list `layers` in the JSON `content` of `path`; empty if it is null or not there. Raises
+    InputError if it is no list."""
+    found = content.get("layers")
+    if found is not None and not isinstance(found, list):
+        raise InputError(f"layers in {path} must be a list of integers, got {found!r}")
+    return tuple(found or ())
+
+
+def check_finite(weights: dict[str, Tensor], path: Path) -> None:
+    """Raise InputError if a weight is NaN or infinite: no output would be a number."""
+    for name, weight in weights.items():
+        if not weight.float().isfinite().all():
+            raise InputError(
+                f"{name} in {path} must be finite, and some of it is NaN or infinite; give an SAE "
+                "from before its training failed"
+            )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file. Raises InputError if there is none."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} must be a readable JSON file: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -142,18 +194,27 @@ def read_pickle(path: Path) -> dict[str, Any]:
 def rename_weights(tensors: dict[str, Any], names: dict[str, str], path: Path) -> dict[str, Tensor]:
     """The tensors of the file `path` by our names; `names` maps the file's names to ours.
 
-    Raises InputError if a tensor is missing or the file has others.
+    Raises InputError if a tensor is missing, the file has others, or something is no tensor or of
+    the wrong number of dimensions.
     """
     missing, extra = names.keys() - tensors.keys(), tensors.keys() - names.keys()
     if missing or extra:
         differences = [
-            f"{verb} {', '.join(sorted(keys))}"
+            f"{verb} {', '.join(sorted(map(str, keys)))}"
             for verb, keys in (("lacks", missing), ("also has", extra))
             if keys
         ]
         raise InputError(
             f"{path} must hold {', '.join(names)} and nothing else, and {' and '.join(differences)}"
         )
+    for theirs, ours in names.items():
+        n_dims = 1 if ours.startswith("b_") else 2
+        found = tensors[theirs]
+        if not isinstance(found, Tensor) or found.ndim != n_dims:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(
+                f"{theirs} in {path} must be a tensor of {n_dims} dimension(s), got {got}"
+            )
     return {ours: tensors[theirs] for theirs, ours in names.items()}
 
 

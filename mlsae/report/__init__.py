@@ -6,6 +6,7 @@ JavaScript are files beside this one.
 
 from pathlib import Path
 
+from ..errors import InputError
 from .page import write_report
 
 __all__ = ["redraw", "write_report"]
@@ -13,6 +14,15 @@ __all__ = ["redraw", "write_report"]
 
 def redraw(folder: Path) -> None:
     """Redraw the report of the run in `folder` with all that is measured by now. Does nothing if
-    there is no report: the folder is then a downloaded model's, or an --out elsewhere."""
-    if (folder / "report.html").exists():
+    there is no report: the folder is then a downloaded model's, or an --out elsewhere.
+
+    Raises InputError if another file that it is drawn from is damaged.
+    """
+    if not (folder / "report.html").exists():
+        return
+    try:
         write_report(folder)
+    except InputError as error:
+        raise InputError(
+            f"the results are written, and {folder / 'report.html'} cannot be redrawn: {error}"
+        ) from error

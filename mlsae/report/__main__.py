@@ -42,7 +42,7 @@ def draw(config: ReportConfig) -> Path:
         raise InputError("RUN must be given at least once, got none; name the folder of a run")
     first, *others = config.runs
     out = config.out or (Path("comparison.html") if others else first / "report.html")
-    if config.out and (out.is_dir() or not out.parent.is_dir()):
+    if config.out and (not out.parent.is_dir() or (out.exists() and not out.is_file())):
         raise InputError(
             f"--out must be a file in a folder that is there, got {out}; name a page, as in "
             "--out comparison.html"

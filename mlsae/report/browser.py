@@ -15,17 +15,13 @@ from numpy.typing import NDArray
 
 from .pack import pack_json, rounded
 from .run_data import Analysis
+from .schema import LATENT_NUMBERS, check_example_values
 
 Integers = NDArray[np.int64]
 
 CHUNK = 64
 """Latents per chunk; the page unpacks the examples of a chunk together."""
 KINDS = ("top", "q4", "q3", "q2", "q1")
-METRICS = (
-    "tokens_active", "frequency", "mean_layer", "std_layer", "var_layer", "var_within_token",
-    "entropy", "n_layers", "mean_layer_totals", "entropy_totals", "max_activation", "nearest",
-    "nearest_cosine", "encoder_cosine",
-)  # fmt: skip
 _TABLE_BYTES = 4_000_000  # of the page, at most, for the metrics
 _DEPTHS = (1000, 100, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 _SAMPLED = 12  # chunks from which the size of all is estimated when a depth is chosen
@@ -87,6 +83,7 @@ class _ExampleOrder:
     def __init__(self, analysis: Analysis, listed: Integers) -> None:
         # Contiguous, since rows are taken from it hundreds of times.
         self.table = pyarrow.parquet.read_table(analysis.examples).combine_chunks()
+        check_example_values(self.table, analysis.latents.num_rows, str(analysis.examples))
         latent = self.table["latent"].to_numpy()
         layer = self.table["layer"].to_numpy()
         activation = self.table["activation"].to_numpy()
@@ -170,7 +167,7 @@ def _columns(analysis: Analysis, rows: Integers, examples: _ExampleOrder) -> dic
         "n_latents": analysis.latents.num_rows,
         "chunk": CHUNK,
         "latent": ids.tolist(),
-        **{name: [rounded(x) for x in table[name].to_pylist()] for name in METRICS},
+        **{name: [rounded(x) for x in table[name].to_pylist()] for name in LATENT_NUMBERS},
         **{
             name: np.rint(1000 * np.nan_to_num(share)).astype(int).ravel().tolist()
             for name, share in shares.items()

@@ -103,10 +103,11 @@ def write_comparison(folders: Sequence[Path], out: Path) -> None:
     repeated = [folder for i, folder in enumerate(folders) if folder in folders[:i]]
     if repeated:
         raise InputError(f"RUN must be different folders, got {repeated[0]} twice; leave one out")
+    read = [read_run_data(folder) for folder in folders]
     names = [folder.resolve().name for folder in folders]
     runs = [
-        _point(read_run_data(folder), name if names.count(name) == 1 else str(folder))
-        for folder, name in zip(folders, names, strict=True)
+        _point(run, name if names.count(name) == 1 else str(run.folder))
+        for run, name in zip(read, names, strict=True)
     ]
     paper = json.loads((resources.files(__package__) / "paper.json").read_text(encoding="utf-8"))
     published = _published(paper, {point.model for point in runs})

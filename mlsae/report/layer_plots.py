@@ -105,7 +105,7 @@ def adjacent(statistics: dict[str, Any], layers: Sequence[int]) -> go.Figure:
         },
         {
             "title": {"text": "cosine"},
-            "range": [min([0, *statistics["cosine"]]), 1.02],
+            "range": [min([0, *(cosine or 0 for cosine in statistics["cosine"])]), 1.02],
             "tickvals": [-1, -0.5, 0, 0.25, 0.5, 0.75, 1],
             "overlaying": "y2",
         },

@@ -128,20 +128,19 @@ def _headline(run: RunData) -> list[tuple[str, str, str]]:
     headline: list[tuple[str, str, str]] = []
     if run.evaluation:
         metrics = run.evaluation["figures"]
-        fvu_all = metrics.get("fvu_all", {}).get("mean")
-        headline.append(("FVU", f"{metrics['fvu']['mean']:.3f}", _of_fvu(fvu_all)))
-        headline.append(("ΔCE", f"{metrics['delta_ce']['mean']:.3f}", "nats per token"))
+        fvu, delta_ce = (_decimals(metrics[name]["mean"]) for name in ("fvu", "delta_ce"))
+        headline.append(("FVU", fvu, _of_fvu(metrics.get("fvu_all", {}).get("mean"))))
+        headline.append(("ΔCE", delta_ce, "nats per token"))
     elif run.validation:
         heldout = run.validation[-1]["heldout"]
-        headline.append(("FVU", f"{heldout['fvu']:.3f}", _of_fvu(heldout.get("fvu_all"))))
+        headline.append(("FVU", _decimals(heldout["fvu"]), _of_fvu(heldout.get("fvu_all"))))
     if run.analysis:
         ratios = run.analysis.summary["ratios"]["equations"]
         for name, of in (
             ("A", "spread left, given the latent"),
             ("B", "of that, left at one token"),
         ):
-            value = ratios[name]["value"]
-            headline.append((f"ratio {name}", f"{value:.3f}" if value is not None else "–", of))
+            headline.append((f"ratio {name}", _decimals(ratios[name]["value"]), of))
     totals = run.analysis.profile.nan_to_num() if run.analysis else run.totals
     if totals is not None and (totals.sum(1) > 0).any():
         entropy = normalized_entropy(latent_plots.layer_shares(totals)).mean()
@@ -172,6 +171,11 @@ def _tokens_note(run: RunData) -> str:
     if word := describe_top_share(*zip(*known, strict=True)) if known else "":
         notes.append(word)
     return "".join(f"{note}. " for note in notes)
+
+
+def _decimals(value: float | None) -> str:
+    """A number with three decimals; a dash for None, which stands for one that is not finite."""
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _prompt(analysis: Analysis) -> dict[str, Any]:

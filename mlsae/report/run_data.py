@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,19 @@ import safetensors.torch
 from torch import Tensor
 
 from ..data.sinks import DropRule
-from ..errors import InputError
+from ..errors import InputError, first_line
+from . import schema
+from .schema import (
+    CONFIG,
+    COUNT,
+    OBJECT,
+    TEXT_OR_NULL,
+    Each,
+    check,
+    check_columns,
+    check_range,
+    check_tensor,
+)
 
 
 @dataclass(frozen=True)
@@ -95,54 +109,126 @@ class RunData:
 def read_run_data(folder: Path) -> RunData:
     """Read the run in `folder`.
 
-    Raises InputError if the folder holds no run, or one of its files is damaged.
+    Raises InputError if the folder holds no run, or one of its files is damaged: what the pages are
+    drawn from is checked here.
     """
+    with _raise_unreadable(folder, "give the folder that mlsae.train left"):
+        config = _read_json(folder / "config.json")
+        optional = {"model": TEXT_OR_NULL, "training": OBJECT}
+        known = {name: rule for name, rule in optional.items() if name in config}
+        check(config, CONFIG | known, "config.json")
+        check(config.get("training", {}).get("dataset"), TEXT_OR_NULL, "training.dataset")
+        n_layers = len(config["layers"])
+        training, validation = _log(folder / "metrics.jsonl", n_layers)
+        totals, path = None, folder / "latents.safetensors"
+        if path.exists():
+            arrays = safetensors.torch.load_file(path)
+            check_tensor(arrays, "totals", (config["n_latents"], n_layers), path.name)
+            totals = arrays["totals"].double()
+    with _raise_unreadable(folder, "measure it again with mlsae.evaluate"):
+        evaluation = _evaluation(folder / "evaluation.json")
+    with _raise_unreadable(folder, "measure it again with mlsae.analyze"):
+        analysis = _analysis(folder)
+    return RunData(folder, config, training, validation, totals, evaluation, analysis)
+
+
+@contextmanager
+def _raise_unreadable(folder: Path, way_out: str) -> Iterator[None]:
+    """Raise InputError, with the way out, if a file of the run cannot be read."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        log = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines()]
-        latents = folder / "latents.safetensors"
-        totals = safetensors.torch.load_file(latents)["totals"] if latents.exists() else None
-        evaluation = _text(folder / "evaluation.json")
-        run = RunData(
-            folder,
-            config,
-            [entry for entry in log if "loss" in entry],
-            [entry for entry in log if "heldout" in entry],
-            totals.double() if totals is not None else None,
-            _json(evaluation) if evaluation else None,
-            _analysis(folder) if (folder / "analysis.json").exists() else None,
-        )
-        _ = run.layers, run.expansion, config["k"]  # raises if config.json is not that of a run
+        yield
     except (
-        OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException,
-        safetensors.SafetensorError,
+        OSError, ValueError, RecursionError, pyarrow.ArrowException, safetensors.SafetensorError,
     ) as error:  # fmt: skip
+        what = str(error) if isinstance(error, InputError) else first_line(error)
         raise InputError(
-            "RUN must be the folder of a finished training run, and "
-            f"{folder} cannot be read: {type(error).__name__}: {error}"
+            f"RUN must be the folder of a finished training run, and {folder} cannot be read: "
+            f"{what}; {way_out}"
         ) from error
-    return run
 
 
-def _analysis(folder: Path) -> Analysis:
+def _log(path: Path, n_layers: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The entries of metrics.jsonl: of training steps, and of validations."""
+    training, validation = [], []
+    for i, line in enumerate(path.read_text().splitlines() if path.exists() else ()):
+        where = f"line {i + 1} of {path.name}"
+        try:
+            entry = _json(line)
+        except ValueError as error:
+            raise InputError(f"{where} must be JSON: {error}") from error
+        check(entry, OBJECT, where)
+        if "loss" in entry:
+            check(entry, schema.training_step(n_layers), where)
+            training.append(entry)
+        if "heldout" in entry:
+            check(entry, schema.validation(n_layers), where)
+            validation.append(entry)
+    return training, validation
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    evaluation = _read_json(path)
+    check(evaluation, {"layers": Each(COUNT)}, path.name)
+    check(evaluation, schema.evaluation(len(evaluation["layers"])), path.name)
+    return evaluation
+
+
+def _analysis(folder: Path) -> Analysis | None:
+    path = folder / "analysis.json"
+    if not path.exists():
+        return None
+    summary = _read_json(path)
+    check(summary, {"layers": Each(COUNT)}, path.name)
+    n_layers = len(summary["layers"])
+    n_bins = schema.length(summary, "cosine_histogram", "edges") - 1
+    check(summary, schema.analysis(n_layers, n_bins), path.name)
+
+    latents, where = folder / "analysis_latents.parquet", "analysis_latents.parquet"
+    table = pyarrow.parquet.read_table(latents)
+    numbers = ("latent", *schema.LATENT_NUMBERS)
+    check_columns(table.schema, numbers, schema.is_number_type, "numbers", where)
+    texts = ("tokens_in", "tokens_out")
+    check_columns(table.schema, texts, schema.is_text_list, "lists of text", where)
+    check_range(table["latent"], table.num_rows, "latent", where)
+    check_range(table["tokens_active"], 2**63, "tokens_active", where)
+
     arrays = safetensors.torch.load_file(folder / "analysis.safetensors")
+    for name in ("profile", "totals"):
+        check_tensor(arrays, name, (table.num_rows, n_layers), "analysis.safetensors")
     examples = folder / "analysis_examples.parquet"
-    pyarrow.parquet.read_schema(examples)  # raises if the file is damaged
+    schema.check_examples(pyarrow.parquet.read_schema(examples), examples.name)
     return Analysis(
-        _json((folder / "analysis.json").read_text()),
+        summary,
         arrays["profile"].double(),
         arrays["totals"].double(),
-        pyarrow.parquet.read_table(folder / "analysis_latents.parquet"),
+        table,
         examples,
-        _json((folder / "analysis_prompt.json").read_text()),
+        _prompt(folder / "analysis_prompt.json"),
     )
 
 
-def _json(text: str) -> dict[str, Any]:
-    """A JSON object. NaN and Infinity, which Python writes though JSON has neither, become None."""
-    parsed: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+def _prompt(path: Path) -> dict[str, Any]:
+    """analysis_prompt.json, which may be about other layers than analysis.json."""
+    prompt = _read_json(path)
+    check(prompt, {"layers": Each(COUNT)}, path.name)
+    n_tokens, n_entries = (schema.length(prompt, *at) for at in (("tokens",), ("entries", "token")))
+    check(prompt, schema.prompt(len(prompt["layers"]), n_tokens, n_entries), path.name)
+    return prompt
+
+
+def _json(text: str) -> Any:
+    """JSON. NaN and Infinity, which Python writes though JSON has neither, become None."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError if it holds something else."""
+    try:
+        content = _json(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path.name} must be JSON: {error}") from error
+    check(content, OBJECT, path.name)
+    parsed: dict[str, Any] = content
     return parsed
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""

@@ -49,10 +49,10 @@ def newest(run: Path, report: Callable[[str], None]) -> Path | None:
     for path in _newest_first(run / "checkpoints"):
         try:
             expected = _digest_path(path).read_text().split()[0]
-        except (OSError, IndexError):
+        except (OSError, IndexError, UnicodeDecodeError):
             report(f"checkpoint {path} was not written to its end; trying the one before")
             continue
-        if _digest(path) != expected:
+        if not path.is_file() or _digest(path) != expected:
             report(f"checkpoint {path} is damaged (its checksum differs); trying the one before")
             continue
         return path

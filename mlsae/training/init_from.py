@@ -5,6 +5,7 @@ Legend: D width of the residual stream, M latents.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def load_initial(config: TrainConfig, sae: MLSAEConfig) -> tuple[MLSAEConfig, Sa
     """
     if config.init_from is None:
         return sae, None
-    path = Path(config.init_from).expanduser()
+    path = Path(os.path.expanduser(config.init_from))
     if path.exists():
         saved = formats.read(path)
     else:

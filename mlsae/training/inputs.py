@@ -11,6 +11,7 @@ smaller one everything. What is built in or on the hub is told by its name.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _names(config: TrainConfig) -> dict[str, str | None]:
 def _fingerprint_of(name: str, value: str | None) -> str | None:
     if value is None or value == builtin.NAME:
         return None
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     try:
         return fingerprint(path) if path.exists() else None
     except OSError as error:
@@ -124,5 +125,5 @@ def _fingerprint_of(name: str, value: str | None) -> str | None:
 def _same_path(value: str | None, old: str | None) -> bool:
     if value is None or old is None or builtin.NAME in (value, old):
         return False
-    one, other = Path(value).expanduser(), Path(old).expanduser()
+    one, other = Path(os.path.expanduser(value)), Path(os.path.expanduser(old))
     return one.exists() and one.resolve() == other.resolve()

@@ -17,7 +17,7 @@ from ..config import TrainConfig, shared_folder
 from ..data.sinks import DropRule
 from ..distributed import log_rank0
 from ..errors import InputError
-from ..files import LOCK, check_out, locked, write_file
+from ..files import LOCK, check_folder, check_out, locked, write_file
 from ..model import MLSAEConfig
 from ..report import write_report
 from . import checkpoint, previous
@@ -149,7 +149,13 @@ class RunDir:
         }
         path = self.config.out / "latents.safetensors"
         write_file(path, safetensors.torch.save(latents))
-        write_report(self.config.out)
+        try:
+            write_report(self.config.out)
+        except InputError as error:  # a file of an earlier measurement; the training is whole
+            log_rank0(
+                f"the run is whole, and {self.config.out / 'report.html'} could not be drawn: "
+                f"{error}"
+            )
 
     def close(self) -> None:
         """End the log."""
@@ -216,6 +222,8 @@ def check_folders(configs: Sequence[TrainConfig], saes: Iterable[MLSAEConfig]) -
     for sae in saes:
         bytes_needed += 4 * sae.n_latents * (2 * sae.d_in + 3 * len(sae.layers)) + 12 * 2**20
         bytes_needed += (config.keep_checkpoints + 1) * 24 * sae.n_latents * sae.d_in
+    for each in configs:
+        check_folder(each.out, files=() if config.overwrite else PUSHED_FILES)
     own = (*RUN_FILES, "runs.csv", *RUN_FOLDERS)
     check_out(out, config.overwrite, config.resume, own, bytes_needed)
     for pattern in RUN_FOLDERS:

@@ -172,3 +172,9 @@ def test_few_vectors_that_make_up_the_variance_are_told():
     assert share[1].item() == pytest.approx(9910 / 10900)
     assert "carry 91% of the variance at layer 5" in describe_top_share(share.tolist(), (3, 5))
     assert top_share(torch.ones(2, 99)).tolist() == [0, 0], "too few to tell"
+
+
+@pytest.mark.parametrize("saved", [[1, 1], {"norm": "10"}, {"medians": 3}, {"tokens": ["a"]}])
+def test_a_damaged_rule_is_refused(saved):
+    with pytest.raises(InputError, match="dropped must hold lists of numbers"):
+        DropRule.from_dict(saved)

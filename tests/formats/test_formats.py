@@ -143,14 +143,34 @@ def test_plain_inputs_and_biases_are_refused_if_the_format_cannot_express_them(t
         ("sparsify", "sae.safetensors", {"W_skip": torch.zeros(D, D)}),
         ("saelens", "sae_weights.safetensors", {"W_dec": torch.zeros(M - 1, D)}),
         ("openai", "autoencoder.pt", {"pre_bias": torch.zeros(D, dtype=torch.int64)}),
+        ("openai", "autoencoder.pt", {"pre_bias": 3}),
+        ("openai", "autoencoder.pt", {"pre_bias": torch.zeros(D, 1)}),
+        ("openai", "autoencoder.pt", {"activation_state_dict": [3]}),
+        ("openai", "autoencoder.pt", {"activation_state_dict": None}),
+        ("openai", "autoencoder.pt", {5: torch.zeros(2)}),
+        ("dictionary_learning", "config.json", {"trainer": 10**30}),
+        ("dictionary_learning", "ae.pt", {"k": torch.tensor([K, K])}),
+        ("dictionary_learning", "ae.pt", {"k": "3"}),
+        ("saelens", "cfg.json", {"metadata": "x"}),
+        ("saelens", "cfg.json", {"k": True}),
+        ("saelens", "cfg.json", {"k": float("nan")}),
+        ("saelens", "sae_weights.safetensors", {"W_dec": torch.full((M, D), torch.nan)}),
+        ("sparsify", "cfg.json", {"k": None}),
+        ("sparsify", "cfg.json", {"k": "3"}),
+        ("released", "config.json", {"layers": 3}),
+        ("released", "config.json", {"layers": [0, "x"]}),
+        ("released", "config.json", {"layers": {"x": 1}}),
+        ("released", "config.json", {"standardize": "x"}),
+        ("released", "config.json", {"k": []}),
     ],
 )
 def test_what_has_no_counterpart_is_refused(tmp_path, name, file, change):
     folder = build(name, tmp_path / "theirs", sae())
     save(folder / file, {**load(folder / file), **change})
     wrong = next(iter(change))
-    named = {"trainer": "dict_class", "activation_state_dict": "postact_fn", "pre_bias": "b_dec"}
-    with pytest.raises(InputError, match=named.get(wrong, wrong)):
+    named = {"trainer": "trainer", "activation_state_dict": "k|postact_fn|activation_state",
+             "pre_bias": "b_dec|pre_bias"}  # fmt: skip
+    with pytest.raises(InputError, match=named.get(wrong, str(wrong))):
         formats.read(folder)
 
 
@@ -231,3 +251,50 @@ def test_their_sae_can_be_trained_here(tmp_path):
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match="standardizes them; load it with MLSAE"):
         load_sae(build("openai", tmp_path / "b", weights))
+
+
+def test_weights_that_are_no_saes_are_refused():
+    good = {name: w for name, w in sae().items() if name != "b_enc"}
+    for change, told in (
+        ({"extra": torch.ones(2)}, "also has extra"),
+        (
+            {"W_enc": torch.ones(0, D)},
+            r"W_enc must have latents and inputs, \(M, D\), got \(0, 6\)",
+        ),
+        ({"W_enc": torch.ones(M, 0)}, "must have latents and inputs"),
+        ({"W_enc": torch.ones(M)}, "must have latents and inputs"),
+        ({"W_enc": torch.ones(M, D, dtype=torch.complex64)}, "W_enc must be floating-point"),
+    ):
+        with pytest.raises(InputError, match=told):
+            SavedSAE({**good, **change}, K, standardize=False)
+
+
+def test_a_model_card_that_cannot_be_read_is_named(tmp_path):
+    folder = build("released", tmp_path / "a", sae())
+    for content in (b"\xff\xfe\x00", b"---\n: [\n---\n", b"---\n- 1\n---\n"):
+        (folder / "README.md").write_bytes(content)
+        with pytest.raises(InputError, match=r"README\.md must be a readable model card"):
+            formats.read(folder)
+
+
+def test_settings_beside_the_files_that_are_damaged_are_named(tmp_path):
+    folder = build("sparsify", tmp_path / "a", sae())
+    for content, told in (
+        ("[]", "must hold a JSON object"),
+        ('{"layers": 3}', "layers in .* must be a list"),
+        ('{"layers": [1.5]}', "layers must be integers"),
+        ('{"about": []}', "about in .* must be an object"),
+        ('{"model": 3}', "model must be a name"),
+        ("[" * 100_000, "must be a readable JSON file"),
+    ):
+        (folder / "mlsae.json").write_text(content)
+        with pytest.raises(InputError, match=told):
+            formats.read(folder)
+
+
+def test_a_path_that_cannot_be_looked_at_is_named(tmp_path):
+    with pytest.raises(InputError, match="cannot: File name too long"):
+        formats.read(tmp_path / ("x" * 300))
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="SRC must"):
+        formats.read(tmp_path / "loop")

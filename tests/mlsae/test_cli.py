@@ -1,8 +1,11 @@
 """What the programs share: settings from a command line, and how a program ends."""
 
+import errno
+import os
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from mlsae import cli
 from mlsae.distributed import LostContactError
@@ -52,6 +55,56 @@ def test_a_program_ends_with_a_message_and_an_exit_code(error, code, message, ca
         cli.run_program(run, FloatingPointError, interrupted="stopped")
     assert end.value.code == code
     assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "error: there is too little memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "error: there is too little memory"),
+        (OSError(errno.ENAMETOOLONG, "too long", "x"), "error: cannot read or write x: too long"),
+        (OSError(errno.ENOSPC, "no space", "x"), "error: cannot write x: no space; free some"),
+        (OSError(errno.ENOSPC, "no space"), "error: cannot write the output: no space"),
+        (InputError("404\n\n  Not found\n"), "error: 404 Not found"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(error, message, capsys):
+    def run():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        cli.run_program(run)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize("shape", [(2**62, 4), (2**40, 2**10)])
+def test_a_tensor_that_cannot_be_made_is_too_little_memory(shape, capsys):
+    """Torch's own errors on the CPU, which have no type of their own."""
+    with pytest.raises(SystemExit, match="2"):
+        cli.run_program(lambda: torch.empty(shape))
+    assert "error: there is too little memory" in capsys.readouterr().err
+
+
+def test_nobody_reads_the_output(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        with pytest.raises(SystemExit, match="1"):
+            cli.run_program(lambda: print("result"))
+
+
+def test_a_path_that_is_not_utf8_is_printed(tmp_path, monkeypatch):
+    with (tmp_path / "out").open("w", encoding="utf-8") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        cli.run_program(lambda: print("folder/\udcff ± "))
+    assert (tmp_path / "out").read_text() == "folder/\\udcff ± \n"
+
+
+def test_a_preset_without_its_value_is_left_to_the_parser():
+    assert cli.preset(["--preset"], {"default": Settings(1), "paper": Settings(2)}) == Settings(1)
 
 
 def test_a_bug_keeps_its_traceback():

@@ -126,8 +126,12 @@ def test_bad_input_leaves_no_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
     for out, options, message in (
         (tmp_path / "a" / "b", {"tokens": 0}, "--tokens must be at least 1"),
-        (tmp_path / "file", {}, r"--out must be a folder, and .*file is"),
-        (tmp_path / "file" / "run", {}, r"--out must be a folder, and .*run is, or is in, a file"),
+        (tmp_path / "file", {}, r"--out must be a folder to write to, got .*file is no folder"),
+        (
+            tmp_path / "file" / "run",
+            {},
+            r"--out must be a folder to write to, got .*run, and .*file is no folder",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             train(*settings(out, **options))
