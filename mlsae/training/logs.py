@@ -36,13 +36,14 @@ class MetricsLog:
     ) -> None:
         path = folder / "metrics.jsonl"
         self._loggers: dict[str, _TensorBoard | _WandB] = {}
+        size = path.stat().st_size if path.exists() else 0
+        if size < position:
+            raise InputError(
+                f"{path} must have the {position:,} bytes that were in it at the checkpoint, and "
+                f"has {size:,}; put it back, or start over with --overwrite"
+            )
         self._file = path.open("a+b")
         try:
-            if self._file.tell() < position:
-                raise InputError(
-                    f"{path} must have the {position:,} bytes that were in it at the checkpoint, "
-                    f"and has {self._file.tell():,}; put it back, or start over with --overwrite"
-                )
             for name in names:
                 with _starting(name):
                     self._loggers[name] = (
