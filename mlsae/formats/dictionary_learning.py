@@ -87,7 +87,7 @@ def files(sae: SavedSAE) -> dict[str, bytes]:
     enough to have one.
     """
     sae.require_plain_inputs("dictionary_learning")
-    theirs: dict[str, Any] = sae.about.get("dictionary_learning", {})
+    theirs: dict[str, Any] = sae.settings_of("dictionary_learning", "trainer")
     layer = sae.layers[0] if len(sae.layers) == 1 else None
     trainer = {
         "trainer_class": "TopKTrainer",  # by which readers of the format tell the kind of SAE

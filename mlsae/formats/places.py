@@ -15,26 +15,28 @@ _AFTER = re.compile(
 _BEFORE = re.compile(r"blocks\.(\d+)\.hook_resid_pre|resid_pre_layer_(\d+)")
 
 
-def layer_of(name: str | None) -> int | None:
+def layer_of(name: object) -> int | None:
     """The layer N whose residual stream, after block N, is called `name`; None if it is another
-    place, or none is named.
+    place, or none is named: what a damaged file holds instead of a name is no name.
 
         blocks.5.hook_resid_post, layers.5, h.5, transformer.h.5, gpt_neox.layers.5      5
         blocks.5.hook_resid_pre: before block 5                                          4
         blocks.0.hook_resid_pre (the embeddings), blocks.5.hook_mlp_out, layers.5.mlp    None
     """
-    if match := _AFTER.fullmatch(name or ""):
+    name = name if isinstance(name, str) else ""
+    if match := _AFTER.fullmatch(name):
         return int(match[1] or match[2])
-    if match := _BEFORE.fullmatch(name or ""):
+    if match := _BEFORE.fullmatch(name):
         before = int(match[1] or match[2])
         return before - 1 if before else None
     return None
 
 
-def place(name: str | None) -> dict[str, str]:
+def place(name: object) -> dict[str, str]:
     """What `SavedSAE.about` says of an SAE whose place, `name`, is not the residual stream after a
     block: {"place": name}; nothing otherwise."""
-    return {"place": name} if name and layer_of(name) is None else {}
+    named = isinstance(name, str) and name
+    return {"place": str(name)} if named and layer_of(name) is None else {}
 
 
 def check_residual(about: dict[str, object], argument: str) -> None:

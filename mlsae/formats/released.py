@@ -78,7 +78,7 @@ def files(sae: SavedSAE) -> dict[str, bytes]:
     64 × 2048 tokens. Only their training reads it.
     """
     sae.require_no_latent_bias("released")
-    theirs = sae.about.get("released", {})
+    theirs = sae.settings_of("released")
     config = {
         "n_inputs": sae.d_in,
         "n_latents": sae.n_latents,

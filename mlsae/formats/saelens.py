@@ -77,7 +77,7 @@ def _as_version_6(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
     return {
         **{key: cfg[key] for key in kept if key in cfg},
         "architecture": "topk",
-        "k": (cfg.get("activation_fn_kwargs") or {}).get("k", 0),
+        "k": object_in(cfg, "activation_fn_kwargs", path).get("k", 0),
         "metadata": metadata,
     }
 
@@ -115,7 +115,7 @@ def _check(cfg: dict[str, Any], W_dec: Tensor, path: Path) -> None:
 
 def files(sae: SavedSAE) -> dict[str, bytes]:
     """The files of `sae`, by name, whether or not it standardizes its inputs."""
-    theirs = sae.about.get("saelens", {})
+    theirs = sae.settings_of("saelens", "metadata")
     metadata = {"sae_lens_version": "6.0.0", **theirs.get("metadata", {})}
     if sae.model:
         metadata["model_name"] = sae.model

@@ -101,6 +101,20 @@ class SavedSAE:
         W_enc = self.weights["W_enc"]
         return self.weights.get("b_enc", torch.zeros_like(W_enc[:, 0]))
 
+    def settings_of(self, name: str, *inner: str) -> dict[str, Any]:
+        """The fields of the format `name`; empty if the SAE was never in it. Raises InputError if
+        they, or the `inner` ones, are no objects, as in a damaged file."""
+        found = self.about.get(name, {})
+        values = {name: found}
+        if isinstance(found, dict):
+            values |= {key: found.get(key, {}) for key in inner}
+        for key, value in values.items():
+            if not isinstance(value, dict):
+                raise InputError(
+                    f"{key} among the settings of the SAE must be an object, got {value!r}"
+                )
+        return found
+
     def require_plain_inputs(self, to: str) -> None:
         """Raise InputError if the SAE standardizes its inputs, which format `to` cannot express."""
         if self.standardize:

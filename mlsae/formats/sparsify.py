@@ -64,7 +64,7 @@ def files(sae: SavedSAE) -> dict[str, bytes]:
         "multi_topk": False,
         "skip_connection": False,
         "transcode": False,
-        **sae.about.get("sparsify", {}),
+        **sae.settings_of("sparsify"),
         "k": sae.k,
         "d_in": sae.d_in,
     }

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -30,7 +31,7 @@ from tests.helpers.peer_files import D, K, M, build, sae, save
         ("blocks.0.hook_resid_pre", None), ("blocks.5.hook_mlp_out", None),
         ("blocks.5.hook_resid_mid", None), ("blocks.5.attn.hook_z", None), ("layers.5.mlp", None),
         ("layers.5.attention", None), ("embed_in", None), ("", None), (None, None),
-        ("mylayers.5", None),
+        ("mylayers.5", None), (3, None), ([5], None), ({"layers": 5}, None),
     ],
 )  # fmt: skip
 def test_names_of_the_residual_stream_are_known(name, layer):
@@ -77,12 +78,49 @@ def test_saelens_before_6_is_read(tmp_path):
         ({"normalize_activations": "expected_average_only_in"}, "normalize_activations"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
         ({"activation_fn_kwargs": {}}, "k must be in"),
+        ({"activation_fn_kwargs": [K]}, "activation_fn_kwargs in .* must be an object"),
+        ({"activation_fn_kwargs": "k"}, "activation_fn_kwargs in .* must be an object"),
     ],
 )
 def test_what_of_it_cannot_be_computed_is_named(tmp_path, changes, message):
     folder, _ = saelens_before_6(tmp_path / "old", **changes)
     with pytest.raises(InputError, match=message):
         formats.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "owner", "key"),
+    [
+        ("saelens", "cfg.json", "metadata", "hook_name"),
+        ("dictionary_learning", "config.json", "trainer", "submodule_name"),
+    ],
+)
+@pytest.mark.parametrize("wrong", [None, 3, [5], {"layers": 5}])
+def test_what_is_no_name_is_no_place(tmp_path, form, file, owner, key, wrong):
+    folder = build(form, tmp_path / "theirs", sae())
+    cfg = json.loads((folder / file).read_text())
+    cfg[owner][key] = wrong
+    save(folder / file, cfg)
+    saved = formats.read(folder)
+    assert saved.layers == ()
+    assert "place" not in saved.about
+
+
+@pytest.mark.parametrize("form", ["saelens", "dictionary_learning", "sparsify", "released"])
+def test_settings_of_another_library_that_are_damaged_are_named(tmp_path, form):
+    convert(ConvertConfig(build("sparsify", tmp_path / "theirs", sae()), tmp_path / "ours"))
+    path = tmp_path / "ours" / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({n: w for n, w in weights.items() if n != "b_enc"}, path)
+    path = tmp_path / "ours" / "config.json"
+    config = json.loads(path.read_text())
+    inner = {"saelens": "metadata", "dictionary_learning": "trainer"}.get(form)
+    for wrong in (3, None, [], *([{inner: "x"}] if inner else [])):
+        save(path, config | {form: wrong})
+        told = inner if isinstance(wrong, dict) else form
+        with pytest.raises(InputError, match=f"{told} among the settings .* must be an object"):
+            convert(ConvertConfig(tmp_path / "ours", tmp_path / "new", to=form))
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_sae_of_another_place_is_used_there_only(tmp_path):
