@@ -11,8 +11,9 @@ undone after decoding. Its hook "blocks.5.hook_resid_post" is our layer 5. If th
 sae_lens_version of 6 or more, SAELens would read cfg.json as an older version's. Checked against
 sae-lens 6.54.12.
 
-Versions 3 to 5 have no `metadata` and no `k`: {architecture: "standard", activation_fn_str (or
-activation_fn): "topk", activation_fn_kwargs: {"k"}, hook_name, model_name, …}. They are read too.
+Versions 3 to 5 have no `metadata` and no `k`: {architecture: "standard" or "topk",
+activation_fn_str (or activation_fn): "topk", activation_fn_kwargs: {"k"}, hook_name (or
+hook_point), normalize_activations (also null or a bool), model_name, …}. They are read too.
 
 Legend: D inputs, M latents.
 """
@@ -30,6 +31,7 @@ from .places import layer_of, place
 from .saved import SavedSAE, object_in, read_json, read_tensors, rename_weights, unsupported
 
 _NAMES = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+_AVERAGE = "expected_average_only_in"  # a scale that all inputs share
 _UNIT = 1e-5  # norms this close to 1 differ by rounding only
 
 
@@ -42,7 +44,11 @@ def read(folder: Path) -> SavedSAE:
     """Read the SAE. Raises InputError if it is damaged, or no TopK SAE that we can compute."""
     cfg = _as_version_6(read_json(folder / "cfg.json"), folder / "cfg.json")
     path = folder / "sae_weights.safetensors"
-    weights = rename_weights(read_tensors(path), _NAMES, path)
+    tensors = read_tensors(path)
+    for name in ("finetuning_scaling_factor", "scaling_factor"):  # one per latent, before decoding
+        if name in tensors and (tensors[name] == 1).all():
+            del tensors[name]
+    weights = rename_weights(tensors, _NAMES, path)
     weights["W_enc"] = weights["W_enc"].T.contiguous()
     _check(cfg, weights["W_dec"], folder / "cfg.json")
     metadata = object_in(cfg, "metadata", folder / "cfg.json")
@@ -60,25 +66,38 @@ def read(folder: Path) -> SavedSAE:
 def _as_version_6(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
     """The cfg.json of a version before 6 in the terms of version 6. Raises InputError if it is of
     another SAE than TopK, or scales its activations."""
-    if "metadata" in cfg or ("activation_fn" not in cfg and "activation_fn_str" not in cfg):
+    if "metadata" in cfg or "k" in cfg:
         return cfg
-    name = "activation_fn_str" if "activation_fn_str" in cfg else "activation_fn"
-    if cfg[name] != "topk" or cfg.get("architecture", "standard") not in ("standard", "topk"):
+    name = "activation_fn" if "activation_fn" in cfg else "activation_fn_str"
+    architecture = cfg.get("architecture", "standard")
+    # What tells is the activation, or of version 5 the architecture alone.
+    activation = cfg.get(name, "topk" if architecture == "topk" else "relu")
+    if activation != "topk" or architecture not in ("standard", "topk"):
         raise unsupported(
-            path, name, "'topk', of the architecture 'standard'",
-            f"{cfg[name]}, {cfg.get('architecture')}", "only TopK SAEs have a counterpart here",
+            path, name, "'topk', of the architecture 'standard' or 'topk'",
+            f"{activation}, {architecture}", "only TopK SAEs have a counterpart here",
+        )  # fmt: skip
+    options = object_in(cfg, "activation_fn_kwargs", path)
+    if options.keys() - {"k"}:
+        raise unsupported(
+            path, "activation_fn_kwargs", "{'k': …} only", options,
+            "what follows the selection of the k largest is ReLU here",
         )  # fmt: skip
     if cfg.get("finetuning_scaling_factor"):
         raise unsupported(
             path, "finetuning_scaling_factor", "false", True, "fold it in SAELens, and save again"
         )
-    metadata = {key: cfg[key] for key in ("model_name", "hook_name", "dataset_path") if key in cfg}
-    kept = ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations")
+    hook_name = cfg.get("hook_name", cfg.get("hook_point"))
+    normalize = cfg.get("normalize_activations")  # a bool before version 3
+    metadata = {key: cfg[key] for key in ("model_name", "dataset_path") if key in cfg}
+    kept = ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input")
     return {
         **{key: cfg[key] for key in kept if key in cfg},
         "architecture": "topk",
-        "k": object_in(cfg, "activation_fn_kwargs", path).get("k", 0),
-        "metadata": metadata,
+        "k": options.get("k", 0),
+        "normalize_activations": _AVERAGE if normalize is True else normalize or "none",
+        "reshape_activations": "hook_z" if "hook_z" in str(hook_name) else "none",
+        "metadata": metadata if hook_name is None else {**metadata, "hook_name": hook_name},
     }
 
 
@@ -119,7 +138,7 @@ def files(sae: SavedSAE) -> dict[str, bytes]:
     metadata = {"sae_lens_version": "6.0.0", **theirs.get("metadata", {})}
     if sae.model:
         metadata["model_name"] = sae.model
-    if len(sae.layers) == 1:
+    if len(sae.layers) == 1 and layer_of(metadata.get("hook_name")) != sae.layers[0]:
         metadata["hook_name"] = f"blocks.{sae.layers[0]}.hook_resid_post"
     cfg = {
         "device": "cpu",

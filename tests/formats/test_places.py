@@ -70,6 +70,51 @@ def test_saelens_before_6_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "without"),
+    [
+        ({"architecture": "topk"}, ()),
+        ({"architecture": "topk"}, ("activation_fn_str",)),
+        ({"activation_fn": "topk"}, ("activation_fn_str", "architecture")),
+        ({"normalize_activations": None}, ()),
+        ({"normalize_activations": False}, ()),
+        ({"normalize_activations": "layer_norm"}, ()),
+        ({}, ("normalize_activations", "apply_b_dec_to_input")),
+        ({"hook_point": "blocks.8.hook_resid_post"}, ("hook_name",)),
+    ],
+)
+def test_other_ways_in_which_it_was_written(tmp_path, changes, without):
+    folder, w = saelens_before_6(tmp_path / "old", **changes)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    save(folder / "cfg.json", {name: v for name, v in cfg.items() if name not in without})
+    path = folder / "sae_weights.safetensors"
+    factor = {"scaling_factor": torch.ones(M)}  # which changes nothing
+    save(path, safetensors.torch.load_file(path) | factor)
+    saved = formats.read(folder)
+    assert (saved.k, saved.layers, saved.model) == (K, (8,), "gpt2-small")
+    assert saved.standardize == (changes.get("normalize_activations") == "layer_norm")
+    assert torch.equal(saved.weights["W_enc"], w["W_enc"])
+
+
+def test_a_scale_per_latent_is_not_lost(tmp_path):
+    folder, _ = saelens_before_6(tmp_path / "old")
+    path = folder / "sae_weights.safetensors"
+    save(path, safetensors.torch.load_file(path) | {"scaling_factor": torch.full((M,), 2.0)})
+    with pytest.raises(InputError, match="also has scaling_factor"):
+        formats.read(folder)
+
+
+def test_the_name_of_a_place_is_kept_where_it_is_right(tmp_path):
+    name = "blocks.8.hook_resid_pre"
+    folder, _ = saelens_before_6(tmp_path / "old", hook_name=name)
+    saved = formats.read(folder)
+    assert saved.layers == (7,)
+    formats.write(saved, tmp_path / "new", "saelens")
+    cfg = json.loads((tmp_path / "new" / "cfg.json").read_text())
+    assert cfg["metadata"]["hook_name"] == name
+    assert formats.read(tmp_path / "new").layers == (7,)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"activation_fn_str": "relu"}, "activation_fn_str"),
@@ -78,6 +123,10 @@ def test_saelens_before_6_is_read(tmp_path):
         ({"normalize_activations": "expected_average_only_in"}, "normalize_activations"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
         ({"activation_fn_kwargs": {}}, "k must be in"),
+        ({"activation_fn_str": None}, "activation_fn_str"),
+        ({"normalize_activations": True}, "normalize_activations .* 'expected_average"),
+        ({"activation_fn_kwargs": {"k": K, "postact_fn": "Identity"}}, "activation_fn_kwargs"),
+        ({"hook_name": "blocks.8.attn.hook_z"}, "reshape_activations"),
         ({"activation_fn_kwargs": [K]}, "activation_fn_kwargs in .* must be an object"),
         ({"activation_fn_kwargs": "k"}, "activation_fn_kwargs in .* must be an object"),
     ],

@@ -108,6 +108,6 @@ def test_a_logger_that_does_not_start_leaves_the_file(tmp_path, monkeypatch):
 
 
 def test_a_log_that_is_missing_is_not_made(tmp_path):
-    with pytest.raises(InputError, match="must have the 9 bytes .* and has 0; put it back"):
+    with pytest.raises(InputError, match=r"must have the 9 bytes .* and has 0; put it back"):
         MetricsLog(tmp_path, (), {}, "id", 9)
     assert not list(tmp_path.iterdir())
