@@ -21,7 +21,7 @@ import safetensors.torch
 from ..errors import InputError
 from ..files import write_file
 from . import dictionary_learning, openai, own, released, saelens, sparsify
-from .remote import local_folder
+from .remote import folders_in, listed, local_folder
 from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
 __all__ = ["FORMATS", "SavedSAE", "detect", "local_folder", "read", "write"]
@@ -62,11 +62,8 @@ def detect(path: Path) -> str:
         raise InputError(
             f"SRC must be a folder or a file that can be read, and {path} cannot: {error.strerror}"
         ) from error
-    inside = []
-    if path.is_dir():
-        folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
-        inside = [str(f) for f in folders if any(form.matches(f) for form in FORMATS.values())]
-    way_out = f"give one of its folders: {', '.join(inside[:4])}" if inside else "check the path"
+    inside = folders_in(path) if path.is_dir() else []
+    way_out = f"give --hookpoint, one of: {listed(inside)}" if inside else "check the path"
     raise InputError(
         f"SRC must hold an SAE in one of the formats {', '.join(FORMATS)}, and {path} "
         f"{'does not' if path.exists() else 'does not exist'}; {way_out}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePath, PurePosixPath
 
 from huggingface_hub import HfApi, snapshot_download
 
 from ..errors import InputError, first_line
 
-_SHOWN = 8  # hookpoints in a message
+_SHOWN = 24  # hookpoints in a message
+_DEPTH = 2  # folders between a local folder and the weights in it
 
 
 def local_folder(name: Path | str, hookpoint: str | None = None) -> Path:
@@ -22,9 +25,9 @@ def local_folder(name: Path | str, hookpoint: str | None = None) -> Path:
     path = Path(os.path.expanduser(name))  # as os.path.exists, it raises nothing
     text = str(name)
     if os.path.exists(path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        return path / hookpoint if hookpoint else path
+        return path if hookpoint is None else _folder_in(path, hookpoint)
     try:
-        folder = hookpoint or _only_folder(text)
+        folder = _only_folder(text) if hookpoint is None else hookpoint
         pattern = "*" if folder == "." else f"{folder}/*"
         found = Path(snapshot_download(text, allow_patterns=[pattern])) / folder
     except InputError:
@@ -37,15 +40,37 @@ def local_folder(name: Path | str, hookpoint: str | None = None) -> Path:
     if not found.is_dir():
         raise InputError(
             f"--hookpoint must be a folder of {text}, got {hookpoint}; its SAEs are: "
-            f"{_listed(_folders(text))}"
+            f"{listed(_folders(text))}"
         )
     return found
 
 
+def folders_in(path: Path) -> list[str]:
+    """The folders in a local folder, and in those, that have weights; "." is itself."""
+    files = (file for depth in range(_DEPTH + 1) for file in path.glob("*/" * depth + "*"))
+    return _with_weights(file.relative_to(path) for file in files if file.is_file())
+
+
+def _folder_in(path: Path, hookpoint: str) -> Path:
+    """The folder `hookpoint` of a local folder. Raises InputError if it has no weights."""
+    folders = folders_in(path)
+    if hookpoint not in folders:
+        raise InputError(
+            f"--hookpoint must be a folder of {path} that holds an SAE, got {hookpoint!r}; its "
+            f"SAEs are: {listed(folders) or 'none'}"
+        )
+    return path / hookpoint
+
+
 def _folders(name: str) -> list[str]:
     """The folders of a repository that have weights; "." is its top."""
-    files = map(PurePosixPath, HfApi().list_repo_files(name))
-    return sorted({str(f.parent) for f in files if f.suffix in (".safetensors", ".pt")})
+    return _with_weights(map(PurePosixPath, HfApi().list_repo_files(name)))
+
+
+def _with_weights(files: Iterable[PurePath]) -> list[str]:
+    """The folders of those of `files` that hold weights, layers.2 before layers.10."""
+    folders = {file.parent.as_posix() for file in files if file.suffix in (".safetensors", ".pt")}
+    return sorted(folders, key=lambda name: [(len(p), p) for p in re.split(r"([0-9]+)", name)])
 
 
 def _only_folder(name: str) -> str:
@@ -55,11 +80,11 @@ def _only_folder(name: str) -> str:
     if len(folders) > 1:
         raise InputError(
             f"{name} has several SAEs; choose one with --hookpoint (hookpoint=… in Python): "
-            f"{_listed(folders)}"
+            f"{listed(folders)}"
         )
     return folders[0]
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

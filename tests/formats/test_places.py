@@ -212,9 +212,9 @@ def test_one_of_several_saes_on_the_hub(server, tmp_path):
     torch.testing.assert_close(found.W_enc, sae(10)["W_enc"])
     assert formats.read("lab/two", "layers.2").layers == (2,)
     torch.testing.assert_close(load_sae("lab/one").W_enc, sae(2)["W_enc"])
-    with pytest.raises(InputError, match=r"several SAEs; .*--hookpoint.*: layers.10, layers.2"):
+    with pytest.raises(InputError, match=r"several SAEs; .*--hookpoint.*: layers.2, layers.10"):
         load_sae("lab/two")
-    with pytest.raises(InputError, match=r"must be a folder of lab/two, .*layers.10, layers.2"):
+    with pytest.raises(InputError, match=r"must be a folder of lab/two, .*layers.2, layers.10"):
         load_sae("lab/two", hookpoint="layers.3")
     with pytest.raises(InputError, match="lab/none cannot be loaded"):
         load_sae("lab/none")
@@ -226,3 +226,22 @@ def test_convert_takes_a_hookpoint(server, tmp_path):
     assert MLSAE.from_pretrained(tmp_path / "ours").config.layers == (2,)
     with pytest.raises(InputError, match="several SAEs"):
         convert(dataclasses.replace(config, hookpoint=None, dst=tmp_path / "other"))
+
+
+def test_one_of_several_saes_in_a_folder(tmp_path):
+    for layer in (2, 10):
+        build("sparsify", tmp_path / f"layers.{layer}", sae(layer))
+    (tmp_path / "resid").mkdir()
+    build("dictionary_learning", tmp_path / "resid" / "trainer_0", sae(7))
+    for name, seed in (("layers.2", 2), ("layers.10", 10), ("resid/trainer_0", 7)):
+        assert torch.equal(formats.read(tmp_path, name).weights["W_dec"], sae(seed)["W_dec"])
+    there = "layers.2, layers.10, resid/trainer_0$"
+    with pytest.raises(InputError, match=rf"give --hookpoint, one of: {there}"):
+        formats.read(tmp_path)
+    for wrong in ("layers.3", "", "resid", "..", "../x", "layers.2/", str(tmp_path)):
+        with pytest.raises(InputError, match=rf"must be a folder of .* its SAEs are: {there}"):
+            formats.read(tmp_path, wrong)
+    with pytest.raises(InputError, match="its SAEs are: none"):
+        formats.read(tmp_path / "layers.2" / "sae.safetensors", "layers.2")
+    with pytest.raises(InputError, match="its SAEs are: none"):
+        formats.read(tmp_path / "nowhere", "layers.2")
