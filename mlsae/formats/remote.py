@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
@@ -28,8 +30,15 @@ def local_folder(name: Path | str, hookpoint: str | None = None) -> Path:
         return path if hookpoint is None else _folder_in(path, hookpoint)
     try:
         folder = _only_folder(text) if hookpoint is None else hookpoint
-        pattern = "*" if folder == "." else f"{folder}/*"
-        found = Path(snapshot_download(text, allow_patterns=[pattern])) / folder
+        only: dict[str, Any] = (
+            {"ignore_patterns": ["*/*"]}
+            if folder == "."
+            else {"allow_patterns": [glob.escape(folder) + "/*"]}
+        )
+        snapshot = Path(snapshot_download(text, **only))
+        found = snapshot / folder
+        inside = found.is_dir() and found.resolve().is_relative_to(snapshot.resolve())
+        folders = [] if inside else _folders(text)
     except InputError:
         raise
     except Exception as error:  # the hub's client raises many kinds
@@ -37,10 +46,10 @@ def local_folder(name: Path | str, hookpoint: str | None = None) -> Path:
             f"SRC must be a local SAE, or its name on the Hugging Face hub, and {text} cannot be "
             f"loaded: {first_line(error)}"
         ) from error
-    if not found.is_dir():
+    if not inside:
         raise InputError(
-            f"--hookpoint must be a folder of {text}, got {hookpoint}; its SAEs are: "
-            f"{listed(_folders(text))}"
+            f"--hookpoint must be a folder of {text}, got {hookpoint!r}; its SAEs are: "
+            f"{listed(folders)}"
         )
     return found
 

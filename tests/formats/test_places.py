@@ -220,6 +220,36 @@ def test_one_of_several_saes_on_the_hub(server, tmp_path):
         load_sae("lab/none")
 
 
+def cached(tmp_path):
+    """The files that were downloaded, by their names in the repository."""
+    found = (tmp_path / "cache").rglob("snapshots/*/**/*")
+    return {str(path).split("snapshots/")[1].split("/", 1)[1] for path in found if path.is_file()}
+
+
+def test_only_what_is_asked_for_is_downloaded(server, tmp_path):
+    load_sae("lab/two", hookpoint="layers.2")
+    assert cached(tmp_path) == {"layers.2/cfg.json", "layers.2/sae.safetensors"}
+    server.repos["lab/one"]["layers.9/sae.safetensors"] = b"another"
+    load_sae("lab/one")
+    assert "layers.9/sae.safetensors" not in cached(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["layers.*", "layers.[12]*", "..", "../../x", "/tmp", "layers"])
+def test_what_is_no_folder_of_a_repository_downloads_nothing(server, tmp_path, wrong):
+    with pytest.raises(InputError, match=r"must be a folder of lab/two, .*: layers.2, layers.10"):
+        load_sae("lab/two", hookpoint=wrong)
+    assert not cached(tmp_path)
+
+
+def test_what_was_downloaded_is_found_without_a_network(server, tmp_path, monkeypatch):
+    first = load_sae("lab/two", hookpoint="layers.2")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(load_sae("lab/two", hookpoint="layers.2").W_enc, first.W_enc)
+    for hookpoint in ("layers.10", "..", None):
+        with pytest.raises(InputError, match="lab/two cannot be loaded"):
+            load_sae("lab/two", hookpoint=hookpoint)
+
+
 def test_convert_takes_a_hookpoint(server, tmp_path):
     config = ConvertConfig(Path("lab/two"), tmp_path / "ours", hookpoint="layers.2")
     convert(config)
