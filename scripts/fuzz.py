@@ -14,6 +14,7 @@ write. It runs the programs in this process, offline, in a temporary folder.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import shlex
@@ -72,8 +73,21 @@ def make_material(folder: Path) -> None:
         standardize = name in ("mlsae", "released", "openai")
         sae = SavedSAE(weights, 3, standardize, (1,), "builtin", {"training": {"seed": 1}})
         formats.write(sae, folder / "sae" / name, name)
+    make_older_saelens(folder / "sae")
+    # One that was saelens' before, whose fields are in config.json.
+    formats.write(formats.read(folder / "sae" / "saelens"), folder / "sae" / "converted", "mlsae")
     shutil.copytree(folder / "sae" / "mlsae", folder / "other")  # of another width than "builtin"
     shutil.copytree(folder / "run", folder / "damaged")
+
+
+def make_older_saelens(folder: Path) -> None:
+    """The SAE in `folder`/saelens as versions 3 to 5 of SAELens wrote it."""
+    shutil.copytree(folder / "saelens", folder / "saelens5")
+    path = folder / "saelens5" / "cfg.json"
+    cfg = json.loads(path.read_text())
+    k, metadata = cfg.pop("k"), cfg.pop("metadata")
+    older = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": k}, **metadata}
+    path.write_text(json.dumps({**cfg, **older, "architecture": "standard"}))
 
 
 def run_main(program: str, arguments: Sequence[str]) -> int:

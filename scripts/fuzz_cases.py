@@ -49,6 +49,7 @@ PATHS = (
     "nulls.jsonl", "numbers.jsonl", "broken.jsonl", "two-kinds", "x" * 300, ".", "/", "/dev/full",
     "/dev/null/x", "run", "other", "damaged", "model",
 )  # fmt: skip
+SAES = (*formats.FORMATS, "saelens5", "converted")  # folders in "sae"
 ENDLESS = {"tokens", "eval_tokens", "keep_checkpoints"}  # a huge one is right, and takes for ever
 
 
@@ -111,7 +112,9 @@ def _right_arguments(random: Random, program: str) -> list[str]:
             return [random.choice(("run", "damaged")), *MEASURE, *prompt]
         case "convert":
             to = random.choice(list(formats.FORMATS))
-            return [f"sae/{random.choice(list(formats.FORMATS))}", "new", "--to", to]
+            several = ["sae", "new", "--hookpoint", random.choice(SAES), "--to", to]
+            one = [f"sae/{random.choice(SAES)}", "new", "--to", to]
+            return random.choice((one, one, several))
         case _:
             return random.choice((["run"], ["damaged"], ["run", "damaged"]))
 
@@ -156,9 +159,9 @@ def _damaged_file(random: Random, case: Case, folder: Path) -> None:
     places = [
         folder / "run",
         folder / "damaged",
-        *(folder / "sae" / name for name in formats.FORMATS),
+        *(folder / "sae" / name for name in SAES),
     ]
-    given = {str(folder / name) for name in case.arguments[:2]}
+    given = {str(folder / at / name) for name in case.arguments[:4] for at in ("", "sae")}
     named = [place for place in places if str(place) in given and place.is_dir()]
     if case.program in ("train", "compare"):
         named = [folder / "run", folder / "run" / "checkpoints"]
