@@ -72,7 +72,6 @@ def analyze(config: AnalyzeConfig) -> AnalysisResult:
     text_mask = not_special(input_ids, stream.tokenizer)
     token_mask = stream.token_mask(input_ids)
     check_kept(token_mask, text_mask)
-    out.mkdir(parents=True, exist_ok=True)
 
     text = TokenText(input_ids, token_mask, token_strings(stream.tokenizer))
     collected = collect(mlsae, stream, text, config.groups, config.examples)
@@ -81,6 +80,7 @@ def analyze(config: AnalyzeConfig) -> AnalysisResult:
     sae = mlsae.sae
     directions = compute_directions(sae.W_dec, sae.W_enc, stream.reader.model, len(text.strings))
     threshold = config.count_threshold or max(1, round(token_mask.sum().item() / 1000))
+    out.mkdir(parents=True, exist_ok=True)
     n_examples = _write_tables(out, collected, directions, threshold, text)
     reading = read_prompt(mlsae, stream, input_ids[0, :_PROMPT_TOKENS], text.strings)
     _write_json(out / "analysis_prompt.json", reading)

@@ -222,6 +222,13 @@ def test_no_folder_is_left_where_the_text_is_wrong(run):
     assert not out.exists()
 
 
+def test_no_folder_is_left_where_the_memory_ends(run):
+    out = run.parent / "new"
+    with pytest.raises(RuntimeError, match=r"memory|Storage size"):
+        analyze(AnalyzeConfig(run, tokens=32, examples=2**50, out=out))
+    assert not out.exists()
+
+
 def test_a_report_replaces_no_device(run):
     """As root, it would: a file of the same name would be renamed over it."""
     fifo = run.parent / "pipe"
