@@ -30,6 +30,7 @@ from .evaluation.result import EvaluationResult
 from .evaluation.run import EvaluateConfig, evaluate
 from .evaluation.sharing import SHARED, Results
 from .files import check_out, locked, write_file
+from .training.init_from import sized_as_init
 from .training.run import train
 
 _OUT = Path("runs/compare")
@@ -91,6 +92,7 @@ def _one(
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The settings of a command line. Raises InputError if it asks for SAEs of several sizes."""
     default = TrainArguments.defaults(cli.preset(arguments, _PRESETS))
+    default = sized_as_init(default, arguments)
     prog = "python -m mlsae.compare"
     configs = cli.parse(TrainArguments, __doc__, arguments, prog, default).configs()
     if len(configs) > 1:

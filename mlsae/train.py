@@ -23,6 +23,7 @@ from sparse_topk import keep_freed_memory
 from . import cli
 from .config import PRESETS, TrainArguments, TrainConfig
 from .errors import NonFiniteError
+from .training.init_from import sized_as_init
 from .training.run import train
 
 
@@ -30,6 +31,7 @@ def parse(arguments: Sequence[str]) -> list[TrainConfig]:
     """The settings of each SAE that a command line asks for. Raises InputError if they
     contradict one another."""
     default = TrainArguments.defaults(cli.preset(arguments, PRESETS))
+    default = sized_as_init(default, arguments)
     prog = "python -m mlsae.train"
     return cli.parse(TrainArguments, __doc__, arguments, prog, default).configs()
 

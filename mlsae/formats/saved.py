@@ -7,6 +7,7 @@ Legend: D inputs, M latents.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -52,14 +53,9 @@ class SavedSAE:
         missing = [name for name in WEIGHTS if name not in self.weights]
         extra = [name for name in self.weights if name not in (*WEIGHTS, "b_enc")]
         if missing or extra:
-            differences = [
-                f"{verb} {', '.join(names)}"
-                for verb, names in (("lacks", missing), ("also has", extra))
-                if names
-            ]
             raise InputError(
                 f"an SAE must have the weights {', '.join(WEIGHTS)} and b_enc or none, and it "
-                f"{' and '.join(differences)}"
+                f"{_differences(missing, extra)}"
             )
         W_enc = self.weights["W_enc"]
         M, D = W_enc.shape if W_enc.ndim == 2 and W_enc.numel() else (-1, -1)
@@ -205,6 +201,11 @@ def read_pickle(path: Path) -> dict[str, Any]:
     return content
 
 
+def _differences(missing: Iterable[str], extra: Iterable[str]) -> str:
+    named = (("lacks", sorted(map(str, missing))), ("also has", sorted(map(str, extra))))
+    return " and ".join(f"{verb} {', '.join(names)}" for verb, names in named if names)
+
+
 def rename_weights(tensors: dict[str, Any], names: dict[str, str], path: Path) -> dict[str, Tensor]:
     """The tensors of the file `path` by our names; `names` maps the file's names to ours.
 
@@ -213,13 +214,9 @@ def rename_weights(tensors: dict[str, Any], names: dict[str, str], path: Path) -
     """
     missing, extra = names.keys() - tensors.keys(), tensors.keys() - names.keys()
     if missing or extra:
-        differences = [
-            f"{verb} {', '.join(sorted(map(str, keys)))}"
-            for verb, keys in (("lacks", missing), ("also has", extra))
-            if keys
-        ]
         raise InputError(
-            f"{path} must hold {', '.join(names)} and nothing else, and {' and '.join(differences)}"
+            f"{path} must hold {', '.join(names)} and nothing else, and "
+            f"{_differences(missing, extra)}"
         )
     for theirs, ours in names.items():
         n_dims = 1 if ours.startswith("b_") else 2

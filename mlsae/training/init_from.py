@@ -5,14 +5,18 @@ Legend: D width of the residual stream, M latents.
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import formats
-from ..config import TrainConfig
+from ..config import TrainArguments, TrainConfig, shared_folder
 from ..distributed import log_rank0
 from ..errors import InputError
 from ..formats import SavedSAE
@@ -22,43 +26,81 @@ from ..model import MLSAE, MLSAEConfig
 _NORM_TOLERANCE = 1e-2  # what `UnitNormAdam` takes
 
 
-def load_initial(config: TrainConfig, sae: MLSAEConfig) -> tuple[MLSAEConfig, SavedSAE | None]:
-    """The SAE to train, with a latent bias if the one to start from has one, and the latter; None
-    without `--init_from`.
+def sized_as_init(default: TrainArguments, arguments: Sequence[str]) -> TrainArguments:
+    """`default`, with the latents, k and standardization of the SAE that `--init_from` names on a
+    command line, if it does: they need not be given. If they are, `check_fits` compares them."""
+    # tyro takes its defaults before it parses, so the argument is read first.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--init_from", "--init-from", dest="init_from", nargs="?")
+    parser.add_argument("--sae.expansion", dest="expansion", nargs="*")
+    given, _ = parser.parse_known_args(arguments)
+    if given.init_from is None:
+        return default
+    with suppress(InputError):  # training says what is wrong, in one line for all processes
+        saved = _read(given.init_from)
+        sizes: dict[str, Any] = {"k": (saved.k,), "standardize": saved.standardize}
+        expansion, rest = divmod(saved.n_latents, saved.d_in)
+        if not rest:
+            sizes["expansion"] = (expansion,)
+        elif given.expansion is None:
+            sizes["n_latents"] = (saved.n_latents,)
+        return replace(default, sae=replace(default.sae, **sizes))
+    return default
 
-    Raises InputError if it cannot be loaded, or is of another size than `sae`.
+
+def load_initial(configs: Sequence[TrainConfig]) -> SavedSAE | None:
+    """The SAE to start from; None without `--init_from`.
+
+    Raises InputError if it cannot be loaded, is not of the residual stream, or is in the folder
+    that the new run replaces.
     """
-    if config.init_from is None:
-        return sae, None
-    path = Path(os.path.expanduser(config.init_from))
-    if path.exists():
-        saved = formats.read(path)
-    else:
-        saved = MLSAE.from_pretrained(config.init_from).to_saved()
-    check_residual(saved.about, f"--init_from {config.init_from}")
+    name, out = configs[0].init_from, shared_folder(configs)
+    if name is None:
+        return None
+    path = Path(os.path.expanduser(name))
+    if path.exists() and path.resolve().is_relative_to(out.resolve()):
+        raise InputError(
+            f"--init_from must be elsewhere than --out, which the new run replaces, got {name} and "
+            f"{out}; choose another --out"
+        )
+    saved = _read(name)
+    check_residual(saved.about, f"--init_from {name}")
+    return saved
+
+
+def _read(name: str) -> SavedSAE:
+    path = Path(os.path.expanduser(name))
+    return formats.read(path) if path.exists() else MLSAE.from_pretrained(name).to_saved()
+
+
+def check_fits(saved: SavedSAE, config: TrainConfig, sae: MLSAEConfig) -> None:
+    """Raise InputError unless `saved`, which `--init_from` names, can become `sae`."""
+    name = config.init_from
     if saved.d_in != sae.d_in:
         raise InputError(
             f"--init_from must have inputs of width {sae.d_in}, that of MODEL's residual stream, "
-            f"and {config.init_from} has {saved.d_in}; give an SAE of this model"
+            f"and {name} has {saved.d_in}; give an SAE of this model"
         )
     for flag, theirs, ours in (
-        ("--sae.n_latents", saved.n_latents, sae.n_latents),
+        ("--sae.n_latents (or --sae.expansion · d_model)", saved.n_latents, sae.n_latents),
         ("--sae.k", saved.k, sae.k),
         ("--sae.standardize", saved.standardize, sae.standardize),
     ):
         if theirs != ours:
             raise InputError(
-                f"{flag} must be {theirs}, as in --init_from {config.init_from}, got {ours}; give "
-                f"--sae.n_latents {saved.n_latents} --sae.k {saved.k}"
-                + ("" if saved.standardize else " --sae.no_standardize")
+                f"{flag} must be {theirs}, as in --init_from {name}, got {ours}; on the command "
+                "line, leave it out to take it from there"
             )
-    bias = "b_enc" in saved.weights and bool(saved.weights["b_enc"].any())
-    if bias and config.shard_latents > 1:
+    if has_bias(saved) and config.shard_latents > 1:
         raise InputError(
-            f"--init_from {config.init_from} has a latent bias, which --shard_latents cannot "
-            "split; train it without --shard_latents"
+            f"--init_from {name} has a latent bias, which --shard_latents cannot split; train it "
+            "without --shard_latents"
         )
-    return replace(sae, bias=bias), saved
+
+
+def has_bias(saved: SavedSAE) -> bool:
+    """Whether `saved` has a latent bias that is not zero, so that the SAE to train needs one."""
+    return bool(saved.b_enc().any())
 
 
 @torch.no_grad()

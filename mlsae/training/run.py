@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ from ..hub import check_push, push_run
 from ..memory import check_memory, estimate
 from ..model import MLSAE, MLSAEConfig
 from .init import init_stats, mlsae_config
-from .init_from import load_initial, set_weights
-from .inputs import fingerprints
+from .init_from import check_fits, has_bias, load_initial, set_weights
+from .inputs import Fingerprints, fingerprints
 from .loop import TrainLoop
 from .previous import replacing_run
 from .run_dir import (
@@ -40,9 +41,10 @@ from .run_dir import (
     load_checkpoint,
     newest_checkpoint,
 )
-from .settings import history_of
+from .settings import History, history_of
 from .state import TrainState
-from .summary import encode_seconds, print_summary, write_csv
+from .summary import encode_seconds, log_extension, print_summary, write_csv
+from .validation import Validation
 
 
 def train(*configs: TrainConfig) -> dict[Path, MLSAE]:
@@ -64,49 +66,37 @@ def train(*configs: TrainConfig) -> dict[Path, MLSAE]:
         return _train(configs, world)
 
 
+class _Start(NamedTuple):
+    """What a training begins with."""
+
+    saved: dict[str, Any] | None
+    """The checkpoint that it goes on from."""
+    history: History
+    saes: list[MLSAEConfig]
+    initial: SavedSAE | None
+    """The SAE of --init_from."""
+    stream: DataStream
+    batch_rows: int
+    heldout: Tensor | None
+    """Rows (B, T) to validate on; in rank 0 only."""
+
+
 def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
-    config, out, writes = configs[0], shared_folder(configs), world.rank == 0
+    config, writes = configs[0], world.rank == 0
     with world.raise_together():
         device = _check(configs, world)
         path = newest_checkpoint(configs) if writes and config.resume else None
         inputs = fingerprints(config) if writes else {}
     path, inputs = world.broadcast_object((path, inputs))
     mesh = distributed.make_mesh(world, device, config.shard_latents, config.timeout)
-
-    # What is read: the training so far, the transformer up to its last layer to read, the text.
     with world.raise_together():
-        saved = load_checkpoint(path, configs, inputs) if path else None
-        history = history_of(config, inputs, saved)
-        shape = read_shape(config.data)
-        batch_rows, micro_rows = _rows(config, shape.seq_len, mesh)
-        saes = [mlsae_config(each, shape) for each in configs]
-        initial: list[SavedSAE | None] = [None] * len(saes)
-        if saved is None:
-            loaded = [load_initial(each, sae) for each, sae in zip(configs, saes, strict=True)]
-            saes, initial = [sae for sae, _ in loaded], [start for _, start in loaded]
-        elif config.init_from:
-            saes = [
-                replace(sae, bias="b_enc" in saved["runs"][each.sae.name]["trainer"]["weights"])
-                for each, sae in zip(configs, saes, strict=True)
-            ]
-        if writes:
-            check_folders(configs, saes)
-        needed = _memory_needed(config, saes, micro_rows * shape.seq_len, device, mesh)
-        stream = DataStream(
-            config.data, shape, device, mesh,
-            micro_rows=micro_rows, seed=config.seed, whole=False, reserved=needed,
-        )  # fmt: skip
-        check_memory(needed, device)
-        heldout = stream.heldout(config.eval_tokens) if writes else None
-        _log_backend(stream)
-    heldout = world.broadcast_object(heldout)
+        start = _load(configs, device, mesh, path, inputs)
+    saved, stream = start.saved, start.stream
+    heldout = world.broadcast_object(start.heldout)
 
     # What is trained. The first batch sets b_pre and the first variances, then is trained on.
-    states = [
-        _new_state(each, sae, stream, history.first_tokens(each), start)
-        for each, sae, start in zip(configs, saes, initial, strict=True)
-    ]
-    batches = stream.batches(batch_rows, saved["batches"] if saved else None)
+    states = [_new_state(each, sae, start) for each, sae in zip(configs, start.saes, strict=True)]
+    batches = stream.batches(start.batch_rows, saved["batches"] if saved else None)
     first: list[Tensor] = []
     if saved:
         stream.drop = DropRule.from_dict(saved.get("dropped", {}))
@@ -119,34 +109,76 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
         run_dirs = []
         with world.raise_together():
             if writes and saved is None:
-                check_folders(configs, saes)  # again: much may have happened while all was loaded
-                stack.enter_context(replacing_run(out))
+                check_folders(configs, start.saes)  # again: much may have happened meanwhile
+                stack.enter_context(replacing_run(shared_folder(configs)))
             for each, state in zip(configs, states, strict=True):
                 own = saved["runs"][each.sae.name] if saved else None
-                run_dirs.append(
-                    stack.enter_context(closing(RunDir(each, state, own, writes, stream.drop)))
-                )
-        loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout, history)
+                run_dir = RunDir(each, state, own, writes, stream.drop)
+                run_dirs.append(stack.enter_context(closing(run_dir)))
+        loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout, start.history)
         if saved and path:
             loop.resume(saved, path)
             log_rank0(f"resuming from {path}, after {loop.tokens:,} tokens")
             if config.tokens > saved["settings"]["tokens"]:
-                _log_extension(loop)
+                log_extension(loop)
         loop.run(chain(first, batches))
         validations = loop.validate()
+    _finish(loop, run_dirs, validations)
+    return {each.out: state.mlsae for each, state in zip(configs, states, strict=True)}
 
-    # Leave folders that stand alone.
+
+def _load(
+    configs: Sequence[TrainConfig],
+    device: torch.device,
+    mesh: Mesh,
+    path: Path | None,
+    inputs: Fingerprints,
+) -> _Start:
+    """Read the checkpoint at `path`, if any; the transformer up to its last layer to read; the
+    text. Raises InputError for what is wrong with them, or with the settings given them."""
+    config, writes = configs[0], mesh.world.rank == 0
+    saved = load_checkpoint(path, configs, inputs) if path else None
+    initial = load_initial(configs) if saved is None else None
+    shape = read_shape(config.data)
+    batch_rows, micro_rows = _rows(config, shape.seq_len, mesh)
+    saes = []
+    for each in configs:
+        sae = mlsae_config(each, shape)
+        if saved:
+            bias = "b_enc" in saved["runs"][each.sae.name]["trainer"]["weights"]
+        elif initial:
+            check_fits(initial, each, sae)
+            bias = has_bias(initial)
+        else:
+            bias = False
+        saes.append(replace(sae, bias=bias))
+    if writes:
+        check_folders(configs, saes)
+    needed = _memory_needed(config, saes, micro_rows * shape.seq_len, device, mesh)
+    stream = DataStream(
+        config.data, shape, device, mesh,
+        micro_rows=micro_rows, seed=config.seed, whole=False, reserved=needed,
+    )  # fmt: skip
+    check_memory(needed, device)
+    heldout = stream.heldout(config.eval_tokens) if writes else None
+    _log_backend(stream)
+    history = history_of(config, inputs, saved)
+    return _Start(saved, history, saes, initial, stream, batch_rows, heldout)
+
+
+def _finish(loop: TrainLoop, run_dirs: Sequence[RunDir], validations: Sequence[Validation]) -> None:
+    """Leave folders that stand alone, print what came out, and push what is to be pushed."""
     for run_dir, validation in zip(run_dirs, validations, strict=True):
         run_dir.finish(validation, **loop.about())
-    dead, encoding = [state.dead_share() for state in states], encode_seconds(loop)
-    if writes:
-        if len(configs) > 1:
-            write_csv(out / "runs.csv", loop, validations, dead)
-        print_summary(loop, validations, dead, encoding)
-        for each in configs:
-            if each.push_to_hub is not None:
-                log_rank0(f"pushed: {push_run(each.out, each.push_to_hub, PUSHED_FILES)}")
-    return {each.out: state.mlsae for each, state in zip(configs, states, strict=True)}
+    dead, encoding = [state.dead_share() for state in loop.states], encode_seconds(loop)
+    if loop.stream.mesh.world.rank != 0:
+        return
+    if len(loop.configs) > 1:
+        write_csv(shared_folder(loop.configs) / "runs.csv", loop, validations, dead)
+    print_summary(loop, validations, dead, encoding)
+    for each in loop.configs:
+        if each.push_to_hub is not None:
+            log_rank0(f"pushed: {push_run(each.out, each.push_to_hub, PUSHED_FILES)}")
 
 
 def _check(configs: Sequence[TrainConfig], world: Group) -> torch.device:
@@ -200,23 +232,6 @@ def _initialize(
         state.initialize(moments, None if config.init_from else center)
 
 
-def _log_extension(loop: TrainLoop) -> None:
-    """Say what the learning rates of an extended run are."""
-    config, extension = loop.config, loop.history.extensions[-1]
-    log_rank0(
-        f"extending the run from {extension['from']:,} to {extension['to']:,} tokens: its peak "
-        f"learning rate and warm-up stay those of {loop.history.first_tokens(config):,} tokens; "
-        f"the rate falls over the last {config.decay:.0%} of {extension['to']:,}"
-    )
-    for each, state in zip(loop.configs, loop.states, strict=True):
-        n_latents, first = state.mlsae.config.n_latents, loop.history.first_tokens(each)
-        shorter = replace(each, tokens=extension["from"])
-        before, now = (
-            learning_rate(config, n_latents, state.tokens, first) for config in (shorter, each)
-        )
-        log_rank0(f"learning rate of {each.sae.name}: {before:.2e} until here, {now:.2e} from here")
-
-
 def _log_backend(stream: DataStream) -> None:
     """Say what trains on what."""
     try:
@@ -256,19 +271,13 @@ def _memory_needed(
     return estimate(saes, micro_tokens, _k_aux(config, saes[0].d_in), dtype, shards)
 
 
-def _new_state(
-    config: TrainConfig,
-    sae: MLSAEConfig,
-    stream: DataStream,
-    first_tokens: int,
-    initial: SavedSAE | None,
-) -> TrainState:
-    """The state of an SAE at the start of its training, from the `initial` weights if given. For
-    `first_tokens` see `History`."""
+def _new_state(config: TrainConfig, sae: MLSAEConfig, start: _Start) -> TrainState:
+    """The state of an SAE at the start of its training; its weights are --init_from's if given."""
+    stream, first_tokens = start.stream, start.history.first_tokens(config)
     torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
     mlsae = MLSAE(sae, stream.device, stream.mesh.latents)
-    if initial is not None:
-        set_weights(mlsae, initial)
+    if start.initial:
+        set_weights(mlsae, start.initial)
     return TrainState(
         mlsae,
         schedule=lambda tokens: learning_rate(config, sae.n_latents, tokens, first_tokens),

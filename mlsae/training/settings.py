@@ -18,7 +18,6 @@ _FREE = (  # what may differ from the run that is resumed, since the result does
     "resume",
     "moved",
     "preset",
-    "init_from",  # used once, before the first step
     # where it is computed
     "device",
     "model_device_map",

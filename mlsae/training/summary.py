@@ -1,10 +1,12 @@
-"""What a training prints at its end: validation metrics, where the time went, peak memory."""
+"""What a training prints at its end: validation metrics, where the time went, peak memory. And what
+it prints when it is extended: its learning rates."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..config import learning_rate
 from ..data.sinks import describe_top_share
+from ..distributed import log_rank0
 from ..files import write_file
 from ..memory import peak
 from .loop import TrainLoop
@@ -121,3 +125,20 @@ def _rows(
             loop.configs, loop.states, validations, dead, strict=True
         )
     ]
+
+
+def log_extension(loop: TrainLoop) -> None:
+    """Say what the learning rates of an extended run are."""
+    config, extension = loop.config, loop.history.extensions[-1]
+    log_rank0(
+        f"extending the run from {extension['from']:,} to {extension['to']:,} tokens: its peak "
+        f"learning rate and warm-up stay those of {loop.history.first_tokens(config):,} tokens; "
+        f"the rate falls over the last {config.decay:.0%} of {extension['to']:,}"
+    )
+    for each, state in zip(loop.configs, loop.states, strict=True):
+        n_latents, first = state.mlsae.config.n_latents, loop.history.first_tokens(each)
+        shorter = replace(each, tokens=extension["from"])
+        before, now = (
+            learning_rate(config, n_latents, state.tokens, first) for config in (shorter, each)
+        )
+        log_rank0(f"learning rate of {each.sae.name}: {before:.2e} until here, {now:.2e} from here")

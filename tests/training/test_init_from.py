@@ -1,14 +1,19 @@
 """Training that starts from trained weights: --init_from."""
 
+import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
-from mlsae import MLSAE, formats
+from mlsae import MLSAE, compare, formats
 from mlsae.config import SAEConfig, TrainConfig
 from mlsae.data.config import DataConfig
 from mlsae.errors import InputError
+from mlsae.train import parse
 from mlsae.training.run import train
 from sparse_topk import SparseTopKSAE
 
@@ -58,17 +63,65 @@ def test_it_starts_from_another_format_with_its_bias(tmp_path):
 
 
 def test_it_resumes_without_the_first_weights(trained, tmp_path):
+    """By the name it began with, so that config.json names what it did begin with."""
     out, _ = trained
-    train(settings(tmp_path / "run", init_from=str(out), tokens=700))
-    train(settings(tmp_path / "run", init_from="gone", tokens=1500, resume=True))
+    first = Path(shutil.copytree(out, tmp_path / "first"))
+    start = settings(tmp_path / "run", init_from=str(first), tokens=700)
+    train(start)
+    shutil.rmtree(first)
+    start = dataclasses.replace(start, tokens=1500, resume=True)
+    train(start)
     assert MLSAE.from_pretrained(tmp_path / "run").config.n_latents == 256
+    for other in (None, str(out)):
+        with pytest.raises(InputError, match=rf"--init_from must be {first} to resume this run"):
+            train(dataclasses.replace(start, init_from=other))
+    with pytest.raises(InputError, match="--init_from must be None to resume this run"):
+        train(settings(out, init_from=str(tmp_path / "run"), lr=None, resume=True))
+
+
+def test_a_command_line_takes_its_sizes_from_there(trained, tmp_path):
+    out, _ = trained
+    for parse_one in (lambda line: parse(line)[0], compare.parse):
+        sae = parse_one(["--init_from", str(out)]).sae
+        assert (sae.n_latents, sae.k, sae.standardize) == (256, 8, True)
+        sae = parse_one([f"--init-from={out}", "--sae.k", "4", "--sae.expansion", "2"]).sae
+        assert (sae.n_latents, sae.expansion, sae.k) == (None, 2, 4), (
+            "what is given is not overruled"
+        )
+    weights = {name: torch.randn(384, 192) for name in ("W_enc", "W_dec")}
+    even = formats.SavedSAE(weights | {"b_dec": torch.zeros(192)}, 5, standardize=False)
+    formats.write(even, tmp_path / "even", "sparsify")
+    (config,) = parse(["--init_from", str(tmp_path / "even")])
+    assert (config.sae.expansion, config.sae.k, config.sae.standardize) == (2, 5, False)
+    assert parse(["--init_from", str(tmp_path / "none")])[0].sae == parse([])[0].sae
+
+
+def test_the_run_that_is_replaced_is_no_start(trained):
+    out, _ = trained
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="--init_from must be elsewhere than --out"):
+        train(settings(out, init_from=str(out), overwrite=True))
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_weights_that_are_not_finite_are_refused(trained, tmp_path):
+    out, _ = trained
+    broken = Path(shutil.copytree(out, tmp_path / "broken"))
+    weights = safetensors.torch.load_file(broken / "model.safetensors")
+    weights["W_enc"][3, 1] = torch.nan
+    safetensors.torch.save_file(weights, broken / "model.safetensors")
+    with pytest.raises(InputError, match=r"W_enc in .* must be finite"):
+        train(settings(tmp_path / "run", init_from=str(broken)))
 
 
 @pytest.mark.parametrize(
     ("sae", "message"),
     [
-        (SAEConfig(n_latents=512, k=8), r"--sae.n_latents must be 256, as in --init_from .* 512"),
-        (SAEConfig(n_latents=256, k=4), r"--sae.k must be 8.*--sae.n_latents 256 --sae.k 8"),
+        (
+            SAEConfig(n_latents=512, k=8),
+            r"--sae.n_latents .* must be 256, as in --init_from .* 512",
+        ),
+        (SAEConfig(n_latents=256, k=4), r"--sae.k must be 8.* got 4; .*leave it out"),
         (SAEConfig(n_latents=256, k=8, standardize=False), r"--sae.standardize must be True"),
     ],
 )
