@@ -19,6 +19,17 @@ from .errors import InputError
 LOCK = ".lock"
 """The file in a folder that is locked by the process that writes a run there."""
 
+# What evaluation and analysis leave in a run's folder, and a new run there replaces.
+EVALUATION_FILES = ("evaluation.csv", "evaluation.json")
+ANALYSIS_FILES = (
+    "analysis.json",
+    "analysis.safetensors",
+    "analysis_latents.parquet",
+    "analysis_examples.parquet",
+    "analysis_prompt.json",
+    "prompt.html",
+)
+
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without them
 
 

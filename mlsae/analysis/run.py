@@ -22,7 +22,7 @@ from ..distributed import choose_device
 from ..errors import InputError
 from ..evaluation.heldout import HeldoutConfig, check_kept, open_run
 from ..evaluation.provenance import provenance_of
-from ..files import check_folder, write_file
+from ..files import ANALYSIS_FILES, check_folder, write_file
 from ..formats.saved import read_tensors
 from ..model import MLSAE
 from ..report.prompt_page import prompt_page
@@ -33,14 +33,6 @@ from .parquet import TokenText, activity_columns, direction_columns, write_examp
 from .prompt import latents_by_token, prompt_table, read_prompt, tokenize
 from .result import AnalysisResult
 
-_FILES = (
-    "analysis.json",
-    "analysis.safetensors",
-    "analysis_latents.parquet",
-    "analysis_examples.parquet",
-    "analysis_prompt.json",
-    "prompt.html",
-)
 _PROMPT_TOKENS = 24  # of the first row: shown if no prompt is given
 
 
@@ -128,7 +120,7 @@ def show_prompt(config: AnalyzeConfig, prompt: str) -> tuple[Table, str]:
 
 def _open(config: AnalyzeConfig) -> tuple[MLSAE, DataStream]:
     """See `open_run`."""
-    check_folder(config.out or config.run, files=_FILES)
+    check_folder(config.out or config.run, files=ANALYSIS_FILES)
     for name, least in (("examples", 0), ("groups", 1), ("count_threshold", 1)):
         value = getattr(config, name)
         if value is not None and value < least:

@@ -13,7 +13,7 @@ from ..bootstrap import Interval, without_interval
 from ..data.sinks import DropRule
 from ..data.tokens import not_special
 from ..distributed import choose_device
-from ..files import check_folder, write_file
+from ..files import EVALUATION_FILES, check_folder, write_file
 from .faithfulness import Faithfulness, measure_faithfulness
 from .heldout import HeldoutConfig, check_kept, open_run
 from .patching import check_substitution
@@ -37,7 +37,7 @@ def evaluate(config: EvaluateConfig, drop: DropRule | None = None) -> Evaluation
     """
     started = time.perf_counter()
     device, out = choose_device(config.device), config.out or config.run
-    check_folder(out, files=("evaluation.csv", "evaluation.json"))
+    check_folder(out, files=EVALUATION_FILES)
     mlsae, stream = open_run(config, device, drop)
     input_ids = stream.heldout(config.tokens)
     text_mask = not_special(input_ids, stream.tokenizer)

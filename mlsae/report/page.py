@@ -110,7 +110,7 @@ def _facts(run: RunData) -> dict[str, str]:
     config = run.config
     facts = {
         "model": run.model,
-        "layers": layer_range(run.layers),
+        "layers": layer_range(run.layers) or "not named",  # in the files of some libraries
         "latents": f"{config['n_latents']:,} ({run.expansion:g} × d_model)",
         "k": f"{config['k']:,} active per token and layer",
     }

@@ -114,9 +114,7 @@ def read_run_data(folder: Path) -> RunData:
     """
     with _raise_unreadable(folder, "give the folder that mlsae.train left"):
         config = _read_json(folder / "config.json")
-        optional = {"model": TEXT_OR_NULL, "training": OBJECT}
-        known = {name: rule for name, rule in optional.items() if name in config}
-        check(config, CONFIG | known, "config.json")
+        check(config, CONFIG, "config.json")
         check(config.get("training", {}).get("dataset"), TEXT_OR_NULL, "training.dataset")
         n_layers = len(config["layers"])
         training, validation = _log(folder / "metrics.jsonl", n_layers)

@@ -1,6 +1,7 @@
 """What the files of a run must hold for a page to be drawn from them.
 
-A schema of JSON is a `Rule`; a dictionary of schemas by the keys that must be there; or `Each`.
+A schema of JSON is a `Rule`; a dictionary of schemas by the keys that must be there, or may be if
+`Optional`; or `Each`.
 
 Legend: L layers, M latents, E examples.
 """
@@ -32,6 +33,12 @@ class Each(NamedTuple):
     length: int | None = None
 
 
+class Optional(NamedTuple):
+    """The schema of a key that need not be there."""
+
+    schema: Any
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -49,7 +56,10 @@ TEXT = Rule("text", lambda value: isinstance(value, str))
 TEXT_OR_NULL = Rule("text or null", lambda value: value is None or isinstance(value, str))
 OBJECT = Rule("an object", lambda value: isinstance(value, dict))
 
-CONFIG = {"d_in": POSITIVE, "n_latents": POSITIVE, "k": POSITIVE, "layers": Each(COUNT)}
+CONFIG = {
+    "d_in": POSITIVE, "n_latents": POSITIVE, "k": POSITIVE, "layers": Each(COUNT),
+    "model": Optional(TEXT_OR_NULL), "training": Optional(OBJECT),
+}  # fmt: skip
 _INTERVAL = {"value": NUMBER_OR_NULL, "low": NUMBER_OR_NULL, "high": NUMBER_OR_NULL}
 _RATIOS = {
     "A": _INTERVAL,
@@ -80,7 +90,11 @@ def validation(n_layers: int) -> dict[str, Any]:
     """A line of metrics.jsonl with validation metrics."""
     means = dict.fromkeys(("fvu", "fvu_paper"), NUMBER_OR_NULL)
     layers = {f"{name}_layers": Each(NUMBER_OR_NULL, n_layers) for name in means}
-    return {"tokens": COUNT, "heldout": {**means, **layers}}
+    newer = {
+        "fvu_all": Optional(NUMBER_OR_NULL),
+        "top_share_layers": Optional(Each(NUMBER_OR_NULL, n_layers)),
+    }
+    return {"tokens": COUNT, "heldout": {**means, **layers, **newer}}
 
 
 def evaluation(n_layers: int) -> dict[str, Any]:
@@ -91,7 +105,11 @@ def evaluation(n_layers: int) -> dict[str, Any]:
         "layers": Each(NUMBER_OR_NULL, n_layers),
         "intervals": Each(Each(NUMBER_OR_NULL, 2), n_layers),
     }
-    return {"tokens": COUNT, "ce_true": NUMBER_OR_NULL, "figures": dict.fromkeys(EVALUATED, metric)}
+    figures = dict.fromkeys(EVALUATED, metric) | {
+        "fvu_all": Optional(metric),
+        "top_share": Optional({"layers": Each(NUMBER_OR_NULL, n_layers)}),
+    }
+    return {"tokens": COUNT, "ce_true": NUMBER_OR_NULL, "figures": figures}
 
 
 def analysis(n_layers: int, n_bins: int) -> dict[str, Any]:
@@ -138,6 +156,10 @@ def check(value: Any, schema: Any, where: str) -> None:
     else:
         check(value, OBJECT, where)
         for key, inner in schema.items():
+            if isinstance(inner, Optional):
+                if key not in value:
+                    continue
+                inner = inner.schema
             if key not in value:
                 raise InputError(f"{where} must have {key!r}, and has none")
             check(value[key], inner, f"{where}.{key}")

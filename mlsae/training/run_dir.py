@@ -17,7 +17,15 @@ from ..config import TrainConfig, shared_folder
 from ..data.sinks import DropRule
 from ..distributed import log_rank0
 from ..errors import InputError
-from ..files import LOCK, check_folder, check_out, locked, write_file
+from ..files import (
+    ANALYSIS_FILES,
+    EVALUATION_FILES,
+    LOCK,
+    check_folder,
+    check_out,
+    locked,
+    write_file,
+)
 from ..model import MLSAEConfig
 from ..report import write_report
 from . import checkpoint, previous
@@ -37,14 +45,8 @@ PUSHED_FILES = (  # what others can use of a run
 )
 RUN_FILES = (
     *PUSHED_FILES,
-    "evaluation.csv",
-    "evaluation.json",
-    "analysis.json",
-    "analysis.safetensors",
-    "analysis_latents.parquet",
-    "analysis_examples.parquet",
-    "analysis_prompt.json",
-    "prompt.html",
+    *EVALUATION_FILES,
+    *ANALYSIS_FILES,
     "checkpoints",
     "tensorboard",
     "wandb",

@@ -209,3 +209,28 @@ def test_the_way_out_is_the_program_that_measures_again(run):
         with pytest.raises(InputError, match=f"cannot be redrawn: .*again with mlsae.{program}"):
             redraw(run)
         (run / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("wrong", [3, [1], {"layers": 3}, {"layers": ["x"] * 3}])
+@pytest.mark.parametrize("name", ["fvu_all", "top_share"])
+def test_what_only_newer_measurements_have_is_checked_too(run, name, wrong):
+    path = run / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["figures"][name] = wrong
+    path.write_text(json.dumps(evaluation))
+    with pytest.raises(InputError, match=rf"evaluation\.json\.figures\.{name}.* must "):
+        read_run_data(run)
+    evaluation["figures"][name] = evaluation["figures"]["fvu"]
+    path.write_text(json.dumps(evaluation))
+    write_report(run)
+
+
+@pytest.mark.parametrize("name", ["fvu_all", "top_share_layers"])
+def test_what_only_newer_runs_log_is_checked_too(run, name):
+    path = run / "metrics.jsonl"
+    *lines, last = path.read_text().splitlines()
+    validation = json.loads(last)
+    validation["heldout"][name] = {"x": 1}
+    path.write_text("\n".join([*lines, json.dumps(validation)]))
+    with pytest.raises(InputError, match=rf"metrics\.jsonl\.heldout\.{name} must be "):
+        read_run_data(run)
