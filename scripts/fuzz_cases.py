@@ -46,8 +46,9 @@ WORDS = (
 PATHS = (
     "empty", "missing", "missing/inside", "text.txt", "text.txt/inside", "loop", "dangling",
     "a b [c]*?", "unreadable", "readonly/new", "binary.bin", "blank.txt", "latin1.txt", "tiny.txt",
-    "nulls.jsonl", "numbers.jsonl", "broken.jsonl", "two-kinds", "x" * 300, ".", "/", "/dev/full",
-    "/dev/null/x", "run", "other", "damaged", "model",
+    "nulls.jsonl", "numbers.jsonl", "broken.jsonl", "two-kinds", "x" * 300, ".", "/dev/full",
+    "/dev/null/x", "/proc",  # and not "/": as root the programs would write there
+    "run", "other", "damaged", "model",
 )  # fmt: skip
 SAES = (*formats.FORMATS, "saelens5", "converted")  # folders in "sae"
 ENDLESS = {"tokens", "eval_tokens", "keep_checkpoints"}  # a huge one is right, and takes for ever
