@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from datasets import IterableDataset, load_dataset
 
@@ -19,6 +19,14 @@ from .local_files import LocalFiles
 from .records import Bad, Record, Start, Value, wanted
 
 _ENOUGH_RECORDS = 1000  # after so many, the share of bad ones is known well enough
+
+
+class _Chat(NamedTuple):
+    """A document that is a chat."""
+
+    messages: list[dict[str, Any]]
+    text: str
+    """What the tokenizer's template makes of them."""
 
 
 class Documents:
@@ -59,8 +67,8 @@ class Documents:
         skipped = self._pieces  # of the first record: those already yielded
         for position, record in self._source.read(self._position) if not self._ended else ():
             self._position, self._pieces = position, skipped
-            value = self._rendered(record.value)
             try:
+                value = self._rendered(record.value)
                 for piece in islice(self._pieces_of(value), skipped, None):
                     self._pieces += 1
                     yield piece
@@ -101,22 +109,29 @@ class Documents:
         if self.dataset != builtin.NAME:
             self._split.check_side(self.dataset)
 
-    def _rendered(self, value: Value) -> Value:
-        """A chat as text; token ids and text as they are; Bad for any other list."""
+    def _rendered(self, value: Value) -> Value | _Chat:
+        """A chat with its text; token ids and text as they are; Bad for any other list. Raises
+        UnicodeEncodeError if a chat's text has lone surrogates."""
         if not isinstance(value, list) or all(type(x) is int for x in value):
             return value
         if self._render_chat and all(isinstance(x, dict) and "role" in x for x in value):
             try:
-                return self._render_chat(value)
+                text = self._render_chat(value)
             except InputError:
                 raise
             except Exception as error:  # of the template, which is a program of its own
                 return Bad(f"the chat template refuses it: {first_line(error)}")
+            text.encode()
+            return _Chat(value, text)
         return Bad("it is a list neither of token ids nor of messages with a role")
 
-    def _pieces_of(self, value: Value) -> Iterator[Piece]:
+    def _pieces_of(self, value: Value | _Chat) -> Iterator[Piece]:
         if isinstance(value, Bad):
             return iter(())
+        if isinstance(value, _Chat):
+            is_own = bool(value.text) and self._split.has_chat(value.messages)
+            self._any_text |= bool(value.text)
+            return pieces(segments([value.text]), lambda _: is_own)
         if isinstance(value, list):
             content = b" ".join(str(i).encode() for i in value)
             chosen = bool(value) and self._split.has(content)

@@ -4,15 +4,18 @@ A document is cut into segments of at most 8,192 characters, so that a long one 
 segment is held out if the BLAKE2b hash of its content, as a number in [0, 1), is below the share.
 So the same text is on the same side in every dataset, for every model and row length, and what a
 smaller share holds out, a larger one does too. Neighboring segments of a side stay together.
+
+A chat is whole on one side, by the hash of its messages: its text depends on the model's template.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..errors import InputError
 
@@ -91,6 +94,11 @@ class HeldoutSplit:
     def has_text(self, text: str) -> bool:
         """Whether `text` is on this side. Raises UnicodeEncodeError if it has lone surrogates."""
         return self.has(text.encode())
+
+    def has_chat(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether a chat is on this side: of the messages, {role, content}, nothing else counts."""
+        canonical = [[message["role"], message.get("content")] for message in messages]
+        return self.has(json.dumps(canonical, sort_keys=True, default=str).encode())
 
     def check_side(self, dataset: str) -> None:
         """Raise InputError if none of the content of `dataset`, all of it seen, is on this side."""
