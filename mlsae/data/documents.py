@@ -14,7 +14,7 @@ from .. import builtin
 from ..distributed import log_rank0
 from ..errors import InputError, first_line
 from .config import DataConfig
-from .heldout_split import HeldoutSplit, Piece, Split, pieces, segments
+from .heldout_split import HeldoutSplit, Piece, Split, id_segments, pieces, segments
 from .local_files import LocalFiles
 from .records import Bad, Record, Start, Value, wanted
 
@@ -37,7 +37,8 @@ class Documents:
     A local .txt file is one document. Other files, and datasets on the hub (streamed), have one
     document per record, in `config.column`. The built-in corpus holds out whole files; of other
     text, `HeldoutSplit` chooses. A document is one piece unless it has text of both sides, or more
-    than 2²⁰ characters of one: so many are in memory at a time, if the format allows, as .txt does.
+    than 2²⁰ characters or token ids of one: so many characters are in memory at a time, if the
+    format allows, as .txt does.
 
     Bad records are skipped and counted: null, of another type, undecodable. (Of a document in
     several pieces, those before the first undecodable byte remain.)
@@ -133,10 +134,8 @@ class Documents:
             self._any_text |= bool(value.text)
             return pieces(segments([value.text]), lambda _: is_own)
         if isinstance(value, list):
-            content = b" ".join(str(i).encode() for i in value)
-            chosen = bool(value) and self._split.has(content)
             self._any_text |= bool(value)
-            return iter([Piece(value, True)] if chosen else [])
+            return pieces(id_segments(value), self._split.has_ids)
         return pieces(segments([value] if isinstance(value, str) else value), self._chooses)
 
     def _chooses(self, segment: str) -> bool:

@@ -1,12 +1,15 @@
 """Documents that are lists: chats, and token ids."""
 
 import copy
+import dataclasses
 import json
+from itertools import chain
 
 import pytest
 import transformers
 
 from mlsae import builtin
+from mlsae.data import heldout_split
 from mlsae.data.config import DataConfig
 from mlsae.data.documents import Documents
 
@@ -97,3 +100,52 @@ def test_a_chat_without_text_is_a_bad_record(tmp_path, tokenizer, content):
         documents = Documents(config, split, render(tokenizer))
         list(documents)
         assert documents._bad == 1
+
+
+def ids_of(config, split):
+    return [piece.text for piece in Documents(config, split)]
+
+
+def test_a_long_document_of_token_ids_has_both_sides_and_loses_none(tmp_path):
+    ids = list(range(50_000))
+    config = write_lists(tmp_path / "a.jsonl", [ids])
+    sides = [ids_of(config, split) for split in ("train", "heldout")]
+    assert all(sides)
+    assert sorted(i for side in sides for piece in side for i in piece) == ids
+    assert 0.1 < sum(map(len, sides[1])) / 50_000 < 0.5
+    for side in sides:  # neighbors stay together: no piece begins where another of its side ends
+        assert not {piece[0] for piece in side} & {piece[-1] + 1 for piece in side}
+        assert all(piece == list(range(piece[0], piece[0] + len(piece))) for piece in side)
+
+
+def test_the_side_of_token_ids_follows_from_their_segment_alone(tmp_path):
+    ids = list(range(50_000))
+    segments = [ids[start : start + 2048] for start in range(0, 50_000, 2048)]
+    config = write_lists(tmp_path / "a.jsonl", [ids])
+    alone = write_lists(tmp_path / "b.jsonl", segments)
+    for split in ("train", "heldout"):
+        joined, single = ids_of(config, split), ids_of(alone, split)
+        assert list(chain(*joined)) == list(chain(*single))
+
+
+def test_token_ids_come_in_pieces_of_bounded_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(heldout_split, "PIECE_CHARS", 5000)
+    config = write_lists(tmp_path / "a.jsonl", [list(range(50_000))])
+    config = dataclasses.replace(config, heldout_share=1e-9)
+    found = list(Documents(config, "train"))
+    assert max(len(piece.text) for piece in found) <= 5000
+    assert [i for piece in found for i in piece.text] == list(range(50_000))
+    assert [piece.ends for piece in found] == [False] * (len(found) - 1) + [True]
+
+
+def test_a_stream_resumes_within_a_long_document_of_token_ids(tmp_path):
+    config = write_lists(tmp_path / "a.jsonl", [list(range(50_000)), [1, 2], list(range(9000))])
+    whole = list(Documents(config, "train"))
+    assert len(whole) > 3
+    for n in range(len(whole) + 1):
+        stopped = Documents(config, "train")
+        pieces = iter(stopped)
+        assert [next(pieces) for _ in range(n)] == whole[:n]
+        resumed = Documents(config, "train")
+        resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+        assert list(resumed) == whole[n:]
