@@ -6,12 +6,14 @@ import json
 from itertools import chain
 
 import pytest
+import torch
 import transformers
 
 from mlsae import builtin
 from mlsae.data import heldout_split
 from mlsae.data.config import DataConfig
 from mlsae.data.documents import Documents
+from mlsae.data.tokens import Rows
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
@@ -149,3 +151,13 @@ def test_a_stream_resumes_within_a_long_document_of_token_ids(tmp_path):
         resumed = Documents(config, "train")
         resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
         assert list(resumed) == whole[n:]
+
+
+def test_token_ids_that_end_with_eos_are_given_no_second_one(tmp_path, tokenizer):
+    eos = tokenizer.eos_token_id
+    documents = [[(7 * i + j) % 500 + 1 for j in range(i % 9)] + [eos] * (i % 2) for i in range(90)]
+    documents.append([*([5] * 5000), eos])  # of several segments
+    config = write_lists(tmp_path / "a.jsonl", documents)
+    packed = [i for ids in documents if ids for i in (ids if ids[-1] == eos else [*ids, eos])]
+    rows = Rows(dataclasses.replace(config, heldout_share=1e-9), tokenizer, 1, "train")
+    assert torch.cat(list(rows)).tolist() == packed
