@@ -23,7 +23,7 @@ class DataConfig:
     dataset_config: str | None = None
     """Configuration of a dataset on the hub, such as en of allenai/c4. None: its default."""
     dataset_split: str = "train"
-    """Split of the dataset to read, on the hub or in a folder that save_to_disk left."""
+    """Split of the dataset to read, on the hub or in a folder that save_to_disk left of several."""
     dataset_revision: str | None = None
     """Branch, tag or commit of a dataset on the hub. None: the newest."""
     revision: str | None = None

@@ -15,7 +15,7 @@ from ..distributed import log_rank0
 from ..errors import InputError, first_line
 from .config import DataConfig
 from .heldout_split import HeldoutSplit, Piece, Split, id_segments, pieces, segments
-from .local_files import LocalFiles
+from .local_files import LocalFiles, has_splits
 from .records import Bad, Record, Start, Value, wanted
 
 _ENOUGH_RECORDS = 1000  # after so many, the share of bad ones is known well enough
@@ -233,19 +233,28 @@ class _HubRecords:
 def _open_source(config: DataConfig, split: Split) -> _Source:
     path = _expand_user(config.dataset)
     if config.dataset == builtin.NAME:
+        _check_not_on_hub(config, "built in", "leave it out")
         return _BuiltinFiles(split)
     if not path.exists():
         return _HubRecords(config)
-    for name, value in (
-        ("dataset_config", config.dataset_config),
-        ("dataset_revision", config.dataset_revision),
-    ):
-        if value is not None:
-            raise InputError(
-                f"--{name} is for datasets on the hub, and {path} is local, got {value}; leave it "
-                "out, or name the file or folder to read"
-            )
+    way_out = "leave it out, or name the file or folder to read"
+    _check_not_on_hub(config, "local", way_out, has_splits(path))
     return LocalFiles(path, config.column, config.dataset_split)
+
+
+def _check_not_on_hub(config: DataConfig, place: str, way_out: str, splits: bool = False) -> None:
+    """Raise InputError if `config` names a part of its dataset, which is in another `place` than
+    the hub; it may name a split if it has `splits`."""
+    for name in ("dataset_config", "dataset_revision", "dataset_split"):
+        value = getattr(config, name)
+        if not (splits and name == "dataset_split") and value != getattr(DataConfig, name):
+            also = (
+                " and what save_to_disk left of several splits" if name == "dataset_split" else ""
+            )
+            raise InputError(
+                f"--{name} is for datasets on the hub{also}, and {config.dataset} is {place}, got "
+                f"{value}; {way_out}"
+            )
 
 
 def _expand_user(dataset: str) -> Path:
