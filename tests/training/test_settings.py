@@ -52,6 +52,13 @@ def test_only_what_changes_the_result_must_be_the_same():
         check_same(configs[:1], saved)
 
 
+def test_a_run_ended_by_bad_records_resumes_as_the_error_advises():
+    config = TrainConfig(DataConfig(max_bad_records=0.2), resume=True)
+    check_same([config], joint_settings([TrainConfig()]))
+    with pytest.raises(InputError, match=r"--heldout_share must be 0.05 to resume"):
+        check_same([TrainConfig(DataConfig(heldout_share=0.2))], joint_settings([TrainConfig()]))
+
+
 def test_a_run_from_before_a_setting_is_resumed_as_it_was_made():
     """Nothing was dropped but special tokens, when nothing could be said of it."""
     config = TrainConfig(DataConfig(drop_norm="off"))
