@@ -89,17 +89,23 @@ def _join(contents: list[Any]) -> str | list[int]:
     return "".join(contents) if isinstance(contents[0], str) else list(chain(*contents))
 
 
+def check_share(split: Split, share: float) -> None:
+    """Raise InputError if, with this `--heldout_share`, the side `split` is empty: it must be in
+    (0, 1), and may be 1 where nothing is trained on."""
+    if 0 < share < 1 or (share == 1 and split == "heldout"):
+        return
+    most = "at most 1" if split == "heldout" else "less than 1, since the rest is trained on"
+    raise InputError(f"--heldout_share must be greater than 0 and {most}, got {share:g}")
+
+
 class HeldoutSplit:
     """Whether content belongs to the side `split`, of which "heldout" has `share`.
 
-    Raises InputError if the share is not in (0, 1), or (0, 1] where nothing is trained on.
+    Raises InputError as `check_share`.
     """
 
     def __init__(self, split: Split, share: float) -> None:
-        if not (0 < share < 1 or (share == 1 and split == "heldout")):
-            raise InputError(
-                f"--heldout_share must be greater than 0 and less than 1, got {share:g}"
-            )
+        check_share(split, share)
         self.split, self.share = split, share
         self.lowest, self.highest = 1.0, 0.0  # numbers of all content seen so far
 
