@@ -138,6 +138,8 @@ class HeldoutSplit:
         else:
             shares = math.floor(self.lowest * 1e4 + 1) / 1e4, math.floor(self.highest * 1e4) / 1e4
             way_out = f"give more text, or a share of {shares[0]:g} to {shares[1]:g}"
+        if self.split == "heldout":
+            way_out += "; of a text that was not trained on, give --heldout_share 1 to evaluate"
         raise InputError(
             f"--heldout_share: of the text in {dataset}, in segments of at most "
             f"{SEGMENT_CHARS:,} characters or {SEGMENT_IDS:,} token ids, none is {side} by a share "
