@@ -1,8 +1,10 @@
 """Which text an MLSAE is measured on."""
 
 import dataclasses
+import json
 import os
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -14,7 +16,7 @@ from mlsae.data.heldout_split import HeldoutSplit
 from mlsae.errors import InputError
 from mlsae.evaluation import heldout
 from mlsae.evaluation.heldout import open_run
-from mlsae.evaluation.run import EvaluateConfig
+from mlsae.evaluation.run import EvaluateConfig, evaluate
 from tests.helpers.texts import write
 
 TEXTS = [f"x{i} = {i}\n" * 9 for i in range(200)]
@@ -117,6 +119,15 @@ def test_another_split_of_the_run_s_dataset_is_another_text(tmp_path):
     for changes in ({}, {"dataset_split": "train"}, {"dataset_revision": "v2"}, {"column": "x"}):
         with pytest.raises(InputError, match=r"--heldout_share must be at most 0.05 .* got 1"):
             settings_of(config, trained, **changes)
+
+
+def test_the_result_says_which_text_was_measured(make_run, tmp_path):
+    splits = {name: datasets.Dataset.from_list([{"text": t} for t in TEXTS]) for name in "ab"}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    text = {"dataset": str(tmp_path / "saved"), "dataset_split": "b", "heldout_share": 1.0}
+    evaluate(dataclasses.replace(make_run(), tokens=64, resamples=2, **text))
+    told = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert told.items() >= {**text, "dataset_config": None, "dataset_revision": None}.items()
 
 
 def test_the_built_in_corpus_has_no_share(make_run):
