@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .data.config import DataConfig, check_seed
+from .data.heldout_split import check_share
 from .errors import InputError
 
 Ints = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
@@ -241,6 +242,7 @@ def check_config(config: TrainConfig) -> None:
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be greater than 0, got {value}")
     check_seed(config.seed)
+    check_share("train", config.data.heldout_share)
     if config.overwrite and config.resume:
         raise InputError("--overwrite and --resume exclude each other; give one of them")
     if config.moved and not config.resume:

@@ -23,7 +23,7 @@ class DataConfig:
     dataset_config: str | None = None
     """Configuration of a dataset on the hub, such as en of allenai/c4. None: its default."""
     dataset_split: str = "train"
-    """Split of the dataset to read, on the hub or in a folder that save_to_disk left."""
+    """Split of the dataset to read, on the hub or in a folder that save_to_disk left of several."""
     dataset_revision: str | None = None
     """Branch, tag or commit of a dataset on the hub. None: the newest."""
     revision: str | None = None
@@ -44,8 +44,9 @@ class DataConfig:
     lists of {role, content}, which the tokenizer's chat template turns into text."""
     heldout_share: float = 0.05
     """Share of the text that is held out: chosen by a hash of the text, in segments of at most
-    8,192 characters, so it is the same for every model and row length. The built-in corpus holds
-    out a tenth of its files instead."""
+    8,192 characters or 2,048 token ids (of a chat, by one of its messages, whole), so it is the
+    same for every model and row length. The built-in corpus holds out a tenth of its files
+    instead."""
     max_bad_records: float = 0.01
     """Share of the dataset's records that may be bad (null, not text, not readable). They are
     skipped and counted; more of them end the run."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from datasets import IterableDataset, load_dataset
 
@@ -14,11 +14,19 @@ from .. import builtin
 from ..distributed import log_rank0
 from ..errors import InputError, first_line
 from .config import DataConfig
-from .heldout_split import HeldoutSplit, Piece, Split, pieces, segments
-from .local_files import LocalFiles
+from .heldout_split import HeldoutSplit, Piece, Split, id_segments, pieces, segments
+from .local_files import LocalFiles, has_splits
 from .records import Bad, Record, Start, Value, wanted
 
 _ENOUGH_RECORDS = 1000  # after so many, the share of bad ones is known well enough
+
+
+class _Chat(NamedTuple):
+    """A document that is a chat."""
+
+    messages: list[dict[str, Any]]
+    text: str
+    """What the tokenizer's template makes of them."""
 
 
 class Documents:
@@ -29,7 +37,8 @@ class Documents:
     A local .txt file is one document. Other files, and datasets on the hub (streamed), have one
     document per record, in `config.column`. The built-in corpus holds out whole files; of other
     text, `HeldoutSplit` chooses. A document is one piece unless it has text of both sides, or more
-    than 2²⁰ characters of one: so many are in memory at a time, if the format allows, as .txt does.
+    than 2²⁰ characters or token ids of one: so many characters are in memory at a time, if the
+    format allows, as .txt does.
 
     Bad records are skipped and counted: null, of another type, undecodable. (Of a document in
     several pieces, those before the first undecodable byte remain.)
@@ -59,8 +68,8 @@ class Documents:
         skipped = self._pieces  # of the first record: those already yielded
         for position, record in self._source.read(self._position) if not self._ended else ():
             self._position, self._pieces = position, skipped
-            value = self._rendered(record.value)
             try:
+                value = self._rendered(record.value)
                 for piece in islice(self._pieces_of(value), skipped, None):
                     self._pieces += 1
                     yield piece
@@ -101,27 +110,32 @@ class Documents:
         if self.dataset != builtin.NAME:
             self._split.check_side(self.dataset)
 
-    def _rendered(self, value: Value) -> Value:
-        """A chat as text; token ids and text as they are; Bad for any other list."""
+    def _rendered(self, value: Value) -> Value | _Chat:
+        """A chat with its text; token ids and text as they are; Bad for any other list. Raises
+        UnicodeEncodeError if a chat's text has lone surrogates."""
         if not isinstance(value, list) or all(type(x) is int for x in value):
             return value
         if self._render_chat and all(isinstance(x, dict) and "role" in x for x in value):
             try:
-                return self._render_chat(value)
+                text = self._render_chat(value)
             except InputError:
                 raise
             except Exception as error:  # of the template, which is a program of its own
                 return Bad(f"the chat template refuses it: {first_line(error)}")
+            text.encode()
+            return _Chat(value, text)
         return Bad("it is a list neither of token ids nor of messages with a role")
 
-    def _pieces_of(self, value: Value) -> Iterator[Piece]:
+    def _pieces_of(self, value: Value | _Chat) -> Iterator[Piece]:
         if isinstance(value, Bad):
             return iter(())
+        if isinstance(value, _Chat):
+            is_own = bool(value.text) and self._split.has_chat(value.messages)
+            self._any_text |= bool(value.text)
+            return pieces(segments([value.text]), lambda _: is_own)
         if isinstance(value, list):
-            content = b" ".join(str(i).encode() for i in value)
-            chosen = bool(value) and self._split.has(content)
             self._any_text |= bool(value)
-            return iter([Piece(value, True)] if chosen else [])
+            return pieces(id_segments(value), self._split.has_ids)
         return pieces(segments([value] if isinstance(value, str) else value), self._chooses)
 
     def _chooses(self, segment: str) -> bool:
@@ -219,19 +233,28 @@ class _HubRecords:
 def _open_source(config: DataConfig, split: Split) -> _Source:
     path = _expand_user(config.dataset)
     if config.dataset == builtin.NAME:
+        _check_not_on_hub(config, "built in", "leave it out")
         return _BuiltinFiles(split)
     if not path.exists():
         return _HubRecords(config)
-    for name, value in (
-        ("dataset_config", config.dataset_config),
-        ("dataset_revision", config.dataset_revision),
-    ):
-        if value is not None:
-            raise InputError(
-                f"--{name} is for datasets on the hub, and {path} is local, got {value}; leave it "
-                "out, or name the file or folder to read"
-            )
+    way_out = "leave it out, or name the file or folder to read"
+    _check_not_on_hub(config, "local", way_out, has_splits(path))
     return LocalFiles(path, config.column, config.dataset_split)
+
+
+def _check_not_on_hub(config: DataConfig, place: str, way_out: str, splits: bool = False) -> None:
+    """Raise InputError if `config` names a part of its dataset, which is in another `place` than
+    the hub; it may name a split if it has `splits`."""
+    for name in ("dataset_config", "dataset_revision", "dataset_split"):
+        value = getattr(config, name)
+        if not (splits and name == "dataset_split") and value != getattr(DataConfig, name):
+            also = (
+                " and what save_to_disk left of several splits" if name == "dataset_split" else ""
+            )
+            raise InputError(
+                f"--{name} is for datasets on the hub{also}, and {config.dataset} is {place}, got "
+                f"{value}; {way_out}"
+            )
 
 
 def _expand_user(dataset: str) -> Path:

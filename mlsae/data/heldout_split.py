@@ -1,27 +1,37 @@
 """Which text is held out: a rule on the text alone, the same whatever reads it.
 
-A document is cut into segments of at most 8,192 characters, so that a long one has several. A
-segment is held out if the BLAKE2b hash of its content, as a number in [0, 1), is below the share.
-So the same text is on the same side in every dataset, for every model and row length, and what a
-smaller share holds out, a larger one does too. Neighboring segments of a side stay together.
+A document is cut into segments of at most 8,192 characters (one of token ids, of 2,048 ids), so
+that a long one has several. A segment is held out if the BLAKE2b hash of its content, as a number
+in [0, 1), is below the share. So the same text is on the same side in every dataset, for every
+model and row length, and what a smaller share holds out, a larger one does too. Neighboring
+segments of a side stay together.
+
+A chat is whole on one side, by the hash of its messages: its text depends on the model's template.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from itertools import chain
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ..errors import InputError
 
 Split = Literal["train", "heldout"]
 
 SEGMENT_CHARS = 8192  # about a row of 2048 tokens
+SEGMENT_IDS = 2048
 PIECE_CHARS = 2**20  # tokenized at a time: what a tokenizer holds is some 400 times as large
 
 _UP_TO_A_SPACE = re.compile(r".*\S(?=\s)", re.DOTALL)
+
+
+Content = TypeVar("Content", str, list[int])
+"""Text, or token ids."""
 
 
 class Piece(NamedTuple):
@@ -49,36 +59,53 @@ def segments(parts: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-def pieces(segments: Iterable[str], chosen: Callable[[str], bool]) -> Iterator[Piece]:
-    """Join neighbors among the `chosen` segments of a document, up to PIECE_CHARS."""
-    joined: list[str] = []
+def id_segments(ids: list[int]) -> Iterator[list[int]]:
+    """The segments of a document of token ids."""
+    for start in range(0, len(ids), SEGMENT_IDS):
+        yield ids[start : start + SEGMENT_IDS]
+
+
+def pieces(segments: Iterable[Content], chosen: Callable[[Content], bool]) -> Iterator[Piece]:
+    """Join neighbors among the `chosen` segments of a document, up to PIECE_CHARS characters or as
+    many token ids."""
+    joined: list[Content] = []
     size = 0
     for segment in segments:
         if not chosen(segment):
             if joined:
-                yield Piece("".join(joined), True)
+                yield Piece(_join(joined), True)
             joined, size = [], 0
             continue
         if size + len(segment) > PIECE_CHARS:
-            yield Piece("".join(joined), False)
+            yield Piece(_join(joined), False)
             joined, size = [], 0
         joined.append(segment)
         size += len(segment)
     if joined:
-        yield Piece("".join(joined), True)
+        yield Piece(_join(joined), True)
+
+
+def _join(contents: list[Any]) -> str | list[int]:
+    return "".join(contents) if isinstance(contents[0], str) else list(chain(*contents))
+
+
+def check_share(split: Split, share: float) -> None:
+    """Raise InputError if, with this `--heldout_share`, the side `split` is empty: it must be in
+    (0, 1), and may be 1 where nothing is trained on."""
+    if 0 < share < 1 or (share == 1 and split == "heldout"):
+        return
+    most = "at most 1" if split == "heldout" else "less than 1, since the rest is trained on"
+    raise InputError(f"--heldout_share must be greater than 0 and {most}, got {share:g}")
 
 
 class HeldoutSplit:
     """Whether content belongs to the side `split`, of which "heldout" has `share`.
 
-    Raises InputError if the share is not in (0, 1), or (0, 1] where nothing is trained on.
+    Raises InputError as `check_share`.
     """
 
     def __init__(self, split: Split, share: float) -> None:
-        if not (0 < share < 1 or (share == 1 and split == "heldout")):
-            raise InputError(
-                f"--heldout_share must be greater than 0 and less than 1, got {share:g}"
-            )
+        check_share(split, share)
         self.split, self.share = split, share
         self.lowest, self.highest = 1.0, 0.0  # numbers of all content seen so far
 
@@ -92,6 +119,15 @@ class HeldoutSplit:
         """Whether `text` is on this side. Raises UnicodeEncodeError if it has lone surrogates."""
         return self.has(text.encode())
 
+    def has_ids(self, ids: list[int]) -> bool:
+        """Whether token ids are on this side."""
+        return self.has(" ".join(map(str, ids)).encode())
+
+    def has_chat(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether a chat is on this side: of the messages, {role, content}, nothing else counts."""
+        canonical = [[message["role"], message.get("content")] for message in messages]
+        return self.has(json.dumps(canonical, sort_keys=True, default=str).encode())
+
     def check_side(self, dataset: str) -> None:
         """Raise InputError if none of the content of `dataset`, all of it seen, is on this side."""
         if (self.lowest < self.share) if self.split == "heldout" else (self.highest >= self.share):
@@ -102,7 +138,10 @@ class HeldoutSplit:
         else:
             shares = math.floor(self.lowest * 1e4 + 1) / 1e4, math.floor(self.highest * 1e4) / 1e4
             way_out = f"give more text, or a share of {shares[0]:g} to {shares[1]:g}"
+        if self.split == "heldout":
+            way_out += "; of a text that was not trained on, give --heldout_share 1 to evaluate"
         raise InputError(
             f"--heldout_share: of the text in {dataset}, in segments of at most "
-            f"{SEGMENT_CHARS:,} characters, none is {side} by a share of {self.share:g}; {way_out}"
+            f"{SEGMENT_CHARS:,} characters or {SEGMENT_IDS:,} token ids, none is {side} by a share "
+            f"of {self.share:g}; {way_out}"
         )

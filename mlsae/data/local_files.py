@@ -81,6 +81,11 @@ class LocalFiles:
                     yield [number, *record.start], record
 
 
+def has_splits(path: Path) -> bool:
+    """Whether `path` is what `datasets.save_to_disk` left of several splits."""
+    return (path / "dataset_dict.json").is_file()
+
+
 def _kind(path: Path) -> tuple[str, Reader]:
     """The kind and the reader of a file of this name. Raises KeyError if it is of no kind."""
     name = path.name.lower()
@@ -110,7 +115,7 @@ def _readable_files(path: Path) -> list[Path]:
 
 def _saved_files(path: Path, split: str) -> list[Path]:
     """The files of a folder that `datasets.save_to_disk` left; none if it is not such a folder."""
-    if (path / "dataset_dict.json").is_file():
+    if has_splits(path):
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         if split not in splits:
             raise InputError(

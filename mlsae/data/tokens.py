@@ -31,11 +31,12 @@ class Rows:
     """Iterate over rows of `seq_len` token ids, (T,) int64: one pass over the documents of `split`,
     or, with `endless`, pass after pass, each in its own order.
 
-    Documents are joined by EOS and cut into rows; the tokens left at the end of a pass, fewer than
-    a row, are dropped. If the tokenizer begins every text with BOS, every row begins with it, as
-    the model saw it in training. A text of more than 2²⁰ characters is tokenized in pieces, whose
-    ends are before white space. With a seed, rows are shuffled in a buffer of `buffer_rows`; pass
-    i draws from `seed` + i. A `state_dict` taken between two rows resumes with the very next one.
+    Documents are joined by EOS, which token ids may end with already, and cut into rows; the tokens
+    left at the end of a pass, fewer than a row, are dropped. If the tokenizer begins every text
+    with BOS, every row begins with it, as the model saw it in training. A text of more than 2²⁰
+    characters is tokenized in pieces, whose ends are before white space. With a seed, rows are
+    shuffled in a buffer of `buffer_rows`; pass i draws from `seed` + i. A `state_dict` taken
+    between two rows resumes with the very next one.
 
     Raises InputError if the tokenizer has no EOS, or if the whole split is shorter than one row.
     """
@@ -158,10 +159,13 @@ class Rows:
         texts = [piece.text for piece in batch if isinstance(piece.text, str)]
         encode = partial(self.tokenizer, add_special_tokens=False, verbose=False)
         encoded = iter(encode(texts)["input_ids"] if texts else [])
-        for piece in batch:
-            ids = next(encoded) if isinstance(piece.text, str) else self._checked(piece.text)
+        for text, ends in batch:
+            if isinstance(text, str):
+                ids, has_eos = next(encoded), False  # if a text writes EOS out, that is its own
+            else:
+                ids, has_eos = self._checked(text), text[-1] == self._eos
             self._tokens.add(ids)
-            if piece.ends:
+            if ends and not has_eos:
                 self._tokens.add([self._eos])
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import builtin
 from ..data.config import DataConfig, check_seed
+from ..data.heldout_split import check_share
 from ..data.sinks import DropRule
 from ..data.stream import DataStream, read_shape
 from ..distributed import log_rank0
@@ -20,18 +22,16 @@ from ..formats.places import check_residual
 from ..model import MLSAE
 
 _DEFAULT_MICRO_TOKENS = 2048
-_AS_TRAINED = (  # settings that a measurement takes from the run
-    "dataset_config",
-    "dataset_split",
-    "dataset_revision",
-    "heldout_share",
-    "max_bad_records",
-)
+# Settings of the text that a measurement takes from the run:
+_SHARES = ("heldout_share", "max_bad_records")  # for any text
+_PARTS = ("column", "dataset_config", "dataset_split", "dataset_revision")  # for its own dataset
+_APART = ("dataset_config", "dataset_split")  # which have no text in common
 _MEDIAN_TOKENS = 16_384  # of the held-out rows, to measure norms on
 _MOST_RESAMPLES = 1_000_000
 _TRAINED = {  # the settings of the training that a measurement begins from
     "dataset": str, "column": str, "seq_len": int, "seed": int, "model_dtype": str,
-    "model_device_map": str, "model_quantize": str,
+    "model_device_map": str, "model_quantize": str, "dataset_config": str, "dataset_split": str,
+    "dataset_revision": str, "heldout_share": float, "max_bad_records": float,
 }  # fmt: skip
 _CHOICES = {
     "model_dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -64,7 +64,23 @@ class HeldoutConfig:
     eos_token: str | None = None
     """The token that joins documents. None: as in the run, or the tokenizer's EOS with --model."""
     column: str | None = None
-    """The dataset's column of text. None: as in the run, or "text"."""
+    """The dataset's column of text, token ids or chats. None: as in the run, if it was trained on
+    this dataset, else "text"."""
+    dataset_config: str | None = None
+    """Configuration of a dataset on the hub. None: as in the run, if it was trained on this
+    dataset, else the default one."""
+    dataset_split: str | None = None
+    """Split of a dataset on the hub, or of a folder that save_to_disk left of several. None: as in
+    the run, if it was trained on this dataset, else train."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a dataset on the hub. None: as in the run, if it was trained on this
+    dataset, else the newest."""
+    heldout_share: float | None = None
+    """Share of the text that is held out, by the hash that chose it in training; of the text that
+    the run was trained on, at most the run's. 1: all of another text. None: as in the run, or
+    0.05."""
+    max_bad_records: float | None = None
+    """Share of the dataset's records that may be bad. None: as in the run."""
     seq_len: int | None = None
     """Tokens per row. None: as in the run."""
     drop_positions: tuple[int, ...] | None = None
@@ -102,6 +118,8 @@ def open_run(
         value = getattr(config, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
+    if config.heldout_share is not None:
+        check_share("heldout", config.heldout_share)
     if config.resamples > _MOST_RESAMPLES:  # else memory might end only after the measurement
         raise InputError(f"--resamples must be at most {_MOST_RESAMPLES:,}, got {config.resamples}")
     mlsae = MLSAE.from_pretrained(config.run, device).requires_grad_(False)
@@ -168,7 +186,8 @@ def _check_trained(trained: Any, run: Path) -> None:
         raise InputError(f"training in {run / 'config.json'} must be an object, got {trained!r}")
     for name, kind in _TRAINED.items():
         value = trained.get(name)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        kinds = (int, float) if kind is float else kind
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
             raise InputError(
                 f"training.{name} in {run / 'config.json'} must be of type {kind.__name__}, got "
                 f"{value!r}; repair the file"
@@ -192,11 +211,6 @@ def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -
             raise InputError(
                 f"{name} must be given, since config.json in {config.run} names none, got none"
             )
-    if trained and "heldout_share" not in trained and dataset != builtin.NAME:
-        log_rank0(
-            f"{config.run} was trained by an earlier version, which held out other text: some of "
-            f"the text measured on here may be text that it was trained on"
-        )
     # What is given, even if empty; else as in the run, which may know none of it.
     drops: dict[str, Any] = {
         "drop_positions": tuple(trained.get("drop_positions", ())),
@@ -212,10 +226,55 @@ def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -
         eos_token=config.eos_token or (trained.get("eos_token") if config.model is None else None),
         layers=config.layers or mlsae.config.layers or None,
         seq_len=config.seq_len or trained.get("seq_len"),
-        column=config.column or trained.get("column", "text"),
-        **{name: trained[name] for name in _AS_TRAINED if name in trained},
+        **_text_settings(config, trained, dataset),
         model_dtype=trained.get("model_dtype", "auto"),
         model_device_map=trained.get("model_device_map"),
         model_quantize=trained.get("model_quantize"),
         **drops,
     )
+
+
+def _text_settings(config: HeldoutConfig, trained: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """Which text of `dataset` to read: as given, else as in the run, else by default. What the run
+    says of the parts of its own dataset says nothing of another's."""
+    is_own = _is_same(dataset, trained.get("dataset"))
+    names, of_run = (*_PARTS, *_SHARES), _SHARES + (_PARTS if is_own else ())
+    given = {n: value for n in names if (value := getattr(config, n)) is not None}
+    known = {n: value for n in of_run if (value := trained.get(n)) is not None}
+    if dataset == builtin.NAME:
+        if config.heldout_share is not None:
+            raise InputError(
+                f"--heldout_share is for other text than {dataset}, which holds out whole files, "
+                f"got {config.heldout_share:g}; leave it out"
+            )
+    elif is_own:
+        # The configuration that is given may be the default one, of which the run has no name.
+        own = {"dataset_split": DataConfig.dataset_split} | known
+        if all(own.get(n) in (None, given.get(n, own.get(n))) for n in _APART):
+            _check_own_text(config, trained)
+    return known | given
+
+
+def _check_own_text(config: HeldoutConfig, trained: dict[str, Any]) -> None:
+    """Raise InputError if --heldout_share takes text that the run was trained on, and say so if
+    that may be."""
+    held_out: float = trained.get("heldout_share", DataConfig.heldout_share)
+    if config.heldout_share is not None and config.heldout_share > held_out:
+        raise InputError(
+            f"--heldout_share must be at most {held_out:g} on the text that {config.run} was "
+            f"trained on, since the rest was not held out, got {config.heldout_share:g}; give "
+            "less, or another text"
+        )
+    if "heldout_share" not in trained:
+        log_rank0(
+            f"{config.run} was trained by an earlier version, which held out other text: some of "
+            "the text measured on here may be text that it was trained on"
+        )
+
+
+def _is_same(dataset: str, other: str | None) -> bool:
+    """Whether two names are of one dataset: equal, or paths of one local file or folder."""
+    if other is None or dataset == other or builtin.NAME in (dataset, other):
+        return dataset == other
+    one, two = Path(os.path.expanduser(dataset)), Path(os.path.expanduser(other))
+    return one.exists() and two.exists() and one.samefile(two)

@@ -15,6 +15,8 @@ from ..data.stream import DataStream
 from ..memory import peak
 from ..model import MLSAE
 
+_TEXT = ("dataset", "dataset_config", "dataset_split", "dataset_revision", "heldout_share")
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -24,6 +26,10 @@ class Provenance:
     """Folder of the MLSAE, or its name on the hub."""
     model: str
     dataset: str
+    dataset_config: str | None
+    dataset_split: str
+    dataset_revision: str | None
+    heldout_share: float
     tokens: int
     """Tokens that were measured on: neither special nor dropped."""
     tokens_dropped: int
@@ -60,7 +66,7 @@ def provenance_of(
     return Provenance(
         run=str(run),
         model=stream.config.model,
-        dataset=stream.config.dataset,
+        **{name: getattr(stream.config, name) for name in _TEXT},
         tokens=int(token_mask.sum()),
         tokens_dropped=int(text_mask.sum() - token_mask.sum()),
         dropped=stream.drop.as_dict(),

@@ -25,6 +25,8 @@ _FREE = (  # what may differ from the run that is resumed, since the result does
     "shard_latents",
     "timeout",
     "micro_tokens",
+    # when it gives up: bad records are skipped, whatever share is allowed
+    "max_bad_records",
     # how it is watched
     "log",
     "log_tokens",
@@ -41,7 +43,6 @@ _BEFORE_THEY_WERE_SETTINGS = {
     "drop_norm": "off",
     "dataset_split": "train",
     "heldout_share": 0.05,
-    "max_bad_records": 0.01,
 }
 
 

@@ -219,6 +219,16 @@ def test_a_split_of_a_saved_dataset_is_read_or_named(tmp_path):
         read(tmp_path / "saved", dataset_config="en")
 
 
+@pytest.mark.parametrize("name", ["dataset_config", "dataset_split", "dataset_revision"])
+@pytest.mark.parametrize("dataset", ["builtin", "a.txt", "a.jsonl", "folder", "saved"])
+def test_settings_of_the_hub_are_refused_elsewhere(tmp_path, dataset, name):
+    path = dataset if dataset == "builtin" else str(write_as(tmp_path / dataset))
+    message = rf"--{name} is for .* {path} is .*, got validation; leave"
+    with pytest.raises(InputError, match=message):
+        read(path, **{name: "validation"})
+    assert read(path, **{name: getattr(DataConfig(), name)})
+
+
 def test_a_state_of_an_earlier_version_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", ["one"])
     old = Documents(DataConfig(dataset=path), "train")

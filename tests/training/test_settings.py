@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlsae.config import SAEConfig, SAESweep, TrainArguments, TrainConfig
+from mlsae.config import SAEConfig, SAESweep, TrainArguments, TrainConfig, check_config
 from mlsae.data.config import DataConfig
 from mlsae.errors import InputError
 from mlsae.train import parse
@@ -50,6 +50,20 @@ def test_only_what_changes_the_result_must_be_the_same():
         check_same([dataclasses.replace(c, seed=1) for c in configs], saved)
     with pytest.raises(InputError, match=r"--sae.expansion must be 2 3 to resume"):
         check_same(configs[:1], saved)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 1.5, float("nan")])
+def test_training_needs_text_of_both_sides(share):
+    config = TrainConfig(DataConfig(heldout_share=share))
+    with pytest.raises(InputError, match=r"--heldout_share must .* less than 1, since the rest"):
+        check_config(config)
+
+
+def test_a_run_ended_by_bad_records_resumes_as_the_error_advises():
+    config = TrainConfig(DataConfig(max_bad_records=0.2), resume=True)
+    check_same([config], joint_settings([TrainConfig()]))
+    with pytest.raises(InputError, match=r"--heldout_share must be 0.05 to resume"):
+        check_same([TrainConfig(DataConfig(heldout_share=0.2))], joint_settings([TrainConfig()]))
 
 
 def test_a_run_from_before_a_setting_is_resumed_as_it_was_made():
