@@ -1,5 +1,6 @@
 """The ops in Triton, with the names, arguments and results of `torch_ops`."""
 
+from ..torch_ops import keep_topk_
 from .adam import adam_unit_norm_
 from .sparse import CSC, csc_by_latent, gather_dot, gather_sum, scatter_outer, sum_by_latent
 from .topk import topk_encode
@@ -10,6 +11,7 @@ __all__ = [
     "csc_by_latent",
     "gather_dot",
     "gather_sum",
+    "keep_topk_",
     "scatter_outer",
     "sum_by_latent",
     "topk_encode",

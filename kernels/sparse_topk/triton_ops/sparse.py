@@ -194,7 +194,7 @@ def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return out
 
 
-def scatter_outer(values: Tensor, csc: CSC, x: Tensor) -> Tensor:
+def scatter_outer(values: Tensor, csc: CSC, x: Tensor, out: Tensor | None = None) -> Tensor:
     """out[m] = Σ values[n, k] · x[n] over the (n, k) that chose m; in a fixed order.
 
     values (N, K), x (N, D) → (M, D), zero where no token chose m. A latent that many tokens chose
@@ -202,6 +202,8 @@ def scatter_outer(values: Tensor, csc: CSC, x: Tensor) -> Tensor:
     one latent are stored in float32 (in float64 if the sum is), (N·K/C, D).
     """
     (n, k), d, m = values.shape, x.shape[1], len(csc.indptr) - 1
+    if out is not None:
+        return out.add_(scatter_outer(values, csc, x))
     values, x = values.contiguous(), x.contiguous()
     if values.dtype == x.dtype and latents_are_few(n, d, m, k, x.dtype):
         return few_latents.scatter_outer(values, csc, x)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..matmul import product, segments
+from ...matmul import product, segments
 from .keys import LOWEST, ordered
 from .select import select_stored
 

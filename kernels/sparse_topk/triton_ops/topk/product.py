@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..matmul import segments
+from ...matmul import segments
 from ..precision import dot_precision
 from ..sparse import gather_dot
 from .keys import LOWEST, ordered

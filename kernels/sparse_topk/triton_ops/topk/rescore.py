@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..matmul import segments
+from ...matmul import segments
 from .select import pick_groups, rank
 
 _BYTES = 256 * 2**20  # of opened groups' scores held at a time
