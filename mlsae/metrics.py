@@ -7,7 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,16 +15,27 @@ from torch import Tensor
 from .distributed import Group
 
 
+class AnyMoments(Protocol):
+    """Mean and spread of vectors per layer, all float64."""
+
+    @property
+    def n_tokens(self) -> Tensor: ...
+    @property
+    def mean(self) -> Tensor: ...
+    @property
+    def sq_dev(self) -> Tensor: ...
+
+
 class Moments:
     """Mean and spread of vectors per layer, over any number of batches.
 
     Batches merge exactly (Chan, Golub and LeVeque, 1983), so the result does not depend on how the
-    tokens were split. The state is float64: the number of tokens, their mean (L, D), and their
-    summed squared deviation from it per dimension (L, D).
+    tokens were split. The state is float64 and stays on the device: the number of tokens (), their
+    mean (L, D), and their summed squared deviation from it per dimension (L, D).
     """
 
     def __init__(self, n_layers: int, d_in: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+        self.n_tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.mean = torch.zeros(n_layers, d_in, dtype=torch.float64, device=device)
         self.sq_dev = torch.zeros(n_layers, d_in, dtype=torch.float64, device=device)
 
@@ -35,43 +46,40 @@ class Moments:
             return
         n_layers, d_in = self.mean.shape
         batch = Moments(n_layers, d_in, self.mean.device)
-        batch.count = x.shape[1]
+        batch.n_tokens += x.shape[1]
         batch.mean = x.mean(1, dtype=torch.float64)
         batch.sq_dev = (x - batch.mean[:, None].to(x.dtype)).square().sum(1, dtype=torch.float64)
         self.merge(batch)
 
-    def merge(self, other: Moments) -> None:
+    def merge(self, other: AnyMoments) -> None:
         """Update with the tokens of `other`."""
-        total = self.count + other.count
-        if total == 0:
-            return
+        total = self.n_tokens + other.n_tokens
+        share = other.n_tokens / total.clamp_min(1)
         delta = other.mean - self.mean
-        self.mean = self.mean + delta * (other.count / total)
-        spread = delta.square() * (self.count * other.count / total)
-        self.sq_dev = self.sq_dev + other.sq_dev + spread
-        self.count = total
+        self.mean = self.mean + delta * share
+        self.sq_dev = self.sq_dev + other.sq_dev + delta.square() * (self.n_tokens * share)
+        self.n_tokens = total
 
     def state_dict(self) -> dict[str, Any]:
         """The state to save."""
-        return {"count": self.count, "mean": self.mean, "sq_dev": self.sq_dev}
+        return {"count": int(self.n_tokens), "mean": self.mean, "sq_dev": self.sq_dev}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state."""
-        self.count = state["count"]
+        self.n_tokens = self.n_tokens.new_tensor(float(state["count"]))
         self.mean = state["mean"].to(self.mean.device)
         self.sq_dev = state["sq_dev"].to(self.sq_dev.device)
 
     def variance(self) -> Tensor:
         """Σ_d Var_n(x[ℓ, n, d]): the mean squared distance from the layer's mean vector, (L,)."""
-        return self.sq_dev.sum(1) / max(self.count, 1)
+        return self.sq_dev.sum(1) / self.n_tokens.clamp_min(1)
 
     def variance_of_elements(self) -> Tensor:
         """D · Var_{n,d}(x[ℓ, n, d]): as `variance`, but about one scalar mean per layer, (L,).
 
         It exceeds `variance` by the spread of the dimensions' means.
         """
-        scatter = (self.mean - self.mean.mean(1, keepdim=True)).square().sum(1)
-        return self.variance() + (scatter if self.count else 0)
+        return self.variance() + (self.mean - self.mean.mean(1, keepdim=True)).square().sum(1)
 
 
 def reduce(moments: Sequence[Moments], sums: Sequence[Tensor], group: Group) -> None:
@@ -84,19 +92,18 @@ def reduce(moments: Sequence[Moments], sums: Sequence[Tensor], group: Group) -> 
     """
     if group.size == 1:
         return
-    weights = [m.mean.new_tensor(float(m.count)) for m in moments]
-    parts = [*sums, *weights, *(m.count * m.mean for m in moments)]
+    parts = [*sums, *(m.n_tokens for m in moments), *(m.n_tokens * m.mean for m in moments)]
     totals = iter(_sum_all(parts, group))
     for sum_ in sums:
         sum_.copy_(next(totals))
     counts = [next(totals) for _ in moments]
     means = [next(totals) / count.clamp_min(1) for count in counts]
     spread = [
-        m.sq_dev + m.count * (m.mean - mean).square()
+        m.sq_dev + m.n_tokens * (m.mean - mean).square()
         for m, mean in zip(moments, means, strict=True)
     ]
     for m, count, mean, sq_dev in zip(moments, counts, means, _sum_all(spread, group), strict=True):
-        m.count, m.mean, m.sq_dev = int(count), mean, sq_dev
+        m.n_tokens, m.mean, m.sq_dev = count, mean, sq_dev
 
 
 def _sum_all(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
@@ -106,7 +113,7 @@ def _sum_all(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
     return [sum_.view(part.shape) for sum_, part in zip(sums, parts, strict=True)]
 
 
-def fvu(sq_error: Tensor, n_tokens: int, moments: Moments) -> Tensor:
+def fvu(sq_error: Tensor, n_tokens: int | Tensor, moments: Moments) -> Tensor:
     """Fraction of variance unexplained, per layer (L,): Σ|x − x̂|² / Σ|x − mean_n x|².
 
     Each dimension has its own mean, so predicting the mean vector scores 1. `sq_error` (L,) is
@@ -116,7 +123,7 @@ def fvu(sq_error: Tensor, n_tokens: int, moments: Moments) -> Tensor:
     return sq_error / n_tokens / moments.variance()
 
 
-def fvu_paper(sq_error: Tensor, n_tokens: int, moments: Moments) -> Tensor:
+def fvu_paper(sq_error: Tensor, n_tokens: int | Tensor, moments: Moments) -> Tensor:
     """FVU as the paper computes it, per layer (L,), with the variance of all elements about one
     scalar mean (arXiv 2409.04185, §2). Where dimensions have large means, it is smaller than
     `fvu`."""

@@ -82,30 +82,10 @@ class Reconstruction:
         _, mean, std = self.standard
         return self._x - self._output.x_hat * std - mean
 
-    @cached_property
-    def standardized_error(self) -> Tensor:
-        """x̃ − x̃̂ (…, D): the error before de-standardization."""
-        return self.standard.x - self._output.x_hat
-
     @property
     def codes(self) -> TopK:
         """The active latents: values and indices (…, K)."""
         return self._output.codes
-
-
-class Losses(NamedTuple):
-    """What one pass gives: the loss to differentiate, and sums for the metrics."""
-
-    loss: Tensor
-    """() mean over layers of the FVU, plus aux_weight · aux."""
-    aux: Tensor
-    """() the AuxK loss; exactly 0 with no dead latents."""
-    sq_error: Tensor
-    """(L,) Σ_n |x − x̂|² in the units of x, detached."""
-    error: Tensor
-    """(L, N, D) x̃ − x̃̂, standardized units, detached."""
-    codes: TopK
-    """(L, N, K) active latents."""
 
 
 class MLSAE(nn.Module, HubFiles):
@@ -169,48 +149,6 @@ class MLSAE(nn.Module, HubFiles):
     def forward(self, x: Tensor) -> Tensor:
         """x̂ (…, D), in the units and the dtype of x."""
         return self.reconstruct(x).x_hat
-
-    def losses(
-        self,
-        x: Tensor,
-        variance: Tensor,
-        n_tokens: int,
-        *,
-        dead: Tensor | None = None,
-        k_aux: int = 0,
-        error_variance: Tensor | None = None,
-        aux_weight: float = 1 / 32,
-    ) -> Losses:
-        """The training loss of residuals x (L, N, D), a part of a step of `n_tokens` tokens.
-
-            loss = mean_ℓ [ Σ_n |x − x̂|² / (n_tokens · variance_ℓ) ] + aux_weight · aux
-            e    = x̃ − x̃̂, detached;  ê = Σ ReLU(TopK_{k_aux} among the dead) · W_dec rows
-            aux  = mean_ℓ [ Σ_n |e − ê|² / (n_tokens · error_variance_ℓ) ]
-
-        `variance` (L,) and `error_variance` (L,) are given, from the tokens seen before (see
-        `metrics.Moments.variance`), and `n_tokens` is the whole step's: so the losses of the
-        parts of a step add up to the loss of the whole, however it is split. With no `dead` ids
-        (Q,) or no `error_variance`, aux is 0. Its gradient reaches W_enc and W_dec only. When
-        sharded, `dead` are this process's own; None if no process has any.
-        """
-        reconstruction = self.reconstruct(x)
-        error = reconstruction.standardized_error.detach()
-        sq_error = reconstruction.error.square().sum((1, 2))  # (L,)
-        loss = (sq_error / variance).mean() / n_tokens
-        aux = torch.zeros((), device=x.device)
-        some_dead = dead is not None and (len(dead) > 0 or self.shards.size > 1)
-        if dead is not None and some_dead and error_variance is not None:
-            target = (reconstruction.standard.x - self.sae.b_dec).detach()
-            predicted = self.sae.reconstruct_subset(target, dead, k_aux)
-            missed = (error - predicted).square().sum((1, 2))
-            aux = (missed / error_variance).mean() / n_tokens
-        return Losses(
-            loss + aux_weight * aux,
-            aux.detach(),
-            sq_error.detach(),
-            error,
-            reconstruction.codes,
-        )
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, of all shards together. Collective when sharded: every process

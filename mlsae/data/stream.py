@@ -37,6 +37,15 @@ class Shape(NamedTuple):
     """Tokens per row (T)."""
 
 
+class Residuals(NamedTuple):
+    """Residuals to train on. The mask leaves tokens out without changing a shape."""
+
+    x: Tensor
+    """(L, N, D) in the transformer's dtype."""
+    mask: Tensor
+    """(N,) bool, on the same device: which tokens count."""
+
+
 def read_shape(config: DataConfig) -> Shape:
     """The shape that `config` asks for.
 
@@ -141,37 +150,42 @@ class DataStream:
         """Which tokens of rows (B, T) are kept, (B, T) bool. The model runs if norms decide."""
         token_mask = self._keeps_places(input_ids)
         if self.drop.norm is not None and token_mask.any():
-            kept = [
-                self.drop.keeps_norms(self._read(rows, mask).norm(dim=-1))
-                for rows, mask in zip(
-                    input_ids.split(self.micro_rows), token_mask.split(self.micro_rows), strict=True
-                )
-            ]
-            token_mask[token_mask.clone()] = torch.cat(kept).to(token_mask.device)
+            parts = input_ids.split(self.micro_rows)
+            kept = torch.cat([self._keeps_norms(self._read(rows)) for rows in parts])
+            token_mask &= kept.view_as(token_mask).to(token_mask.device)
         return token_mask
 
-    def residuals(self, input_ids: Tensor) -> Iterator[Tensor]:
-        """Residuals (L, N, D) of this process's rows among input_ids (B, T), in parts, without the
-        tokens that are dropped. Processes with the same rows are given the same parts."""
+    def masked_residuals(self, input_ids: Tensor) -> Iterator[Residuals]:
+        """Residuals (L, N, D) of this process's rows among input_ids (B, T), in parts, with a mask
+        that is False where a token is dropped. Processes with the same rows are given the same
+        parts."""
         for rows in self._own_parts(input_ids):
-            x = self._read(rows, self._keeps_places(rows))
+            x = self._read(rows)
+            mask = self._keeps_places(rows).flatten().to(x.device, non_blocking=True)
             if self.drop.norm is not None:
-                x = x[:, self.drop.keeps_norms(x.norm(dim=-1))]
-            yield x
+                mask &= self._keeps_norms(x)
+            yield Residuals(x, mask)
+
+    def residuals(self, input_ids: Tensor) -> Iterator[Tensor]:
+        """As `masked_residuals`, without the tokens that are dropped, in float32: (L, N, D)."""
+        for x, mask in self.masked_residuals(input_ids):
+            yield x[:, mask].float()
 
     def kept_and_dropped(self, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """As `residuals`, and beside them those of dropped tokens that are not special: pairs of
         (L, N, D)."""
-        for rows in self._own_parts(input_ids):
-            not_special_here = not_special(rows, self.tokenizer)
-            x = self._read(rows, not_special_here)
-            keep = self.drop.keeps_norms(x.norm(dim=-1))
-            keep &= self.drop.keeps_places(rows)[not_special_here].to(keep.device)
-            yield x[:, keep], x[:, ~keep]
+        parts = zip(self._own_parts(input_ids), self.masked_residuals(input_ids), strict=True)
+        for rows, (x, mask) in parts:
+            dropped = not_special(rows, self.tokenizer).flatten().to(x.device) & ~mask
+            yield x[:, mask].float(), x[:, dropped].float()
 
     def _keeps_places(self, input_ids: Tensor) -> Tensor:
         """(B, T) bool: what is neither special nor dropped by position or id."""
         return not_special(input_ids, self.tokenizer) & self.drop.keeps_places(input_ids)
+
+    def _keeps_norms(self, x: Tensor) -> Tensor:
+        """(N,) bool: which of the residuals x (L, N, D) are not dropped by norm."""
+        return self.drop.keeps_norms(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32))
 
     def _own_parts(self, input_ids: Tensor) -> Iterator[Tensor]:
         """This process's rows, `micro_rows` at a time."""
@@ -180,22 +194,19 @@ class DataStream:
         if own.start < own.stop:
             yield from input_ids[own].split(self.micro_rows)
 
-    def _read(self, rows: Tensor, token_mask: Tensor) -> Tensor:
-        """Residuals (L, N, D) of rows (B, T) where token_mask (B, T) is True. Processes that hold
-        shards of the latents run the transformer on some of the rows each, and exchange what they
-        have read."""
+    def _read(self, rows: Tensor) -> Tensor:
+        """Residuals (L, N, D) of rows (B, T). Processes that hold shards of the latents run the
+        transformer on some of the rows each, and exchange what they have read."""
         group = self.mesh.latents
         parts = splits(len(rows), group.size)
-        lengths = [int(token_mask[part].sum()) for part in parts]
+        lengths = [part.stop - part.start for part in parts]
         own = parts[group.rank] if lengths[group.rank] else parts[0]
-        x = self.reader(rows[own].to(self.device))[:, token_mask[own].to(self.device)]
-        x = x[:, : lengths[group.rank]]
-        if group.size == 1 or not any(lengths):
-            return x.float()
-        gathered = group.all_gather(F.pad(x, (0, 0, 0, max(lengths) - x.shape[1])))  # (S, L, N', D)
-        return torch.cat(
-            [part[:, :length] for part, length in zip(gathered, lengths, strict=True)], dim=1
-        ).float()
+        x = self.reader(rows[own].to(self.device))[:, : lengths[group.rank]]  # (L, B', T, D)
+        if group.size == 1:
+            return x.flatten(1, 2)
+        padded = F.pad(x, (0, 0, 0, 0, 0, max(lengths) - x.shape[1]))
+        gathered = zip(group.all_gather(padded), lengths, strict=True)  # (S, L, B', T, D)
+        return torch.cat([part[:, :length] for part, length in gathered], dim=1).flatten(1, 2)
 
     def _rows(self, split: Split, seed: int | None = None, endless: bool = False) -> Rows:
         return Rows(self.config, self.tokenizer, self.seq_len, split, seed=seed, endless=endless)

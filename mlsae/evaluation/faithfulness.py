@@ -155,7 +155,7 @@ class FaithfulnessPass:
 
     def fvu_all(self) -> Tensor | None:
         """See `Faithfulness.fvu_all`."""
-        n_tokens = self.moments_all[0].count
+        n_tokens = int(self.moments_all[0].n_tokens)
         variance = torch.cat([moments.variance() for moments in self.moments_all])
         return self.sq_error_all / n_tokens / variance if n_tokens else None
 

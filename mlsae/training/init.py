@@ -47,12 +47,12 @@ def init_stats(
     standard = [torch.zeros(len(config.layers), 0, config.d_in, device=device)]
     room = max(1, _MEDIAN_VECTORS // len(config.layers))  # tokens
     for x in parts:
-        left = max(0, room - moments.count)
+        left = max(0, room - int(moments.n_tokens))
         moments.update(x)
         if left > 0:
             standard.append(mlsae.standardize(x[:, :left])[0])
-    counts = data.all_gather(torch.tensor(moments.count, device=device)).tolist()
-    own = max(0, room - sum(counts[: data.rank]))  # tokens that lower ranks leave to take
+    counts = data.all_gather(moments.n_tokens).tolist()
+    own = max(0, room - int(sum(counts[: data.rank])))  # tokens that lower ranks leave to take
     first = torch.cat(standard, dim=1)[:, :own].flatten(0, 1)
     metrics.reduce([moments], [], data)
     for layer, variance in zip(config.layers, moments.variance().tolist(), strict=True):

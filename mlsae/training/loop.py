@@ -23,11 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import TrainConfig, shared_folder
-from ..data.stream import DataStream
+from ..data.stream import DataStream, Residuals
 from ..data.tokens import Batches, BroadcastBatches
 from ..distributed import is_rank0, log_rank0
 from ..errors import NonFiniteError
 from . import checkpoint, previous
+from .gradients import forward_backward
 from .run_dir import RunDir
 from .settings import History, joint_settings
 from .signals import Signals
@@ -39,21 +40,21 @@ from .validation import Validation, validate
 
 def train_step(
     states: Sequence[TrainState],
-    parts: Iterable[Tensor],
+    parts: Iterable[Residuals],
     n_tokens: int,
     lap: Callable[[str], None] = lambda stage: None,
 ) -> list[StepMetrics]:
-    """One optimizer step of each SAE on the same batch: residuals (L, N, D) in parts, of `n_tokens`
-    tokens in all parts of all processes. `lap` is told when a stage ends. Returns each SAE's
-    metrics of the step.
+    """One optimizer step of each SAE on the same batch: residuals (L, N, D) and their masks (N,) in
+    parts, of `n_tokens` tokens in all parts of all processes. `lap` is told when a stage ends.
+    Returns each SAE's metrics of the step.
 
     Raises NonFiniteError, in every process, if a loss is not finite; no weight has changed then.
     """
     steps = [state.begin_step(n_tokens) for state in states]
-    for x in parts:
+    for x, mask in parts:
         lap("model")
         for state, step in zip(states, steps, strict=True):
-            forward_backward(state, step, x)
+            forward_backward(state, step, x, mask)
         lap("SAE")
     for state, step in zip(states, steps, strict=True):
         all_reduce_grads(state)
@@ -63,33 +64,17 @@ def train_step(
     for state, step in zip(states, steps, strict=True):
         set_lr(state.optimizer, state.schedule(state.tokens))
         state.optimizer.step()
-        state.optimizer.zero_grad()
+        state.optimizer.zero_grad(set_to_none=False)  # the next gradients are added in place
         state.end_step(step)
     lap("optimizer")
     return [step.metrics for step in steps]
 
 
-def forward_backward(state: TrainState, step: Step, x: Tensor) -> None:
-    """Add the gradient of a part of the batch, residuals x (L, N, D), and count its metrics."""
-    with state.autocast():
-        losses = state.mlsae.losses(
-            x,
-            step.variance,
-            step.n_tokens,
-            dead=step.dead,
-            k_aux=state.k_aux,
-            error_variance=state.error_variance,
-            aux_weight=state.aux_weight,
-        )
-    losses.loss.backward()
-    step.update(x, losses)
-
-
 def all_reduce_grads(state: TrainState) -> None:
     """Add up the gradients of all processes.
 
-    Once per step, and not beside the backward pass: the gradients of both weights come out of
-    its last function together, so there is nothing left to hide the messages behind.
+    Once per step, and not beside the backward pass: the gradients of both weights come last, one
+    after the other, so there is little left to hide the messages behind.
     """
     if state.data.size == 1:
         return
@@ -103,7 +88,7 @@ def all_reduce_grads(state: TrainState) -> None:
 def raise_if_nonfinite(state: TrainState, step: Step) -> None:
     """Raise NonFiniteError if the step's loss is not finite, which names the layer and the way
     out; the gradients are dropped."""
-    loss = step.metrics.loss.item()
+    loss = state.fetch(step)
     if math.isfinite(loss):
         return
     state.optimizer.zero_grad()
@@ -180,7 +165,9 @@ class TrainLoop:
                 timer.lap("waiting for text")
                 self._count_passes(bar)
                 n_tokens = self.stream.count(input_ids)
-                train_step(self.states, self.stream.residuals(input_ids), n_tokens, timer.lap)
+                train_step(
+                    self.states, self.stream.masked_residuals(input_ids), n_tokens, timer.lap
+                )
 
                 self.seconds = time.perf_counter() - started
                 done = self.tokens >= config.tokens

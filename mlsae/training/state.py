@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_topk import UnitNormAdam
+from sparse_topk.shadows import Shadows
 
 from .. import metrics
 from ..distributed import ALONE, Group
@@ -53,14 +54,20 @@ class TrainState:
         self.dead_tokens, self.k_aux, self.aux_weight = dead_tokens, k_aux, aux_weight
         self.dtype = dtype
         self.device = sae.W_dec.device
+        self.shadows = Shadows(dtype)
+        """The weights in `dtype`, which the optimizer writes with the weights."""
         self.optimizer = UnitNormAdam(
-            sae.parameter_groups(), max_grad_norm=max_grad_norm, total_norm=sae.total_norm
+            sae.parameter_groups(),
+            max_grad_norm=max_grad_norm,
+            total_norm=sae.total_norm,
+            shadows=self.shadows,
         )
         self.tokens = 0
         self.steps = 0
         self.inactive_tokens = torch.zeros(len(sae.W_dec), dtype=torch.int64, device=self.device)
         self.moments = metrics.Moments(len(config.layers), config.d_in, self.device)
-        self.error_variance: Tensor | None = None  # (L,) of x̃ − x̃̂ in the last step
+        self.error_variance: Tensor | None = None  # (L,) of (x − x̂) / (σ + ε) in the last step
+        self.n_dead = self.n_dead_anywhere = 0  # of this shard, of all shards
         self.window = self._empty_metrics()
         """Metrics of the steps since the last log line."""
 
@@ -83,32 +90,47 @@ class TrainState:
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
         """The context in which the SAE computes in `dtype`."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        if self.dtype in (torch.bfloat16, torch.float16):
+            return torch.autocast(self.device.type, self.dtype)
+        return nullcontext()
 
     def begin_step(self, n_tokens: int) -> Step:
-        """A step of `n_tokens` tokens, in all parts of all processes. Collective when sharded."""
-        dead = self.dead().nonzero().flatten()
-        any_dead = self.mlsae.shards.sum_int(len(dead)) > 0
+        """A step of `n_tokens` tokens, in all parts of all processes."""
+        dead = None
+        if self.n_dead_anywhere:  # a sort, as torch's nonzero waits for the device
+            dead = self.dead().sort(descending=True, stable=True).indices[: self.n_dead]
         return Step(
             n_tokens,
             self.moments.variance().float(),
-            dead if any_dead else None,
+            dead,
             len(self.inactive_tokens),
             self.mlsae.config.d_in,
         )
 
+    def fetch(self, step: Step) -> float:
+        """The loss of a step, all parts of all processes added up, and how many latents are dead
+        after it: all that the host learns of a step, in one transfer. Collective when sharded."""
+        inactive_tokens = self._inactive_tokens_after(step)
+        n_dead = (inactive_tokens >= self.dead_tokens).sum(dtype=torch.float64)
+        n_dead_anywhere = self.mlsae.shards.sum_(n_dead.clone())
+        told = torch.stack([step.metrics.loss.double(), n_dead, n_dead_anywhere])
+        loss, *counts = told.tolist()
+        step.n_dead = (int(counts[0]), int(counts[1]))
+        return loss
+
     def end_step(self, step: Step) -> None:
         """Count what a step has seen, after its update of the weights."""
+        self.inactive_tokens = self._inactive_tokens_after(step)
+        self.n_dead, self.n_dead_anywhere = step.n_dead
         self.tokens += step.n_tokens
         self.steps += 1
-        self.inactive_tokens += step.n_tokens
-        self.inactive_tokens[step.active] = 0
         self.moments.merge(step.metrics.moments)
         self.error_variance = step.errors.variance().float()
         step.metrics.steps = 1
         self.window.add(step.metrics)
+
+    def _inactive_tokens_after(self, step: Step) -> Tensor:
+        return torch.where(step.active, 0, self.inactive_tokens + step.n_tokens)
 
     def end_window(self) -> StepMetrics:
         """The metrics of the steps since the last call."""
@@ -156,7 +178,9 @@ class TrainState:
         self.window.load_state_dict(state["window"])
         saved, own_rows = state["trainer"], self.mlsae.sae.own_rows
         self.tokens, self.steps = saved["tokens"], saved["steps"]
-        self.inactive_tokens.copy_(own_rows(saved["inactive_tokens"]))
+        self.inactive_tokens = own_rows(saved["inactive_tokens"]).to(self.device)
+        self.n_dead = int(self.dead().sum())
+        self.n_dead_anywhere = self.mlsae.shards.sum_int(self.n_dead)
         self.moments.load_state_dict(saved["moments"])
         error_variance = saved["error_variance"]
         if error_variance is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..distributed import Group
-from ..model import ACTIVE, Losses
+from ..model import ACTIVE
 
 
 class StepMetrics:
@@ -27,7 +27,7 @@ class StepMetrics:
 
     def fvu(self) -> Tensor:
         """(L,) of the tokens summed over; see `metrics.fvu`."""
-        return metrics.fvu(self.sq_error, self.moments.count, self.moments)
+        return metrics.fvu(self.sq_error, self.moments.n_tokens, self.moments)
 
     def add(self, other: StepMetrics) -> None:
         """Add the sums of `other`."""
@@ -68,20 +68,43 @@ class Step:
         """(L,) of the tokens before this step: what the loss divides by."""
         self.dead = dead
         """(Q,) ids of this process's dead latents; None if no process has any."""
+        self.n_dead = (0, 0)
+        """Latents dead after the step, of this process and of all; see `TrainState.fetch`."""
         self.metrics = StepMetrics(len(variance), d_in, device)
         self.errors = metrics.Moments(len(variance), d_in, device)
-        """Of x̃ − x̃̂."""
-        self.active = torch.zeros(n_latents, dtype=torch.bool, device=device)
-        """(M,) whether a latent was active at any token."""
+        """Of (x − x̂) / (σ + ε)."""
+        # One place more, for what is not active: so nothing is chosen by a mask, whose length the
+        # host would wait for.
+        self._active = torch.zeros(n_latents + 1, dtype=torch.bool, device=device)
 
-    def update(self, x: Tensor, losses: Losses) -> None:
-        """Add a part: residuals x (L, N, D) and their losses."""
-        self.metrics.loss += losses.loss.detach()
-        self.metrics.aux += losses.aux
-        self.metrics.sq_error += losses.sq_error
-        self.metrics.moments.update(x)
-        self.errors.update(losses.error)
-        self.active[losses.codes.indices[losses.codes.values > ACTIVE]] = True
+    @property
+    def active(self) -> Tensor:
+        """(M,) whether a latent was active at any token."""
+        return self._active[:-1]
+
+    def update(
+        self,
+        loss: Tensor,
+        aux: Tensor,
+        sq_error: Tensor,
+        moments: metrics.AnyMoments,
+        errors: metrics.AnyMoments,
+    ) -> None:
+        """Add what a part adds to the metrics."""
+        self.metrics.loss += loss
+        self.metrics.aux += aux
+        self.metrics.sq_error += sq_error
+        self.metrics.moments.merge(moments)
+        self.errors.merge(errors)
+
+    def mark_active(self, values: Tensor, indices: Tensor, mask: Tensor | None) -> None:
+        """Note which latents are active at a part's tokens, values and indices (L·N, K), of which
+        mask (N,) is True where they count."""
+        is_active = values > ACTIVE
+        if mask is not None:
+            is_active &= mask.repeat(len(self.metrics.sq_error))[:, None]
+        chosen = torch.where(is_active, indices, len(self.active))
+        self._active.index_fill_(0, chosen.flatten(), True)
 
     def all_reduce_(self, data: Group) -> None:
         """Add up what the processes of the group `data` have: the same in all of them."""
@@ -90,4 +113,4 @@ class Step:
         total = self.metrics
         sums = [total.loss, total.aux, total.sq_error]
         metrics.reduce([total.moments, self.errors], sums, data)
-        self.active = data.max_(self.active.to(torch.uint8)).bool()
+        self._active = data.max_(self._active.to(torch.uint8)).bool()

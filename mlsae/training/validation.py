@@ -109,11 +109,11 @@ class _ValidationSums:
         sums = [self.sq_error, self.dropped_sq_error, self.totals, self.counts]
         metrics.reduce([self.moments, self.dropped_moments], sums, data)
         active = self.mlsae.shards.sum_(self.counts.sum(0))
-        n_tokens = self.moments.count
+        n_tokens = int(self.moments.n_tokens)
         if n_tokens == 0:
             raise ValueError("residuals must hold at least one token, got none")
         gather_rows = self.mlsae.sae.gather_rows
-        n_dropped, moments_all = self.dropped_moments.count, self.dropped_moments
+        n_dropped, moments_all = int(self.dropped_moments.n_tokens), self.dropped_moments
         moments_all.merge(self.moments)
         sq_error_all = self.sq_error + self.dropped_sq_error
         return Validation(
@@ -122,7 +122,7 @@ class _ValidationSums:
             metrics.fvu(self.sq_error, n_tokens, self.moments),
             metrics.fvu_paper(self.sq_error, n_tokens, self.moments),
             active / n_tokens,
-            metrics.fvu(sq_error_all, moments_all.count, moments_all),
+            metrics.fvu(sq_error_all, moments_all.n_tokens, moments_all),
             top_share,
             gather_rows(self.totals),
             gather_rows(self.counts),

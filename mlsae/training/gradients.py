@@ -1,0 +1,150 @@
+"""The loss of a part of a batch and its gradients, written out as ops, without autograd.
+
+    x̃ = (x − μ) / (σ + ε)                     c = x̃ − b_pre
+    h = ReLU(TopK(W_enc c + b_enc))            x̂ = (Σ_k h · W_dec rows + b_pre) σ + μ
+    e = (x − x̂) / (σ + ε)
+    loss = mean_ℓ [ Σ_n |x − x̂|² / (n_tokens · variance_ℓ) ] + aux_weight · aux
+    aux  = mean_ℓ [ Σ_n |e − ê|² / (n_tokens · error_variance_ℓ) ]
+    ê = Σ ReLU(TopK_{k_aux} of W_enc c + b_enc among the dead latents) · W_dec rows, e being fixed
+
+The gradient with respect to the decoder's output is −2 σ (σ + ε) e / (L · n_tokens · variance_ℓ): a
+number per vector, times e. So e is all that is stored of the reconstruction: the loss, its gradient
+and AuxK need no more. The gradient of aux reaches W_enc, W_dec and b_enc of dead latents only.
+
+The variances are of tokens seen before the step (see `metrics.Moments.variance`), and `n_tokens` is
+the whole step's: so the losses and gradients of a step's parts add up to those of the whole,
+however it is split. A masked token has weight 0 in all of it: shapes do not depend on the mask, and
+nothing here waits for the device.
+
+Legend: L layers, N tokens, D width of the residual stream, M latents, K active latents per token, Q
+dead latents.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparse_topk import SparseTopKSAE, TopK, ops
+from sparse_topk.auxk import auxk
+from sparse_topk.training_ops import decode_error, reconstruction_error, standardize
+
+from ..model import SIGMA_EPS
+from ..sharding import Selection
+from .state import TrainState
+from .step import Step
+
+
+class _Weights(NamedTuple):
+    """The weights in the dtype of the step."""
+
+    W_enc: Tensor
+    b_enc: Tensor | None
+    W_dec: Tensor
+
+
+@torch.no_grad()
+def forward_backward(state: TrainState, step: Step, x: Tensor, mask: Tensor | None = None) -> None:
+    """Add the gradient of a part of the batch to the parameters' `grad`, and its metrics to `step`.
+
+    Residuals x (L, N, D) in any floating-point dtype, of which the tokens where `mask` (N,) is
+    False have no part in anything, whatever their residuals are; None: all have. Computed in
+    `state.dtype`, with sums in float32 at least. Collective when sharded.
+    """
+    mlsae, sae = state.mlsae, state.mlsae.sae
+    eps = SIGMA_EPS if mlsae.config.standardize else None
+    of = state.shadows.of
+    weights = _Weights(of(sae.W_enc), None if sae.b_enc is None else of(sae.b_enc), of(sae.W_dec))
+    shards = None if mlsae.shards.size == 1 else Selection(mlsae.shards, mlsae.config.k)
+
+    centered, mean, std, moments = standardize(x, sae.b_dec, mask, state.dtype, eps)
+    k = min(mlsae.config.k, len(weights.W_enc))
+    values, indices = ops.topk_encode(centered, weights.W_enc, weights.b_enc, k, relu=True)
+    if shards is None:
+        error, sq_error, error_moments = decode_error(
+            values, indices, weights.W_dec, sae.b_dec, x, mean, std, mask, eps
+        )
+    else:
+        values = shards.keep(values)
+        x_hat = shards.sum(ops.gather_sum(values, indices, weights.W_dec)).add_(sae.b_dec)
+        error, sq_error, error_moments = reconstruction_error(x_hat, x, mean, std, mask, eps)
+
+    per_layer = 1 / (len(x) * step.n_tokens * step.variance)  # (L,)
+    scale = std if eps is None else std * (std + eps)
+    scale = (scale.view(len(x), -1) * (-2 * per_layer)[:, None]).flatten()
+    _add_gradients(sae, weights, centered, TopK(values, indices), error, scale, shards)
+    loss, aux = (sq_error * per_layer).sum(), _add_aux(state, step, weights, centered, error, mask)
+    step.update(loss + state.aux_weight * aux, aux, sq_error, moments, error_moments)
+    step.mark_active(values, indices, mask)
+
+
+def _add_gradients(
+    sae: SparseTopKSAE,
+    weights: _Weights,
+    centered: Tensor,
+    codes: TopK,
+    error: Tensor,
+    scale: Tensor,
+    shards: Selection | None,
+) -> None:
+    """Add the gradients of the loss, whose gradient with respect to the decoder's output is
+    `scale` (L·N,) times `error` (L·N, D)."""
+    values, indices = codes
+    d_values = ops.gather_dot(error, indices, weights.W_dec).mul_(scale[:, None])
+    # ReLU's backward: 0 where values <= 0, a test that passes NaN on.
+    d_scores = torch.ops.aten.threshold_backward(d_values, values, 0)
+    csc = ops.csc_by_latent(indices, len(weights.W_enc))
+    scaled = torch.mul(values, scale[:, None], out=d_values)  # whose memory is free now
+    ops.scatter_outer(scaled, csc, error, out=_grad(sae.W_dec))
+    ops.scatter_outer(d_scores, csc, centered, out=_grad(sae.W_enc))
+    by_latent = ops.sum_by_latent(d_scores, indices, csc)
+    if sae.b_enc is not None:
+        _grad(sae.b_enc).add_(by_latent)
+    # b_pre is added to the output, and subtracted before the encoder: Σ_n d_centered[n] =
+    # by_latent @ W_enc, one matrix-vector product.
+    d_centered = by_latent.to(weights.W_enc.dtype) @ weights.W_enc
+    if shards is not None:
+        d_centered = shards.sum(d_centered)
+    _grad(sae.b_dec).add_(scale.to(error.dtype) @ error).sub_(d_centered)
+
+
+def _add_aux(
+    state: TrainState,
+    step: Step,
+    weights: _Weights,
+    centered: Tensor,
+    error: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Add the gradients of aux, times its weight; the value of aux (): exactly 0 with no dead
+    latents."""
+    sae, group = state.mlsae.sae, state.mlsae.shards
+    if step.dead is None or state.error_variance is None:
+        return torch.zeros((), device=error.device)
+    n_layers = len(state.error_variance)
+    per_layer = 1 / (n_layers * step.n_tokens * state.error_variance)  # (L,)
+    weight = per_layer[:, None].expand(-1, len(error) // n_layers)
+    weight = (weight if mask is None else weight * mask).flatten()  # (L·N,)
+    dead = step.dead
+    b_enc = None if weights.b_enc is None else weights.b_enc[dead]
+    result = auxk(
+        centered, error, weight * state.aux_weight,
+        weights.W_enc[dead], b_enc, weights.W_dec[dead], state.k_aux,
+        shards=None if group.size == 1 else Selection(group, state.k_aux),
+        max_latents=math.ceil(sae.n_latents / group.size),
+    )  # fmt: skip
+    for parameter, grad in ((sae.W_enc, result.W_enc), (sae.W_dec, result.W_dec)):
+        _grad(parameter).index_add_(0, dead, grad)
+    if sae.b_enc is not None:
+        _grad(sae.b_enc).index_add_(0, dead, result.b_enc)
+    return weight.double() @ result.sq_error.double()
+
+
+def _grad(parameter: nn.Parameter) -> Tensor:
+    """The parameter's gradient, to add to."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
