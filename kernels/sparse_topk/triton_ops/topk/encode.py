@@ -73,7 +73,7 @@ def group_size(m: int, k: int) -> tuple[int, int]:
 
     fitting = [
         (group, n_keys)
-        for group in (4, 8, 16, 32, 64)
+        for group in (4, 16, 32, 64)
         for n_keys in (2, 3, 4)
         if (group == n_keys or k <= _MOST_REOPENED)
         and n_keys * (m // group) + min(n_keys, m % group) >= k

@@ -21,6 +21,7 @@ def pick_groups(
     P,
     G: tl.constexpr,
     BLOCK_J: tl.constexpr,  # bests held in registers; the rest, if any, is read again
+    STORE_J: tl.constexpr,  # bests looked at together for the groups to store: it takes more of them
 ):
     """Write the P groups of the largest bests of a row."""
     bests = _load_bests(bests_ptr, 0, J, G, BLOCK_J)
@@ -36,10 +37,10 @@ def pick_groups(
         count = _count_bests(bests, middle - 1, bests_ptr, J, G, BLOCK_J)
         low, high = narrow(low, high, count, middle, P)
     room = P - _count_bests(bests, low, bests_ptr, J, G, BLOCK_J)
-    ties, filled = _store_picks(bests, 0, low, room, 0, 0, picks_ptr, BLOCK_J)
-    for start_j in range(BLOCK_J, J, BLOCK_J):
-        more = _load_bests(bests_ptr, start_j, J, G, BLOCK_J)
-        ties, filled = _store_picks(more, start_j, low, room, ties, filled, picks_ptr, BLOCK_J)
+    ties, filled = 0, 0
+    for start_j in range(0, J, STORE_J):
+        some = _load_bests(bests_ptr, start_j, J, G, STORE_J)
+        ties, filled = _store_picks(some, start_j, low, room, ties, filled, picks_ptr, STORE_J)
 
 
 @triton.jit

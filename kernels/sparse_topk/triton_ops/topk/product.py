@@ -63,7 +63,7 @@ def top_keys(
         tma = describes(capability) and aligned
     precision = dot_precision(x.dtype)
     if tile is None:
-        tile = product_tile(capability, x.dtype, precision, tma, n, m, processors)
+        tile = product_tile(capability, x.dtype, precision, tma, group, n, m, processors)
     keys = torch.empty(n, n_keys, triton.cdiv(m, group), device=x.device, dtype=torch.int32)
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(m, tile.block_m)
     band = max(8, min(64, _X_BYTES // (tile.block_n * d * x.element_size())))
@@ -88,13 +88,14 @@ def product_tile(
     dtype: torch.dtype,
     precision: str,
     tma: bool,
+    group: int,
     n: int,
     m: int,
     processors: int,
 ) -> Tile:
     """The tile for a chip (compute capability, (0, 0) is the interpreter; and its number of
     processors), an input dtype, a `tl.dot` precision, loads by tensor descriptor (`tma`) or by
-    pointer, and N tokens and M latents.
+    pointer, G, and N tokens and M latents.
 
     On one H100 (2026-11-26, torch 2.11, Triton 3.6), persistent programs that multiply
     128 × 256 × 64 tiles of bf16 with 8 warps were the fastest tried for 8192 tokens, as fast as
@@ -109,7 +110,8 @@ def product_tile(
         return Tile(block_n, 128 if m >= 128 * processors else 64, block_d, 4, 4)
     if precision == "tf32x3":
         return Tile(128, 128 if tma else 64, 32, 8, 3)
-    wide = tma and triton.cdiv(n, 128) * triton.cdiv(m, 256) >= processors
+    fills = triton.cdiv(n, 128) * triton.cdiv(m, 256) >= processors
+    wide = tma and group >= 32 and fills
     return Tile(128, 256 if wide else 128, block_d, 8, 3)
 
 

@@ -20,7 +20,7 @@ def scores_of(latents, x_ptr, W_ptr, bias_ptr, M, D, BLOCK_D: tl.constexpr):
     mask_m = latents < M
     W_ptrs = W_ptr + latents.to(tl.int64)[:, None] * D + offs_d[None, :]
     acc = tl.zeros((latents.shape[0], BLOCK_D), tl.float32)
-    for start_d in range(0, D, BLOCK_D):
+    for start_d in tl.range(0, D, BLOCK_D, loop_unroll_factor=2):
         mask_d = offs_d < D - start_d
         W = tl.load(W_ptrs + start_d, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
         x = tl.load(x_ptr + start_d + offs_d, mask=mask_d, other=0.0)

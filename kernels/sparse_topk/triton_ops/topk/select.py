@@ -69,19 +69,29 @@ def select(
     scratch = torch.empty(n, 2, k, device=keys.device, dtype=torch.int32)
     select_kernel[(n,)](
         keys, scratch, x, W, bias, values, indices, m, d, n_groups, min(k, n_groups), k,
-        G=group, T=n_keys, RELU=relu, BLOCK_J=tile.block_j, BLOCK_K=tile.block_k,
-        BLOCK_D=tile.block_d, num_warps=tile.warps,
+        G=group, T=n_keys, RELU=relu, num_warps=tile.warps, **blocks(tile),
     )  # fmt: skip
 
 
 def select_tile(n_groups: int, k: int, group: int) -> SelectTile:
-    """32 bests and at most 16 picked keys per thread, and 32 products where a group is opened. One
-    warp wherever that holds a row, because its threads then wait for no others. From compiled code,
-    not from timings."""
+    """At most 32 bests and 16 picked keys per thread, and 16 products where a group is opened; one
+    warp if that holds a row, because its threads then wait for no others. From compiled code (64
+    registers at J = 512, so that 32 programs fit a processor; 8192 bests take 8 warps), not from
+    timings."""
     block_j = min(8192, max(32, triton.next_power_of_2(n_groups)))
     block_k = min(1024, max(32, triton.next_power_of_2(k)))
     warps = max(1, block_j // 1024, block_k // 128)
-    return SelectTile(block_j, block_k, max(16, 1024 * warps // group), warps)
+    return SelectTile(block_j, block_k, min(128, 512 * warps // group), warps)
+
+
+def blocks(tile: SelectTile) -> dict[str, int]:
+    """The block sizes of `select_kernel`. Positions are found for 16 bests and 2 picked groups per
+    thread at a time, since they take many registers."""
+    return {
+        "BLOCK_J": tile.block_j, "STORE_J": min(tile.block_j, 512 * tile.warps),
+        "BLOCK_K": tile.block_k, "STORE_K": min(tile.block_k, 64 * tile.warps),
+        "BLOCK_D": tile.block_d,
+    }  # fmt: skip
 
 
 @triton.jit
@@ -144,31 +154,43 @@ def _kth_key(keys, keys_ptr, picks_ptr, J, P, K, G: tl.constexpr, BLOCK_K: tl.co
 
 
 @triton.jit
-def _store_taken(picks, keys, low, room, ties, filled, kept_ptr, indices_ptr, G: tl.constexpr):
+def _store_taken(
+    keys_ptr, picks_ptr, start_p, low, room, ties, filled, kept_ptr, indices_ptr, M, J, P,
+    G: tl.constexpr, T: tl.constexpr, RELU: tl.constexpr, STORE_K: tl.constexpr,
+):  # fmt: skip
     """Append what is above `low`, and what equals it while there is room, in the order of latents.
-    Returns how many such ties there were, how many are taken by now, and whether T-th keys are."""
+    Returns how many such ties there were and how many are taken by now. Of picks, those stay that
+    may hide more; the others become J."""
+    picks, keys = _load_picked(keys_ptr, picks_ptr, start_p, J, P, T, STORE_K)
     tied = ((keys[0] & -G) == low).to(tl.int32)
-    for t in tl.static_range(1, len(keys)):
+    for t in tl.static_range(1, T):
         tied += ((keys[t] & -G) == low).to(tl.int32)
     earlier = ties + tl.cumsum(tied, 0) - tied
     taken = ()
     count = tl.zeros_like(tied)
-    for t in tl.static_range(len(keys)):
+    for t in tl.static_range(T):
         equal = (keys[t] & -G) == low
         take = ((keys[t] & -G) > low) | (equal & (earlier < room))
         earlier += equal.to(tl.int32)
         count += take.to(tl.int32)
         taken = taken + (take,)
     start = filled + tl.cumsum(count, 0) - count
-    for t in tl.static_range(len(keys)):
+    for t in tl.static_range(T):
         follow = keys[t] & (G - 1)  # members of the group that follow
         slots = start
-        for u in tl.static_range(len(keys)):
+        for u in tl.static_range(T):
             if u != t:
                 slots += (taken[u] & ((keys[u] & (G - 1)) > follow)).to(tl.int32)
         tl.store(kept_ptr + slots, keys[t] & -G, mask=taken[t])
         tl.store(indices_ptr + slots, (picks * G + (G - 1 - follow)).to(tl.int64), mask=taken[t])
-    return ties + tl.sum(tied, 0), filled + tl.sum(count, 0), taken[len(keys) - 1]
+    if T < G:
+        doubt = taken[T - 1] & (M - picks * G > T)
+        if RELU:
+            doubt = doubt & ((keys[T - 1] & -G) > 0)
+        offs_p = start_p + tl.arange(0, STORE_K)
+        tl.debug_barrier()  # all is read before any is written
+        tl.store(picks_ptr + offs_p, tl.where(doubt, picks, J), mask=offs_p < P)
+    return ties + tl.sum(tied, 0), filled + tl.sum(count, 0)
 
 
 @triton.jit
@@ -210,8 +232,10 @@ def select_kernel(
     G: tl.constexpr,
     T: tl.constexpr,
     RELU: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,  # bests held in registers; the rest, if any, is read again
+    STORE_J: tl.constexpr,  # bests looked at together to store picks
+    BLOCK_K: tl.constexpr,  # picked groups, and latents taken, held in registers
+    STORE_K: tl.constexpr,  # picked groups looked at together to store what is taken
     BLOCK_D: tl.constexpr,
 ):
     """One program takes the K largest of a row."""
@@ -222,25 +246,21 @@ def select_kernel(
     x_ptr += pid_n * D
     values_ptr += pid_n * K
     indices_ptr += pid_n * K
-    pick_groups(keys_ptr, picks_ptr, J, P, G, BLOCK_J)
+    pick_groups(keys_ptr, picks_ptr, J, P, G, BLOCK_J, STORE_J)
     tl.debug_barrier()
-    picks, keys = _load_picked(keys_ptr, picks_ptr, 0, J, P, T, BLOCK_K)
+    _, keys = _load_picked(keys_ptr, picks_ptr, 0, J, P, T, BLOCK_K)
     low = _kth_key(keys, keys_ptr, picks_ptr, J, P, K, G, BLOCK_K)
     room = K - _count_keys(keys, low, keys_ptr, picks_ptr, J, P, G, BLOCK_K)
-    ties, filled, doubt = _store_taken(
-        picks, keys, low, room, 0, 0, kept_ptr, indices_ptr, G
-    )
-    for start_p in range(BLOCK_K, P, BLOCK_K):
-        more_picks, more = _load_picked(keys_ptr, picks_ptr, start_p, J, P, T, BLOCK_K)
-        ties, filled, _ = _store_taken(
-            more_picks, more, low, room, ties, filled, kept_ptr, indices_ptr, G
-        )
+    ties, filled = 0, 0
+    for start_p in range(0, P, STORE_K):
+        ties, filled = _store_taken(
+            keys_ptr, picks_ptr, start_p, low, room, ties, filled, kept_ptr, indices_ptr, M, J, P,
+            G, T, RELU, STORE_K,
+        )  # fmt: skip
     tl.debug_barrier()
     if T < G:
-        doubt = doubt & (M - picks * G > T)
-        if RELU:
-            doubt = doubt & ((keys[T - 1] & -G) > 0)
-        waiting = tl.where(doubt, picks, J)
+        offs_p = tl.arange(0, BLOCK_K)
+        waiting = tl.load(picks_ptr + offs_p, mask=offs_p < P, other=J)
         group = tl.min(waiting, 0)
         while group < J:
             open_group(
