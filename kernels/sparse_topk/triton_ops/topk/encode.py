@@ -19,7 +19,7 @@ from .select import select
 
 _KEY_BYTES = 512 * 2**20  # of keys held at a time
 _MOST_REOPENED = 1024  # of the K for which groups are opened again
-_OPENED = 256  # keys that cost as much as one latent of an opened group
+_OPENED = 160  # keys that cost as much as one latent of an opened group
 
 
 def topk_encode(
@@ -62,14 +62,15 @@ def topk_encode(
 def group_size(m: int, k: int) -> tuple[int, int]:
     """G latents per group and T keys of each, such that keys and opened groups cost the least.
 
-    A selection takes as long as its keys, T M / G, and a latent of an opened group as long as 256
-    keys (by the cost model: D = 1024 to 2048 in half precision, and the time to wait for it). On
-    one H100 (2026-11-26) G = 64 with T = 3 at K = 32 and T = 4 at K = 256 were the fastest, which
-    this reproduces; other K are not timed.
+    A selection takes as long as its keys, T M / G, and an opened group as long as 160 (G + 32) more
+    (from the cost model: D = 1024 to 2048 in half precision, and the time to wait for it). On one
+    H100 (2026-11-26) G = 64 with T = 3 at K = 32 and T = 4 at K = 256 were the fastest, which this
+    reproduces; other K are not timed.
     """
 
     def cost(group: int, n_keys: int) -> float:
-        return n_keys * m / group + _OPENED * group * expected_opened(m, k, group, n_keys)
+        opened = expected_opened(m, k, group, n_keys)
+        return n_keys * m / group + _OPENED * (group + 32) * opened
 
     fitting = [
         (group, n_keys)

@@ -109,9 +109,9 @@ def product_tile(
         block_n = max(16, triton.next_power_of_2(n))
         return Tile(block_n, 128 if m >= 128 * processors else 64, block_d, 4, 4)
     if precision == "tf32x3":
-        return Tile(128, 128 if tma else 64, 32, 8, 3)
+        return Tile(128, 128 if tma and group == 64 else 64, 32, 8, 3)
     fills = triton.cdiv(n, 128) * triton.cdiv(m, 256) >= processors
-    wide = tma and group >= 32 and fills
+    wide = tma and fills and group >= (32 if capability[0] == 9 else 64)
     return Tile(128, 256 if wide else 128, block_d, 8, 3)
 
 
