@@ -22,9 +22,10 @@ from torch import Tensor
 from mlsae import MLSAE
 from mlsae.config import SAEConfig, TrainConfig
 from mlsae.data.config import DataConfig
-from mlsae.data.stream import DataStream, read_shape
+from mlsae.data.stream import DataStream, Residuals, read_shape
+from mlsae.training.gradients import forward_backward
 from mlsae.training.init import init_stats, mlsae_config
-from mlsae.training.loop import forward_backward, raise_if_nonfinite, train_step
+from mlsae.training.loop import raise_if_nonfinite, train_step
 from mlsae.training.state import TrainState
 from mlsae.training.validation import validate
 
@@ -35,12 +36,12 @@ Measured = dict[str, Tensor]
 """Gradients and metrics of a step, by name."""
 
 
-def measure(state: TrainState, n_tokens: int, parts: Iterable[Tensor]) -> Measured:
+def measure(state: TrainState, n_tokens: int, parts: Iterable[Residuals]) -> Measured:
     """A step on residuals in `parts`, up to the update of the weights, which is left out."""
     state.optimizer.zero_grad()
     step = state.begin_step(n_tokens)
-    for x in parts:
-        forward_backward(state, step, x)
+    for x, mask in parts:
+        forward_backward(state, step, x, mask)
     raise_if_nonfinite(state, step)
     grads = {f"gradient of {n}": p.grad.clone() for n, p in state.mlsae.sae.named_parameters()}
     state.optimizer.zero_grad()
@@ -51,6 +52,11 @@ def measure(state: TrainState, n_tokens: int, parts: Iterable[Tensor]) -> Measur
         "error variance": step.errors.variance(),
         "active latents": step.active.double(),
     }
+
+
+def _split(whole: Residuals, n: int) -> list[Residuals]:
+    parts = zip(whole.x.tensor_split(n, dim=1), whole.mask.tensor_split(n), strict=True)
+    return [Residuals(x, mask) for x, mask in parts]
 
 
 def differences(whole: Measured, split: Measured) -> dict[str, float]:
@@ -89,16 +95,17 @@ def compare(steps: int, splits: Sequence[int]) -> tuple[dict[str, dict[str, floa
             largest[way][name] = max(largest[way].get(name, 0.0), value)
 
     for number in range(steps):
-        (x,) = stream.residuals(next(batches))
+        input_ids = next(batches)
         if number == 0:
-            state.initialize(*init_stats(mlsae, [x]))
-        parts = {f"{n} parts": x.tensor_split(n, dim=1) for n in splits}
-        parts["reordered"] = (x.flip(1),)
-        whole = measure(state, x.shape[1], [x])
+            state.initialize(*init_stats(mlsae, stream.residuals(input_ids)))
+        n_tokens, (whole,) = stream.count(input_ids), stream.masked_residuals(input_ids)
+        parts = {f"{n} parts": _split(whole, n) for n in splits}
+        parts["reordered"] = [Residuals(whole.x.flip(1), whole.mask.flip(0))]
+        measured = measure(state, n_tokens, [whole])
         for way in ways:
-            keep_largest(way, differences(whole, measure(state, x.shape[1], parts[way])))
-        with_aux += bool(whole["aux"] > 0)
-        train_step([state], [x], x.shape[1])
+            keep_largest(way, differences(measured, measure(state, n_tokens, parts[way])))
+        with_aux += bool(measured["aux"] > 0)
+        train_step([state], [whole], n_tokens)
     batches.close()
 
     (x,) = stream.residuals(stream.heldout(BATCH_TOKENS))

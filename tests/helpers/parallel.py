@@ -15,6 +15,7 @@ from mlsae.training.init import init_stats
 from mlsae.training.loop import train_step
 from mlsae.training.state import TrainState
 from mlsae.training.validation import validate
+from tests.helpers.parts import unmasked
 
 L, N, D, M, K = 2, 61, 8, 49, 4
 SHARDS = [1, 2, 4]  # of the latents, on 4 processes
@@ -26,7 +27,7 @@ def make(mesh):
     mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 3)), shards=mesh.latents).double()
     state = TrainState(
         mlsae, schedule=lambda tokens: 1e-2, dead_tokens=100, k_aux=6, aux_weight=1 / 32,
-        max_grad_norm=1.0, data=mesh.data,
+        max_grad_norm=1.0, data=mesh.data, dtype=torch.float64,
     )  # fmt: skip
     with mock.patch.object(init, "_MEDIAN_VECTORS", L * 40):  # of L · 61
         state.initialize(*init_stats(mlsae, mine(residuals(99), mesh), mesh.data))
@@ -50,7 +51,7 @@ def train(state, mesh, seeds):
     """Metrics of the last step; one of the steps has fewer tokens than processes."""
     for seed in seeds:
         x = residuals(seed, 3 if seed % 10 == 7 else N)
-        (metrics,) = train_step([state], mine(x, mesh), x.shape[1])
+        (metrics,) = train_step([state], map(unmasked, mine(x, mesh)), x.shape[1])
     return {
         "fvu": metrics.fvu(), "loss": metrics.loss, "aux": metrics.aux,
         "dead": torch.tensor(state.dead_share()),

@@ -21,8 +21,8 @@ def test_moments_do_not_depend_on_the_split(sizes, seed):
     moments = metrics.Moments(2, 3)
     for part in x.split(sizes, dim=1):
         moments.update(part)
-    assert moments.count == sum(sizes)
-    if moments.count:
+    assert moments.n_tokens == sum(sizes)
+    if moments.n_tokens:
         expected = (x - x.mean(1, keepdim=True)).square().sum(2).mean(1)
         torch.testing.assert_close(moments.variance(), expected)
         flat = x.flatten(1)

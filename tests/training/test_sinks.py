@@ -27,6 +27,7 @@ from mlsae.training.loop import train_step
 from mlsae.training.run import train
 from mlsae.training.validation import validate
 from tests.helpers.models import save_gpt2
+from tests.helpers.parts import unmasked
 from tests.training.test_step import make as make_state
 
 T = 64
@@ -147,7 +148,7 @@ def test_a_step_without_some_vectors_is_the_step_of_the_rest():
     losses = []
     for state, pieces, n in ((whole, [x], 80), (parts, x.split(10, 1), 80), (rest, [x], 64)):
         state.schedule = lambda _: 1e-3
-        (step,) = train_step([state], pieces, n)
+        (step,) = train_step([state], map(unmasked, pieces), n)
         assert state.tokens == n
         losses.append(step.loss.item())
     assert losses[0] == pytest.approx(losses[1]) == pytest.approx(losses[2] * 64 / 80)

@@ -9,9 +9,11 @@ import torch
 from mlsae import MLSAE, MLSAEConfig
 from mlsae.errors import InputError, NonFiniteError
 from mlsae.training import init
+from mlsae.training.gradients import forward_backward
 from mlsae.training.init import geometric_median, init_stats
-from mlsae.training.loop import forward_backward, train_step
+from mlsae.training.loop import train_step
 from mlsae.training.state import TrainState
+from tests.helpers.parts import unmasked
 
 L, N, D, M, K = 2, 64, 8, 48, 4
 
@@ -28,7 +30,7 @@ def make(**options):
 def take(state, parts, lr):
     """The metrics of one optimizer step on residuals in parts."""
     state.schedule = lambda tokens: lr
-    (metrics,) = train_step([state], parts, sum(x.shape[1] for x in parts))
+    (metrics,) = train_step([state], map(unmasked, parts), sum(x.shape[1] for x in parts))
     return metrics
 
 
@@ -66,7 +68,7 @@ def test_constant_vectors_are_reproduced_and_change_nothing_else():
     for state, parts in ((some, [residuals(0), constant]), (none, [residuals(0)])):
         step = state.begin_step(N)
         for x in parts:
-            forward_backward(state, step, x)
+            forward_backward(state, step, *unmasked(x))
         gradients.append([p.grad.clone() for p in state.mlsae.parameters()])
         assert step.metrics.sq_error.isfinite().all()
     for one, other in zip(*gradients, strict=True):
@@ -83,7 +85,7 @@ def test_the_first_median_needs_bounded_memory(monkeypatch):
     torch.testing.assert_close(whole, split)
     standard = mlsae.standardize(x[:, :20])[0].flatten(0, 1)
     assert torch.equal(whole, geometric_median(standard))
-    assert moments.count == N
+    assert moments.n_tokens == N
 
 
 def test_the_decoder_stays_on_the_unit_sphere():

@@ -159,10 +159,9 @@ def _largest(keys, T: tl.constexpr):
     none = tl.full(keys.shape, LOWEST, tl.int32)
     if T == 2:
         return tl.reduce((keys, none), 2, _largest_2)
-    elif T == 3:
+    if T == 3:
         return tl.reduce((keys, none, none), 2, _largest_3)
-    else:
-        return tl.reduce((keys, none, none, none), 2, _largest_4)
+    return tl.reduce((keys, none, none, none), 2, _largest_4)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .keys import HIGHEST, LOWEST, score_of
+from .keys import LOWEST, score_of
 from .pick import pick_groups
 from .reopen import open_group, scores_of
 from .search import middle_of, narrow, smallest_of
