@@ -1,9 +1,9 @@
 """The ops in Triton, with the names, arguments and results of `torch_ops`."""
 
 from .adam import adam_unit_norm_
-from .decode_error import decode_error, reconstruction_error
+from .decode import decode_error, reconstruction_error
 from .sparse import CSC, csc_by_latent, gather_dot, gather_sum, scatter_outer, sum_by_latent
-from .standardize import standardize
+from .standardization import standardize
 from .topk import topk_encode
 
 __all__ = [

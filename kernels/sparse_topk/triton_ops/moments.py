@@ -22,7 +22,7 @@ from ..torch_residuals import TokenMoments
 def store_block(
     block_mean_ptr,  # (L, B, D) out
     block_sq_dev_ptr,  # (L, B, D) out
-    row,  # of (L·B, D)
+    row,  # int64, of (L·B, D)
     offs_d,
     D,
     count,  # kept tokens
@@ -34,7 +34,7 @@ def store_block(
     shift = sum_ / tl.maximum(count, 1.0)
     sq_dev = sq_sum - sum_ * shift
     sq_dev = tl.where(sq_dev < 0, 0.0, sq_dev)  # of a rounding; NaN stays
-    offs = row.to(tl.int64) * D + offs_d
+    offs = row * D + offs_d
     tl.store(block_mean_ptr + offs, origin.to(tl.float64) + shift.to(tl.float64), offs_d < D)
     tl.store(block_sq_dev_ptr + offs, sq_dev, offs_d < D)
 
@@ -137,7 +137,13 @@ def merge_blocks(
     return sq_error, TokenMoments(n_tokens, mean, sq_dev)
 
 
+def block_length(warps: int, most: int) -> int:
+    """Tokens per block (R), a power of two in [8, most], where blocks of one token would have
+    `warps` warps in all: 4096 warps at least, of which an H100 holds some 2600 at a time."""
+    return 1 << max(3, min(most, warps // 4096).bit_length() - 1)
+
+
 def merge_blocks_tile() -> tuple[int, int, int]:
-    """Blocks at a time, columns and warps of one program: 64 bytes of each row, and many programs,
-    since each waits for memory most of its time. From the cost model, not timed."""
-    return 32, 16, 4
+    """Blocks at a time, columns and warps of one program: few columns, 64 bytes of each row at
+    least, so that many programs wait for memory at once. From the cost model, not timed."""
+    return 128, 16, 8

@@ -14,10 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..torch_residuals import TokenMoments
-from .moments import empty_blocks, merge_blocks, store_block
+from .moments import block_length, empty_blocks, merge_blocks, store_block
 from .precision import sum_type
 
 __all__ = ["standardize"]
+
+
+@triton.jit
+def _deviations(x, mean, in_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x − mean of each row, and 0 beyond D."""
+    deviations = x - mean[:, None]
+    if D < BLOCK_D:
+        deviations = tl.where(in_row, deviations, 0.0)
+    return deviations
 
 
 @triton.jit
@@ -31,7 +40,7 @@ def standardize_kernel(
     block_mean_ptr,  # (L, B, D) out
     block_sq_dev_ptr,  # (L, B, D) out
     N,
-    D,
+    D: tl.constexpr,
     EPS: tl.constexpr,  # or None: nothing is standardized
     R: tl.constexpr,
     ROWS: tl.constexpr,  # tokens loaded at a time
@@ -40,7 +49,7 @@ def standardize_kernel(
 ):
     """One program standardizes one block of tokens of one layer, all columns at once, and sums the
     block's moments."""
-    pid_b, pid_l = tl.program_id(0), tl.program_id(1)
+    pid_b, pid_l = tl.program_id(0), tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     in_row = (offs_d < D)[None, :]
     center = tl.zeros([BLOCK_D], ACC_DTYPE)
@@ -56,31 +65,33 @@ def standardize_kernel(
         keep = inside
         if mask_ptr is not None:
             keep &= tl.load(mask_ptr + offs_n, inside, other=0).to(tl.int1)
-        rows = pid_l.to(tl.int64) * N + offs_n
+        rows = pid_l * N + offs_n
         offs = rows[:, None] * D + offs_d[None, :]
         x = tl.load(x_ptr + offs, keep[:, None] & in_row, other=0.0).to(ACC_DTYPE)
+        kept = keep.to(ACC_DTYPE)
         mean = tl.zeros([ROWS], ACC_DTYPE)
-        std = tl.zeros([ROWS], ACC_DTYPE) + 1.0
+        std = tl.full([ROWS], 1.0, ACC_DTYPE)
         standardized = x
         if EPS is not None:
             mean = tl.sum(x, 1) / D
-            # It is off by a rounding, which a constant vector must not show.
-            mean += tl.sum(tl.where(in_row, x - mean[:, None], 0.0), 1) / D
-            deviations = tl.where(in_row, x - mean[:, None], 0.0)
+            deviations = _deviations(x, mean, in_row, D, BLOCK_D)
+            mean += tl.sum(deviations, 1) / D  # it was off by a rounding
+            deviations = _deviations(x, mean, in_row, D, BLOCK_D)
             std = tl.sqrt(tl.sum(deviations * deviations, 1) / (D - 1))
             standardized = deviations * (1.0 / (std + EPS))[:, None]
-        centered = tl.where(keep[:, None], standardized - center[None, :], 0.0)
+        # Where a token is not kept, x is 0 here; what is subtracted from it must be too.
+        centered = standardized - kept[:, None] * center[None, :]
         centered = centered.to(centered_ptr.dtype.element_ty)
         tl.store(centered_ptr + offs, centered, inside[:, None] & in_row)
         tl.store(mean_ptr + rows, mean, inside)
         tl.store(std_ptr + rows, std, inside)
-        kept = tl.sum(keep.to(ACC_DTYPE), 0)
-        first = tl.sum(x, 0) / tl.maximum(kept, 1.0)
-        origin = tl.where(count == 0, first, origin)
-        shifted = tl.where(keep[:, None], x - origin[None, :], 0.0)
+        n_kept = tl.sum(kept, 0)
+        if count == 0:
+            origin = tl.sum(x, 0) / tl.maximum(n_kept, 1.0)
+        shifted = x - kept[:, None] * origin[None, :]
         sum_ += tl.sum(shifted, 0)
         sq_sum += tl.sum(shifted * shifted, 0)
-        count += kept
+        count += n_kept
     row = pid_l * tl.num_programs(0) + pid_b
     store_block(block_mean_ptr, block_sq_dev_ptr, row, offs_d, D, count, origin, sum_, sq_sum)
 
@@ -96,7 +107,7 @@ def standardize(
     centered = x.new_empty(n_layers * n, d, dtype=dtype)
     mean = x.new_empty(n_layers * n, dtype=acc_dtype)
     std = torch.empty_like(mean)
-    tokens, rows, block, warps = standardize_tile(n_layers * n, d, x.element_size())
+    tokens, rows, block, warps = standardize_tile(n_layers * n, d)
     means, sq_devs = empty_blocks(x, acc_dtype, tokens)
     with torch.cuda.device_of(x):
         if n:
@@ -108,13 +119,12 @@ def standardize(
     return centered, mean, std, moments
 
 
-def standardize_tile(tokens: int, d: int, element_size: int) -> tuple[int, int, int, int]:
-    """Tokens per block (R), tokens at a time, columns and warps of one program: a whole row, 16
-    columns per thread. Small blocks keep all of a GPU busy, large ones store fewer moments. From
-    the cost model and compiled code, not timed."""
+def standardize_tile(tokens: int, d: int) -> tuple[int, int, int, int]:
+    """Tokens per block (R), tokens at a time, columns and warps of one program: a whole row, 8
+    columns per thread; 16 above D = 4096, whose threads have few registers. Small blocks keep all
+    of a GPU busy, large ones store fewer moments. From the cost model and compiled code, not
+    timed."""
     block = triton.next_power_of_2(d)
-    warps = max(1, min(32, block // 512))
-    per_block = 64
-    while per_block > 8 and tokens < per_block * 2048:
-        per_block //= 2
-    return per_block, 2, block, warps
+    rows, per_thread = (2, 8) if block <= 4096 else (1, 16)
+    warps = max(1, min(32, block // (32 * per_thread)))
+    return block_length(tokens * warps, 64), rows, block, warps

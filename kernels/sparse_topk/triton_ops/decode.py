@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..torch_residuals import TokenMoments
-from .moments import empty_blocks, merge_blocks, store_block
+from .moments import block_length, empty_blocks, merge_blocks, store_block
 from .precision import sum_type
 
 __all__ = ["decode_error", "reconstruction_error"]
@@ -47,7 +47,7 @@ def decode_error_kernel(
 ):
     """One program takes one block of tokens of one layer, in one block of columns: it decodes each
     token, stores its error, and sums the squares and the moments."""
-    pid_b, pid_d, pid_l = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pid_b, pid_d, pid_l = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     count = tl.zeros([], ACC_DTYPE)
@@ -59,7 +59,7 @@ def decode_error_kernel(
         keep = True
         if mask_ptr is not None:
             keep = tl.load(mask_ptr + n).to(tl.int1)
-        row = pid_l.to(tl.int64) * N + n
+        row = pid_l * N + n
         x = tl.load(x_ptr + row * D + offs_d, mask_d & keep, other=0.0).to(ACC_DTYPE)
         mean = tl.load(mean_ptr + row).to(ACC_DTYPE)
         std = tl.load(std_ptr + row).to(ACC_DTYPE)
@@ -153,7 +153,5 @@ def decode_error_tile(tokens: int, d: int, k: int, element_size: int) -> tuple[i
     2.11, Triton 3.6); R is from the cost model, not timed: small blocks keep all of a GPU busy,
     large ones store fewer moments."""
     columns = min(512 // element_size, triton.next_power_of_2(d))
-    per_block = 32
-    while per_block > 4 and tokens * d < per_block * columns * 4096:
-        per_block //= 2
-    return per_block, min(8, triton.next_power_of_2(k)), columns, 1
+    tokens_per_block = block_length(tokens * triton.cdiv(d, columns), 32)
+    return tokens_per_block, min(8, triton.next_power_of_2(k)), columns, 1
