@@ -15,37 +15,34 @@ import torch
 from .errors import InputError
 from .model import MLSAEConfig
 
-_WORKSPACE_BYTES = 512 * 2**20  # the encoder kernel's limit on scores held at a time
+_KEY_BYTES = 512 * 2**20  # the encoder kernel's limit on keys held at a time
+_AUX_BYTES = 3 * 256 * 2**20  # of AuxK's scores, codes and gradients, held a piece at a time
 
 
 def estimate(
-    configs: Sequence[MLSAEConfig],
-    micro_tokens: int,
-    k_aux: int,
-    dtype: torch.dtype,
-    shards: int = 1,
+    configs: Sequence[MLSAEConfig], micro_tokens: int, dtype: torch.dtype, shards: int = 1
 ) -> int:
     """Bytes that training takes at its peak in one process, without the transformer's weights.
 
     Weights, gradients and Adam's two moments take 16 B per parameter, of all SAEs that train side
-    by side. The rest is held for one SAE at a time, so the largest counts. With a compute dtype of
-    b bytes, 2·b per parameter for the cast weights and their gradients. Of the L · micro_tokens
-    vectors of a part, each has about 12 float32 copies of its D elements (input, standardized,
-    reconstruction, errors, gradients) and 60 B for each of its K + k_aux selections. And the
-    encoder's workspace for scores.
+    by side, and a copy of the weights in a compute dtype other than float32 its own. The rest is
+    held for one SAE at a time, so the largest counts. Of the L · micro_tokens vectors of a part,
+    each has 60 B for each of its K selections, and about 12 float32 copies of its D elements: so
+    many in validation, and fewer in a step. To that come the encoder's and AuxK's workspaces.
 
     With `shards` of the latents, a process holds its part of the parameters and of the scores, and
     another 40 B for each selection, which the shards make together. At the start it holds one
     weight matrix of the largest SAE as a whole, for a moment.
     """
     parameters = [2 * config.n_latents * config.d_in / shards for config in configs]
-    cast = 0 if dtype == torch.float32 else 2 * dtype.itemsize
+    per_parameter = 16 + (0 if dtype == torch.float32 else dtype.itemsize)
     vectors = len(configs[0].layers) * micro_tokens
     n_latents, k = max(c.n_latents for c in configs), max(c.k for c in configs)
-    scores = min(_WORKSPACE_BYTES, vectors * n_latents / shards * dtype.itemsize)
+    scores = vectors * n_latents / shards
+    workspace = min(_KEY_BYTES, scores / 4) + min(_AUX_BYTES, 3 * dtype.itemsize * scores)
     selection = 60 if shards == 1 else 100
-    activations = vectors * (48 * configs[0].d_in + selection * (k + k_aux))
-    running = 16 * sum(parameters) + cast * max(parameters) + activations + scores
+    activations = vectors * (48 * configs[0].d_in + selection * k)
+    running = per_parameter * sum(parameters) + activations + workspace
     starting = 8 * sum(parameters) + 4 * n_latents * configs[0].d_in
     return math.ceil(max(running, starting))
 
@@ -57,8 +54,8 @@ def check_memory(needed: int, device: torch.device) -> None:
         raise InputError(
             f"the run needs about {needed / 1e9:.1f} GB of {device.type} memory, and "
             f"{free / 1e9:.1f} GB is free; make it smaller with --micro_tokens (the vectors held "
-            "at a time), --sae.expansion (weights and optimizer; or fewer SAEs at once), "
-            "--sae.k_aux or --layers; or shard the latents with --shard_latents"
+            "at a time), --sae.expansion (weights and optimizer; or fewer SAEs at once) or "
+            "--layers; or shard the latents with --shard_latents"
         )
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK_BYTES = 2**19  # of one array of a block: several of them are in use at a time
+_BLOCK_BYTES = 2**20  # of one array of a block: several are in use at a time
 
 
 class TokenMoments(NamedTuple):

@@ -268,7 +268,7 @@ def _memory_needed(
             f"--shard_latents must be at most {fewest} (the number of latents), got {shards}"
         )
     dtype = _compute_dtype(config, device)
-    return estimate(saes, micro_tokens, _k_aux(config, saes[0].d_in), dtype, shards)
+    return estimate(saes, micro_tokens, dtype, shards)
 
 
 def _new_state(config: TrainConfig, sae: MLSAEConfig, start: _Start) -> TrainState:

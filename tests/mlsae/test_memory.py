@@ -12,37 +12,36 @@ CONFIG = MLSAEConfig(d_in=512, n_latents=32768, k=32, layers=(0, 1, 2, 3, 4, 5))
 
 def test_the_estimate_counts_weights_gradients_and_moments():
     """With one token per part: four float32 numbers for each of the 2 · M · D weights."""
-    needed = memory.estimate([CONFIG], 1, 1, torch.float32)
+    needed = memory.estimate([CONFIG], 1, torch.float32)
     weights = 2 * 512 * 32768
     assert needed == pytest.approx(16 * weights, rel=0.01)
-    half = memory.estimate([CONFIG], 1, 1, torch.bfloat16)
-    assert half == pytest.approx(20 * weights, rel=0.01)
+    half = memory.estimate([CONFIG], 1, torch.bfloat16)
+    assert half == pytest.approx(18 * weights, rel=0.01)
 
 
 def test_each_sae_adds_its_weights_and_the_largest_its_activations():
     smaller = MLSAEConfig(d_in=512, n_latents=8192, k=32, layers=CONFIG.layers)
-    both = memory.estimate([CONFIG, smaller], 16384, 256, torch.float32)
-    alone = memory.estimate([CONFIG], 16384, 256, torch.float32)
+    both = memory.estimate([CONFIG, smaller], 16384, torch.float32)
+    alone = memory.estimate([CONFIG], 16384, torch.float32)
     assert both - alone == 16 * 2 * 512 * 8192
 
 
 def test_each_shard_holds_its_part_of_the_weights():
-    whole = memory.estimate([CONFIG], 1, 1, torch.float32)
-    assert memory.estimate([CONFIG], 1, 1, torch.float32, shards=4) == pytest.approx(
+    whole = memory.estimate([CONFIG], 1, torch.float32)
+    assert memory.estimate([CONFIG], 1, torch.float32, shards=4) == pytest.approx(
         whole / 4, rel=0.01
     )
     # At the start, one of the two weight matrices is held whole for a moment.
-    assert memory.estimate([CONFIG], 1, 1, torch.float32, shards=64) > 4 * 512 * 32768
+    assert memory.estimate([CONFIG], 1, torch.float32, shards=64) > 4 * 512 * 32768
 
 
 def test_the_flags_that_the_error_names_shrink_the_estimate():
-    needed = memory.estimate([CONFIG], 16384, 256, torch.float32)
-    assert memory.estimate([CONFIG], 4096, 256, torch.float32) < needed
-    assert memory.estimate([CONFIG], 16384, 32, torch.float32) < needed
+    needed = memory.estimate([CONFIG], 16384, torch.float32)
+    assert memory.estimate([CONFIG], 4096, torch.float32) < needed
     smaller = MLSAEConfig(d_in=512, n_latents=8192, k=32, layers=CONFIG.layers)
-    assert memory.estimate([smaller], 16384, 256, torch.float32) < needed
+    assert memory.estimate([smaller], 16384, torch.float32) < needed
     fewer = MLSAEConfig(d_in=512, n_latents=32768, k=32, layers=(0,))
-    assert memory.estimate([fewer], 16384, 256, torch.float32) < needed
+    assert memory.estimate([fewer], 16384, torch.float32) < needed
 
 
 def test_too_little_memory_is_one_line(monkeypatch):
@@ -52,12 +51,14 @@ def test_too_little_memory_is_one_line(monkeypatch):
         memory.check_memory(2 * 10**9, torch.device("cpu"))
 
 
-def test_the_workspace_is_the_encoder_kernel_s():
-    """The estimate has a copy of the number, because importing the kernels imports Triton."""
+def test_the_workspaces_are_those_of_the_kernels():
+    """The estimate has copies of the numbers, because importing the kernels imports Triton."""
     pytest.importorskip("triton")
-    from sparse_topk.triton_ops.topk import chunked
+    from sparse_topk import auxk
+    from sparse_topk.triton_ops.topk import encode
 
-    assert memory._WORKSPACE_BYTES == chunked._WORKSPACE_BYTES
+    assert memory._KEY_BYTES == encode._KEY_BYTES
+    assert memory._AUX_BYTES == 3 * auxk._BYTES["cuda"]
 
 
 def test_free_and_peak_memory_of_this_machine_are_plausible():
