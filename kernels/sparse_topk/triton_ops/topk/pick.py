@@ -21,7 +21,7 @@ def pick_groups(
     P,
     G: tl.constexpr,
     BLOCK_J: tl.constexpr,  # bests held in registers; the rest, if any, is read again
-    STORE_J: tl.constexpr,  # bests looked at together for the groups to store: it takes more of them
+    STORE_J: tl.constexpr,  # bests looked at together to store picks, fewer
 ):
     """Write the P groups of the largest bests of a row."""
     bests = _load_bests(bests_ptr, 0, J, G, BLOCK_J)

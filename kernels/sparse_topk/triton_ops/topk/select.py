@@ -8,10 +8,10 @@ One program does a row, in three steps:
              K largest of them and of what was taken remain (`reopen.py`)
 
 Why that is exact. Order scores by key, then by smaller index: no two are equal. What a group hides
-is smaller than its T-th key, so if that was not taken, K scores are larger than the hidden ones.
-Opening other groups only adds larger ones, so the groups are opened one after another. At most
-K / T are; on unordered latents, `encode.expected_opened`. With RELU, a T-th key that is not positive
-hides nothing, so a row of zeros opens no group.
+is smaller than its T-th key, so if that is not taken, K scores are larger than the hidden ones.
+Opening other groups only adds larger ones, so groups are opened one after another, if their T-th is
+still taken then. At most K / T are; of latents in no order, `encode.expected_opened`. With RELU, a
+T-th key that is not positive hides nothing, so a row of zeros opens no group.
 
 Of keys, the bests are read, and the rest of picked groups only. Nothing is atomic, and ties go to
 the smaller index. A program reads what it wrote, to `scratch` and to the results, after a barrier.
@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .keys import HIGHEST, LOWEST, score_of
+from .keys import LOWEST, score_of
 from .pick import pick_groups
-from .reopen import open_group, scores_of
+from .reopen import count_taken, open_group, scores_of
 from .search import middle_of, narrow, smallest_of
 
 
@@ -101,7 +101,7 @@ def _load_picked(keys_ptr, picks_ptr, start_p, J, P, T: tl.constexpr, BLOCK_K: t
     picks = tl.load(picks_ptr + offs_p, mask=offs_p < P, other=-1)
     keys = (tl.load(keys_ptr + picks, mask=picks >= 0, other=LOWEST),)
     for t in tl.static_range(1, T):
-        keys = keys + (tl.load(keys_ptr + t * J + picks, mask=picks >= 0, other=LOWEST),)
+        keys += (tl.load(keys_ptr + t * J + picks, mask=picks >= 0, other=LOWEST),)
     return picks, keys
 
 
@@ -173,7 +173,7 @@ def _store_taken(
         take = ((keys[t] & -G) > low) | (equal & (earlier < room))
         earlier += equal.to(tl.int32)
         count += take.to(tl.int32)
-        taken = taken + (take,)
+        taken += (take,)
     start = filled + tl.cumsum(count, 0) - count
     for t in tl.static_range(T):
         follow = keys[t] & (G - 1)  # members of the group that follow
@@ -263,10 +263,11 @@ def select_kernel(
         waiting = tl.load(picks_ptr + offs_p, mask=offs_p < P, other=J)
         group = tl.min(waiting, 0)
         while group < J:
-            open_group(
-                group, kept_ptr, indices_ptr, x_ptr, W_ptr, bias_ptr, M, D, K,
-                G, RELU, BLOCK_K, BLOCK_D,
-            )  # fmt: skip
+            if count_taken(group, indices_ptr, K, G, BLOCK_K) == T:
+                open_group(
+                    group, kept_ptr, indices_ptr, x_ptr, W_ptr, bias_ptr, M, D, K,
+                    G, RELU, BLOCK_K, BLOCK_D,
+                )  # fmt: skip
             waiting = tl.where(waiting > group, waiting, J)
             group = tl.min(waiting, 0)
     _store_values(
