@@ -61,7 +61,8 @@ def product_build(
 def select_build(m: int, k: int, dtype: torch.dtype, *, relu: bool = True) -> Build:
     """The selection, with a bias and D and M that are multiples of 16."""
     group, n_keys = encode.group_size(m, k)
-    tile = select.select_tile(triton.cdiv(m, group), k, group)
+    n_groups = triton.cdiv(m, group)
+    tile = select.select_tile(n_groups, k, group)
     data, sizes = f"*{_TYPES[dtype]}", ("M", "D", "J", "P", "K")
     return Build(
         f"select {data[1:]} M={m} K={k}{' relu' * relu}",
@@ -69,7 +70,7 @@ def select_build(m: int, k: int, dtype: torch.dtype, *, relu: bool = True) -> Bu
         {"keys_ptr": "*i32", "scratch_ptr": "*i32", "indices_ptr": "*i64"}
         | dict.fromkeys(("x_ptr", "W_ptr", "bias_ptr", "values_ptr"), data)
         | dict.fromkeys(sizes, "i32"),
-        {"G": group, "T": n_keys, "RELU": relu} | select.blocks(tile),
+        {"G": group, "T": n_keys, "RELU": relu} | select.blocks(tile, n_groups, k),
         num_warps=tile.warps,
         divisible=sizes,
         needs={"wide_loads": 4},
