@@ -69,9 +69,7 @@ def topk_encode(
 
 
 @topk_encode.register_fake
-def _(
-    x: Tensor, W: Tensor, b: Tensor | None, k: int, relu: bool = False
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, W: Tensor, b: Tensor | None, k: int, relu: bool = False) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
 
 

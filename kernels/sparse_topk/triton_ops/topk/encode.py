@@ -17,7 +17,7 @@ from ...matmul import segments
 from .product import top_keys
 from .select import select
 
-_KEY_BYTES = 512 * 2**20  # of keys held at a time
+_KEY_BYTES = 512 * 2**20  # of keys, and of places to select them in, held at a time
 _MOST_REOPENED = 1024  # of the K for which groups are opened again
 _OPENED = 160  # keys that cost as much as one latent of an opened group
 
@@ -52,7 +52,7 @@ def topk_encode(
         x, W = x.float(), W.float()
     group, n_keys = group_size(m, k)
     with torch.cuda.device_of(x):
-        for rows in segments(n, 4 * n_keys * math.ceil(m / group), _KEY_BYTES):
+        for rows in segments(n, 4 * (n_keys * math.ceil(m / group) + 2 * k), _KEY_BYTES):
             keys = top_keys(x[rows], W, b, n_keys, group, relu)
             select(keys, x[rows], W, b, group, relu, values[rows], indices[rows])
             del keys  # before the next are made

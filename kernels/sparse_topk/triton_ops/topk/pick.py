@@ -21,22 +21,24 @@ def pick_groups(
     P,
     G: tl.constexpr,
     BLOCK_J: tl.constexpr,  # bests held in registers; the rest, if any, is read again
-    STORE_J: tl.constexpr,  # bests looked at together for the groups to store: it takes more of them
+    STORE_J: tl.constexpr,  # bests looked at together to store picks, fewer
+    WHOLE: tl.constexpr,  # BLOCK_J is at least J
 ):
     """Write the P groups of the largest bests of a row."""
     bests = _load_bests(bests_ptr, 0, J, G, BLOCK_J)
     low, high = smallest_of(bests), tl.max(bests, 0)
-    for start_j in range(BLOCK_J, J, BLOCK_J):
-        more = _load_bests(bests_ptr, start_j, J, G, BLOCK_J)
-        low = tl.minimum(low, smallest_of(more))
-        high = tl.maximum(high, tl.max(more, 0))
+    if not WHOLE:
+        for start_j in range(BLOCK_J, J, BLOCK_J):
+            more = _load_bests(bests_ptr, start_j, J, G, BLOCK_J)
+            low = tl.minimum(low, smallest_of(more))
+            high = tl.maximum(high, tl.max(more, 0))
     low = tl.where(P == J, LOWEST, low)
     high = tl.where(P == J, LOWEST, high)  # all of them: no search
     while low < high:
         middle = middle_of(low, high)
-        count = _count_bests(bests, middle - 1, bests_ptr, J, G, BLOCK_J)
+        count = _count_bests(bests, middle - 1, bests_ptr, J, G, BLOCK_J, WHOLE)
         low, high = narrow(low, high, count, middle, P)
-    room = P - _count_bests(bests, low, bests_ptr, J, G, BLOCK_J)
+    room = P - _count_bests(bests, low, bests_ptr, J, G, BLOCK_J, WHOLE)
     ties, filled = 0, 0
     for start_j in range(0, J, STORE_J):
         some = _load_bests(bests_ptr, start_j, J, G, STORE_J)
@@ -51,12 +53,15 @@ def _load_bests(bests_ptr, start_j, J, G: tl.constexpr, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
-def _count_bests(bests, floor, bests_ptr, J, G: tl.constexpr, BLOCK_J: tl.constexpr):
+def _count_bests(
+    bests, floor, bests_ptr, J, G: tl.constexpr, BLOCK_J: tl.constexpr, WHOLE: tl.constexpr
+):
     """How many bests exceed `floor`: of `bests`, the first BLOCK_J, and of the rest."""
     count = tl.sum((bests > floor).to(tl.int32), 0)
-    for start_j in range(BLOCK_J, J, BLOCK_J):
-        more = _load_bests(bests_ptr, start_j, J, G, BLOCK_J)
-        count += tl.sum((more > floor).to(tl.int32), 0)
+    if not WHOLE:
+        for start_j in range(BLOCK_J, J, BLOCK_J):
+            more = _load_bests(bests_ptr, start_j, J, G, BLOCK_J)
+            count += tl.sum((more > floor).to(tl.int32), 0)
     return count
 
 

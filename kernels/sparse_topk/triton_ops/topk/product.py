@@ -103,7 +103,7 @@ def product_tile(
     the smallest that hold them, with blocks of latents that leave no processor idle.
     """
     if capability[0] == 0:
-        return Tile(8, 64, 16, 4, 1)
+        return Tile(min(8, triton.next_power_of_2(n)), 64, 16, 4, 1)
     block_d = 128 // dtype.itemsize
     if n <= 64:
         block_n = max(16, triton.next_power_of_2(n))
@@ -158,10 +158,12 @@ def _largest(keys, T: tl.constexpr):
     tl.static_assert(T == 2 or T == 3 or T == 4)
     none = tl.full(keys.shape, LOWEST, tl.int32)
     if T == 2:
-        return tl.reduce((keys, none), 2, _largest_2)
-    if T == 3:
-        return tl.reduce((keys, none, none), 2, _largest_3)
-    return tl.reduce((keys, none, none, none), 2, _largest_4)
+        largest = tl.reduce((keys, none), 2, _largest_2)
+    elif T == 3:
+        largest = tl.reduce((keys, none, none), 2, _largest_3)
+    else:
+        largest = tl.reduce((keys, none, none, none), 2, _largest_4)
+    return largest
 
 
 @triton.jit

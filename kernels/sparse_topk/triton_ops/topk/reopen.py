@@ -32,6 +32,15 @@ def scores_of(latents, x_ptr, W_ptr, bias_ptr, M, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def count_taken(group, indices_ptr, K, G: tl.constexpr, BLOCK_K: tl.constexpr):
+    """How many latents of a group are taken."""
+    offs_k = tl.arange(0, BLOCK_K)
+    latents = tl.load(indices_ptr + offs_k, mask=offs_k < K, other=-1)
+    inside = (latents >= group * G) & (latents < group * G + G)
+    return tl.sum(inside.to(tl.int32), 0)
+
+
+@triton.jit
 def open_group(
     group,
     kept_ptr,  # (K,) int32 keys of what is taken, as they are compared; in and out

@@ -8,10 +8,10 @@ One program does a row, in three steps:
              K largest of them and of what was taken remain (`reopen.py`)
 
 Why that is exact. Order scores by key, then by smaller index: no two are equal. What a group hides
-is smaller than its T-th key, so if that was not taken, K scores are larger than the hidden ones.
-Opening other groups only adds larger ones, so the groups are opened one after another. At most
-K / T are; on unordered latents, `encode.expected_opened`. With RELU, a T-th key that is not positive
-hides nothing, so a row of zeros opens no group.
+is smaller than its T-th key, so if that is not taken, K scores are larger than the hidden ones.
+Opening other groups only adds larger ones, so groups are opened one after another, if their T-th is
+still taken then. At most K / T are; of latents in no order, `encode.expected_opened`. With RELU, a
+T-th key that is not positive hides nothing, so a row of zeros opens no group.
 
 Of keys, the bests are read, and the rest of picked groups only. Nothing is atomic, and ties go to
 the smaller index. A program reads what it wrote, to `scratch` and to the results, after a barrier.
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .keys import LOWEST, score_of
 from .pick import pick_groups
-from .reopen import open_group, scores_of
+from .reopen import count_taken, open_group, scores_of
 from .search import middle_of, narrow, smallest_of
 
 
@@ -69,7 +69,7 @@ def select(
     scratch = torch.empty(n, 2, k, device=keys.device, dtype=torch.int32)
     select_kernel[(n,)](
         keys, scratch, x, W, bias, values, indices, m, d, n_groups, min(k, n_groups), k,
-        G=group, T=n_keys, RELU=relu, num_warps=tile.warps, **blocks(tile),
+        G=group, T=n_keys, RELU=relu, num_warps=tile.warps, **blocks(tile, n_groups, k),
     )  # fmt: skip
 
 
@@ -84,13 +84,14 @@ def select_tile(n_groups: int, k: int, group: int) -> SelectTile:
     return SelectTile(block_j, block_k, min(128, 512 * warps // group), warps)
 
 
-def blocks(tile: SelectTile) -> dict[str, int]:
-    """The block sizes of `select_kernel`. Positions are found for 16 bests and 2 picked groups per
+def blocks(tile: SelectTile, n_groups: int, k: int) -> dict[str, int]:
+    """The block sizes of `select_kernel`. Positions are found for 16 bests and 1 picked group per
     thread at a time, since they take many registers."""
     return {
         "BLOCK_J": tile.block_j, "STORE_J": min(tile.block_j, 512 * tile.warps),
-        "BLOCK_K": tile.block_k, "STORE_K": min(tile.block_k, 64 * tile.warps),
+        "BLOCK_K": tile.block_k, "STORE_K": min(tile.block_k, 32 * tile.warps),
         "BLOCK_D": tile.block_d,
+        "WHOLE": n_groups <= tile.block_j and min(k, n_groups) <= tile.block_k,
     }  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def _load_picked(keys_ptr, picks_ptr, start_p, J, P, T: tl.constexpr, BLOCK_K: t
     picks = tl.load(picks_ptr + offs_p, mask=offs_p < P, other=-1)
     keys = (tl.load(keys_ptr + picks, mask=picks >= 0, other=LOWEST),)
     for t in tl.static_range(1, T):
-        keys = keys + (tl.load(keys_ptr + t * J + picks, mask=picks >= 0, other=LOWEST),)
+        keys += (tl.load(keys_ptr + t * J + picks, mask=picks >= 0, other=LOWEST),)  # type: ignore[assignment]
     return picks, keys
 
 
@@ -117,7 +118,8 @@ def _range_of(keys, G: tl.constexpr):
 
 @triton.jit
 def _count_keys(
-    keys, floor, keys_ptr, picks_ptr, J, P, G: tl.constexpr, BLOCK_K: tl.constexpr
+    keys, floor, keys_ptr, picks_ptr, J, P,
+    G: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """How many keys of picked groups exceed `floor`: of `keys`, the first BLOCK_K groups', and of
     the rest."""
@@ -125,30 +127,35 @@ def _count_keys(
     for t in tl.static_range(1, len(keys)):
         above += ((keys[t] & -G) > floor).to(tl.int32)
     count = tl.sum(above, 0)
-    for start_p in range(BLOCK_K, P, BLOCK_K):
-        _, more = _load_picked(keys_ptr, picks_ptr, start_p, J, P, len(keys), BLOCK_K)
-        for t in tl.static_range(len(keys)):
-            count += tl.sum(((more[t] & -G) > floor).to(tl.int32), 0)
+    if not WHOLE:
+        for start_p in range(BLOCK_K, P, BLOCK_K):
+            _, more = _load_picked(keys_ptr, picks_ptr, start_p, J, P, len(keys), BLOCK_K)
+            for t in tl.static_range(len(keys)):
+                count += tl.sum(((more[t] & -G) > floor).to(tl.int32), 0)
     return count
 
 
 @triton.jit
-def _kth_key(keys, keys_ptr, picks_ptr, J, P, K, G: tl.constexpr, BLOCK_K: tl.constexpr):
+def _kth_key(
+    keys, keys_ptr, picks_ptr, J, P, K,
+    G: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """The K-th largest key of the picked groups, or one that just the K largest exceed. The
     smallest best of K groups bounds it from below, and is often it."""
     smallest_best, smallest, high = _range_of(keys, G)
-    for start_p in range(BLOCK_K, P, BLOCK_K):
-        _, more = _load_picked(keys_ptr, picks_ptr, start_p, J, P, len(keys), BLOCK_K)
-        more_best, more_smallest, more_high = _range_of(more, G)
-        smallest_best = tl.minimum(smallest_best, more_best)
-        smallest = tl.minimum(smallest, more_smallest)
-        high = tl.maximum(high, more_high)
+    if not WHOLE:
+        for start_p in range(BLOCK_K, P, BLOCK_K):
+            _, more = _load_picked(keys_ptr, picks_ptr, start_p, J, P, len(keys), BLOCK_K)
+            more_best, more_smallest, more_high = _range_of(more, G)
+            smallest_best = tl.minimum(smallest_best, more_best)
+            smallest = tl.minimum(smallest, more_smallest)
+            high = tl.maximum(high, more_high)
     low = tl.where(P < K, smallest, smallest_best)
-    count = _count_keys(keys, low - 1, keys_ptr, picks_ptr, J, P, G, BLOCK_K)
+    count = _count_keys(keys, low - 1, keys_ptr, picks_ptr, J, P, G, BLOCK_K, WHOLE)
     low, high = narrow(low, high, count, low, K)
     while low < high:
         middle = middle_of(low, high)
-        count = _count_keys(keys, middle - 1, keys_ptr, picks_ptr, J, P, G, BLOCK_K)
+        count = _count_keys(keys, middle - 1, keys_ptr, picks_ptr, J, P, G, BLOCK_K, WHOLE)
         low, high = narrow(low, high, count, middle, K)
     return low
 
@@ -173,7 +180,7 @@ def _store_taken(
         take = ((keys[t] & -G) > low) | (equal & (earlier < room))
         earlier += equal.to(tl.int32)
         count += take.to(tl.int32)
-        taken = taken + (take,)
+        taken += (take,)  # type: ignore[assignment]
     start = filled + tl.cumsum(count, 0) - count
     for t in tl.static_range(T):
         follow = keys[t] & (G - 1)  # members of the group that follow
@@ -237,6 +244,7 @@ def select_kernel(
     BLOCK_K: tl.constexpr,  # picked groups, and latents taken, held in registers
     STORE_K: tl.constexpr,  # picked groups looked at together to store what is taken
     BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,  # BLOCK_J is at least J, and BLOCK_K at least P
 ):
     """One program takes the K largest of a row."""
     pid_n = tl.program_id(0).to(tl.int64)
@@ -246,11 +254,11 @@ def select_kernel(
     x_ptr += pid_n * D
     values_ptr += pid_n * K
     indices_ptr += pid_n * K
-    pick_groups(keys_ptr, picks_ptr, J, P, G, BLOCK_J, STORE_J)
+    pick_groups(keys_ptr, picks_ptr, J, P, G, BLOCK_J, STORE_J, WHOLE)
     tl.debug_barrier()
     _, keys = _load_picked(keys_ptr, picks_ptr, 0, J, P, T, BLOCK_K)
-    low = _kth_key(keys, keys_ptr, picks_ptr, J, P, K, G, BLOCK_K)
-    room = K - _count_keys(keys, low, keys_ptr, picks_ptr, J, P, G, BLOCK_K)
+    low = _kth_key(keys, keys_ptr, picks_ptr, J, P, K, G, BLOCK_K, WHOLE)
+    room = K - _count_keys(keys, low, keys_ptr, picks_ptr, J, P, G, BLOCK_K, WHOLE)
     ties, filled = 0, 0
     for start_p in range(0, P, STORE_K):
         ties, filled = _store_taken(
@@ -263,10 +271,11 @@ def select_kernel(
         waiting = tl.load(picks_ptr + offs_p, mask=offs_p < P, other=J)
         group = tl.min(waiting, 0)
         while group < J:
-            open_group(
-                group, kept_ptr, indices_ptr, x_ptr, W_ptr, bias_ptr, M, D, K,
-                G, RELU, BLOCK_K, BLOCK_D,
-            )  # fmt: skip
+            if count_taken(group, indices_ptr, K, G, BLOCK_K) == T:
+                open_group(
+                    group, kept_ptr, indices_ptr, x_ptr, W_ptr, bias_ptr, M, D, K,
+                    G, RELU, BLOCK_K, BLOCK_D,
+                )  # fmt: skip
             waiting = tl.where(waiting > group, waiting, J)
             group = tl.min(waiting, 0)
     _store_values(
