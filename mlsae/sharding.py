@@ -7,8 +7,7 @@ and optimizer state, and sees all tokens. Per token, each process communicates, 
     1 count received: how many of its own candidates are among them
     D values summed over the processes, for the reconstruction (and D more for AuxK's)
 
-Legend: N tokens, D inputs, M latents, K active latents per token, Q latents of a subset, S shards;
-"…" any leading shape.
+Legend: N tokens, D inputs, M latents, K active latents per token, S shards; "…" any leading shape.
 """
 
 from __future__ import annotations
@@ -102,18 +101,6 @@ class ShardedSAE(SparseTopKSAE):
         k = min(self.k, len(self.W_enc))
         selection = Selection(self.group, self.k)
         return topk_sae(x, self.W_enc, None, self.W_dec, self.b_dec, k, selection)
-
-    def reconstruct_subset(self, x: Tensor, latents: Tensor, k: int) -> Tensor:
-        """x̂ without b_dec (…, D), from the k largest of a subset of all shards' latents.
-
-        `latents` (Q,) are those of the subset that this shard holds, as numbers of its rows; there
-        may be none. Collective: every shard must call it.
-        """
-        W_enc, W_dec = self.W_enc[latents], self.W_dec[latents]
-        if not len(latents):  # a row that is never active, to take part
-            W_enc = W_dec = torch.zeros_like(self.W_enc[:1])
-        own_k = min(k, len(W_enc))
-        return topk_sae(x, W_enc, None, W_dec, None, own_k, Selection(self.group, k)).x_hat
 
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         """The norm of the gradients of all shards together. A vector's gradient is the same in all

@@ -100,15 +100,6 @@ class SparseTopKSAE(
         """
         return topk_sae(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k)
 
-    def reconstruct_subset(self, x: Tensor, latents: Tensor, k: int) -> Tensor:
-        """x̂ without b_dec (…, D), from the k largest among `latents` (Q,) only; all if fewer.
-
-        Nothing is subtracted from x (…, D). Raises ValueError if `latents` is empty.
-        """
-        b_enc = None if self.b_enc is None else self.b_enc[latents]
-        W_enc, W_dec = self.W_enc[latents], self.W_dec[latents]
-        return topk_sae(x, W_enc, b_enc, W_dec, None, min(k, len(latents))).x_hat
-
     def forward(self, x: Tensor) -> Tensor:
         """x̂ (…, D)."""
         return self.reconstruct(x).x_hat
@@ -120,8 +111,8 @@ class SparseTopKSAE(
         zeros = values.new_zeros(*values.shape[:-1], self.n_latents)
         return zeros.scatter(-1, indices, values)
 
-    # An SAE whose latents are split among processes overrides these and `reconstruct_subset`, so
-    # that callers need not ask which of the two they have.
+    # An SAE whose latents are split among processes overrides these, so that callers need not ask
+    # which of the two they have.
 
     def gather_rows(self, part: Tensor) -> Tensor:
         """All latents' rows (M, …) of a tensor with one row per latent; `part` is this process's.

@@ -6,7 +6,7 @@ Legend: N tokens, D inputs, M latents, K active latents per token.
 import pytest
 import torch
 
-from sparse_topk import SAEOutput, SparseTopKSAE, TopK, UnitNormAdam, sparse_decode
+from sparse_topk import SAEOutput, SparseTopKSAE, TopK, UnitNormAdam
 
 N, D, M, K = 9, 6, 40, 5
 
@@ -33,28 +33,6 @@ def test_reconstruct_gives_output_activations_and_indices(sae):
     assert out.codes.values is out.values
     assert out.codes.indices is out.indices
     torch.testing.assert_close(sae.decode(out.codes), out.x_hat)
-
-
-@pytest.mark.parametrize("k", [1, 3, 7, 20])
-def test_reconstruct_subset_uses_the_latents_given_only(sae, k):
-    """The k largest of the 7, or all of them; nothing is subtracted from x, or added to x̂."""
-    x = torch.randn(N, D, dtype=torch.float64)
-    latents = torch.tensor([2, 3, 11, 20, 21, 30, 39])
-    scores = (x @ sae.W_enc.T + (0 if sae.b_enc is None else sae.b_enc))[:, latents]
-    values, positions = scores.topk(min(k, 7))
-    expected = sparse_decode(TopK(values.relu(), latents[positions]), sae.W_dec, None)
-    actual = sae.reconstruct_subset(x, latents, k)
-    torch.testing.assert_close(actual, expected)
-    used = set(latents[positions[values > 0]].tolist())
-    actual.sum().backward()
-    for weight in (sae.W_enc, sae.W_dec):
-        assert set(weight.grad.any(1).nonzero().flatten().tolist()) == used
-    assert sae.b_dec.grad is None
-
-
-def test_reconstruct_subset_of_no_latents_is_refused(sae):
-    with pytest.raises(ValueError, match=r"k must be in \[1, 0\]"):
-        sae.reconstruct_subset(torch.ones(1, D), torch.empty(0, dtype=torch.int64), 3)
 
 
 def scale_decoder(sae, spread):
