@@ -1,7 +1,7 @@
 """The ops in Triton, with the names, arguments and results of `torch_ops`."""
 
-from ..torch_ops import keep_topk_
 from .adam import adam_unit_norm_
+from .keep_topk import keep_topk_
 from .sparse import CSC, csc_by_latent, gather_dot, gather_sum, scatter_outer, sum_by_latent
 from .topk import topk_encode
 
