@@ -38,7 +38,7 @@ from sparse_topk import ops
 
 from . import costs
 from .ledger_costs import Moved, moved_by_op, moved_by_torch
-from .report import table
+from .results import table
 from .shapes import TRAININGS, TrainShape
 from .training import Training
 

@@ -42,8 +42,9 @@ class Training:
     def kill(self) -> None:
         """Let the first `dead` latents be dead, and no others. A step that finds one of them active
         revives it, so this comes before each."""
-        self.state.inactive_tokens.zero_()
-        self.state.inactive_tokens[: self.shape.dead] = _DEAD_TOKENS
+        if self.shape.dead:
+            self.state.inactive_tokens.zero_()
+            self.state.inactive_tokens[: self.shape.dead] = _DEAD_TOKENS
 
     def step(self) -> None:
         """A whole step: one part, the optimizer, and the counts."""
