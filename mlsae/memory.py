@@ -15,7 +15,7 @@ import torch
 from .errors import InputError
 from .model import MLSAEConfig
 
-_WORKSPACE_BYTES = 512 * 2**20  # the encoder kernel's limit on scores held at a time
+_WORKSPACE_BYTES = 512 * 2**20  # the encoder's limit on keys of scores held at a time
 
 
 def estimate(

@@ -61,7 +61,8 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> TopK:
     """ReLU of the K largest of x W_encᵀ + b_enc; the (N, M) scores are never stored whole.
 
     x (…, D), W_enc (M, D), b_enc (M,) or None → values and indices (…, K). Computed in W_enc's
-    dtype, or in autocast's if that is on. Ties go to the smaller index; NaN is kept.
+    dtype, or in autocast's if that is on. Ties go to the smaller index, except that which latents
+    have the values 0 is left open; NaN is kept.
 
     A value clipped by ReLU has the gradient 0. The selection has none: it is piecewise constant.
 
@@ -172,8 +173,8 @@ class _Encode(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, k: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         cast_x, cast_W = x.to(dtype), W.to(dtype)
-        scores, indices = ops.topk_encode(cast_x, cast_W, None if b is None else b.to(dtype), k)
-        values = scores.relu()
+        cast_b = None if b is None else b.to(dtype)
+        values, indices = ops.topk_encode(cast_x, cast_W, cast_b, k, relu=True)
         ctx.save_for_backward(cast_x, cast_W, values, indices)
         ctx.dtypes = (x.dtype, W.dtype, None if b is None else b.dtype)
         ctx.mark_non_differentiable(indices)
@@ -240,8 +241,9 @@ class _TopKSAE(torch.autograd.Function):
         centered = (x if b_dec is None else x - b_dec).to(dtype)
         cast_enc, cast_dec = W_enc.to(dtype), W_dec.to(dtype)
         cast_b = None if b_enc is None else b_enc.to(dtype)
-        scores, indices = ops.topk_encode(centered, cast_enc, cast_b, k)
-        values = scores.relu() if shards is None else shards.keep(scores.relu())
+        values, indices = ops.topk_encode(centered, cast_enc, cast_b, k, relu=True)
+        if shards is not None:
+            values = shards.keep(values)
         out = ops.gather_sum(values, indices, cast_dec)
         if shards is not None:
             out = shards.sum(out)
@@ -288,7 +290,7 @@ def _compose_encode(
     """`_Encode` from ops with all derivatives: the selection has none, so it is made first."""
     x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
     fixed_b = None if b is None else b.detach()
-    indices = ops.topk_encode(x.detach(), W.detach(), fixed_b, k)[1]
+    indices = ops.topk_encode(x.detach(), W.detach(), fixed_b, k, relu=True)[1]
     scores = gather_dot(x, indices, W)
     return (scores if b is None else scores + b[indices]).relu(), indices
 

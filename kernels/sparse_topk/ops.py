@@ -61,13 +61,15 @@ def backend_for(tensor: Tensor) -> ModuleType:
 
 
 @torch.library.custom_op("sparse_topk::topk_encode", mutates_args=())
-def topk_encode(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def topk_encode(
+    x: Tensor, W: Tensor, b: Tensor | None, k: int, relu: bool = False
+) -> tuple[Tensor, Tensor]:
     """See `torch_ops.topk_encode`."""
-    return backend_for(x).topk_encode(x, W, b, k)
+    return backend_for(x).topk_encode(x, W, b, k, relu)
 
 
 @topk_encode.register_fake
-def _(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, W: Tensor, b: Tensor | None, k: int, relu: bool = False) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
 
 

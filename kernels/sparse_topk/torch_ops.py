@@ -36,24 +36,21 @@ class CSC(NamedTuple):
 
 
 def topk_encode(
-    x: Tensor, W: Tensor, b: Tensor | None, k: int, latents: Tensor | None = None
+    x: Tensor, W: Tensor, b: Tensor | None, k: int, relu: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The K largest scores of each row of x Wᵀ + b, among `latents` only if given.
+    """The K largest scores of each row of x Wᵀ + b; with `relu`, their ReLU.
 
-    x (N, D), W (M, D), b (M,), latents (Q,) int64 ascending → values (N, K) in x's dtype and
-    indices (N, K) int64. Indices ascend within a row; ties go to the smaller index; NaN ranks
-    above +Inf, as in `torch.topk`, so it is never dropped.
+    x (N, D), W (M, D), b (M,) → values (N, K) in x's dtype and indices (N, K) int64. Indices ascend
+    within a row; ties go to the smaller index; NaN ranks above +Inf, as in `torch.topk`, so it is
+    never dropped. With `relu`, which latents have the values 0 is left open; they are distinct.
     """
-    if latents is not None:
-        values, indices = topk_encode(x, W[latents], None if b is None else b[latents], k)
-        return values, latents[indices]
     n, m = len(x), len(W)
     rows = max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // max(1, m * x.element_size()))
     values, indices = x.new_empty(n, k), x.new_empty(n, k, dtype=torch.int64)
     for start in range(0, n, rows):
         block = slice(start, start + rows)
         values[block], indices[block] = _encode_block(x[block], W, b, k)
-    return values, indices
+    return values.relu_() if relu else values, indices
 
 
 def gather_sum(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:

@@ -55,9 +55,9 @@ def test_too_little_memory_is_one_line(monkeypatch):
 def test_the_workspace_is_the_encoder_kernel_s():
     """The estimate has a copy of the number, because importing the kernels imports Triton."""
     pytest.importorskip("triton")
-    from sparse_topk.triton_ops.topk import chunked
+    from sparse_topk.triton_ops.topk import encode
 
-    assert memory._WORKSPACE_BYTES == chunked._WORKSPACE_BYTES
+    assert memory._WORKSPACE_BYTES == encode._KEY_BYTES
 
 
 def test_free_and_peak_memory_of_this_machine_are_plausible():

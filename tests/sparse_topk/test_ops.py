@@ -154,6 +154,7 @@ def test_fake_results_have_the_real_shapes_and_dtypes():
         x, W, values = x.to(dtype), W.to(dtype), values.to(dtype)
         for operator, arguments in (
             (operators.topk_encode, (x, W, W[:, 0], K)),
+            (operators.topk_encode, (x, W, None, K, True)),
             (operators.gather_sum, (values, indices, W)),
             (operators.gather_dot, (x, indices, W)),
             (operators.csc_by_latent, (indices, M)),

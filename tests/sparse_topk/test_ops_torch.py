@@ -101,14 +101,14 @@ def test_topk_encode_orders_infinities():
     assert values.tolist() == [[-math.inf, 1.0, math.inf, 0.0]]
 
 
-def test_topk_encode_among_a_subset_of_latents():
-    x, W, _, _ = random_case(20, 8, 200, 5)
-    latents = torch.arange(3, 200, 7)
-    values, indices = ops.topk_encode(x, W, None, 5, latents)
-    masked = torch.full((20, 200), -math.inf, dtype=torch.float64)
-    masked[:, latents] = (x @ W.T)[:, latents]
-    assert torch.equal(indices, stable_topk(masked, 5)[1])
-    torch.testing.assert_close(values, (x @ W.T).gather(1, indices))
+def test_topk_encode_clips_the_values_on_request():
+    x, W, _, _ = random_case(20, 8, 30, 5)
+    x[3, 0] = math.nan
+    scores, indices = ops.topk_encode(x, W, None, 25)
+    clipped = ops.topk_encode(x, W, None, 25, relu=True)
+    assert (scores < 0).any()
+    torch.testing.assert_close(clipped[0], scores.relu(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(clipped[1], indices)
 
 
 @given(n=st.integers(0, 9), d=st.integers(1, 9), m=st.integers(1, 40), seed=st.integers(0, 2**20))

@@ -55,22 +55,20 @@ def assert_largest(x, W, values, indices, k):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("path", ["fused", "chunked"])
-def test_encode_past_two_to_the_31_scores(path, dtype):
+def test_encode_past_two_to_the_31_scores(dtype):
     """N · M = 2³³: the scores would take 17 GB in half precision."""
     from sparse_topk.triton_ops import topk_encode
 
     x, W = randn(N, D, dtype=dtype), randn(M, D, dtype=dtype, seed=1)
-    values, indices = twice(topk_encode, x, W, None, 32, path=path)
+    values, indices = twice(topk_encode, x, W, None, 32)
     assert_largest(x, W, values, indices, 32)
 
 
-@pytest.mark.parametrize("path", ["fused", "chunked"])
-def test_the_largest_k_of_the_most_latents(path):
+def test_the_largest_k_of_the_most_latents():
     from sparse_topk.triton_ops import topk_encode
 
     x, W = randn(4096, 256), randn(8 * M, 256, seed=1)
-    values, indices = twice(topk_encode, x, W, None, 1024, path=path)
+    values, indices = twice(topk_encode, x, W, None, 1024)
     assert_largest(x, W, values, indices, 1024)
 
 

@@ -1,8 +1,10 @@
-"""`topk_encode` in Triton, both ways, against a stable sort and against float64.
+"""`topk_encode` in Triton, against a stable sort and against float64; and the keys of its product.
+`test_topk_selection.py` has the adversaries of the selection.
 
 Kernels are interpreted if there is no GPU, so sizes are small.
 
-Legend: N tokens, D inputs, M latents, K active latents per token, G latents per group.
+Legend: N tokens, D inputs, M latents, K active latents per token, G latents per group, T keys per
+group.
 """
 
 import math
@@ -15,13 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_topk.triton_ops.precision import dot_precision
-from sparse_topk.triton_ops.topk import chunked, product, rescore, select, topk_encode
-from sparse_topk.triton_ops.topk.dispatch import choose
-from tests.helpers.oracles import stable_topk
+from sparse_topk.triton_ops.topk import encode, product, topk_encode
+from tests.helpers.oracles import check_topk, keys_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = math.nan, math.inf
-PATHS = ("chunked", "fused")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,36 +38,27 @@ def poison():
         yield
 
 
-def check_stable_topk(x, W, b, k, path, latents=None):
+def check(x, W, b, k, relu=False):
     """Scores whose sums are exact: the same indices and the same values."""
-    values, indices = topk_encode(x, W, b, k, latents, path=path)
-    truth = x.double() @ W.double().T + (0 if b is None else b.double())
-    if latents is not None:
-        masked = torch.full_like(truth, -INF)
-        masked[:, latents] = truth[:, latents]
-        truth = masked
-    expected_values, expected_indices = stable_topk(truth, k)
+    values, indices = topk_encode(x, W, b, k, relu)
     assert values.dtype == x.dtype
-    assert indices.dtype == torch.int64
-    assert torch.equal(indices, expected_indices)
-    torch.testing.assert_close(values.double(), expected_values, rtol=0, atol=0, equal_nan=True)
+    check_topk(values, indices, x.double() @ W.double().T + (0 if b is None else b.double()), relu)
 
 
-def check_by_value(x, W, b, k, path, **options):
+def check_by_value(x, W, b, k, relu=False):
     """Real scores: none chosen is smaller than the K-th largest by more than torch's own float32
-    product errs and, if scores stay in registers, 2⁻¹⁷ of the score."""
-    values, indices = topk_encode(x, W, b, k, path=path, **options)
-    bias = 0 if b is None else b.double()
-    truth = x.double() @ W.double().T + bias
-    plain = (x.float() @ W.float().T).double() + bias
+    product errs and 2⁻¹⁷ of the score, the last bits that keys have."""
+    values, indices = topk_encode(x, W, b, k, relu)
+    truth = x.double() @ W.double().T + b.double()
+    plain = (x.float() @ W.float().T).double() + b.double()
     error = 4 * (plain - truth).abs().max() + 1e-30
-    cut = 2.0**-17 if path == "fused" else 0.0
     kth = truth.topk(k).values[:, -1:]
     chosen = truth.gather(1, indices)
+    if relu:
+        kth, chosen = kth.relu(), chosen.relu()
     assert (indices.diff(dim=1) > 0).all()
-    assert (chosen >= kth - error - cut * kth.abs()).all()
-    if x.dtype == torch.float32:
-        cut = 0.0  # values are computed again
+    assert (chosen >= kth - error - 2.0**-17 * kth.abs()).all()
+    cut = 0.0 if x.dtype == torch.float32 else 2.0**-17  # float32 values are computed again
     rounding = torch.finfo(x.dtype).eps / 2 + cut
     assert ((values.double() - chosen).abs() <= error + rounding * chosen.abs()).all()
 
@@ -87,221 +78,126 @@ def reals(n, d, m, seed=0, dtype=torch.float32):
 
 
 @given(
-    n=st.integers(0, 4),
-    d=st.integers(1, 5),
-    m=st.integers(1, 200),
-    share=st.floats(0, 1),
-    bias=st.booleans(),
-    seed=st.integers(0, 2**20),
-)
-@settings(deadline=None, max_examples=8)
-def test_chunked_is_a_stable_sort(n, d, m, share, bias, seed):
-    check_stable_topk(*integers(n, d, m, seed, bias), 1 + round(share * (m - 1)), "chunked")
-
-
-@given(
     n=st.integers(1, 2),
     d=st.integers(1, 20),
     m=st.integers(1, 130),
     share=st.floats(0, 1),
     bias=st.booleans(),
+    relu=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 @settings(deadline=None, max_examples=6)
-def test_fused_is_a_stable_sort(n, d, m, share, bias, seed):
-    check_stable_topk(*integers(n, d, m, seed, bias), 1 + round(share * (m - 1)), "fused")
+def test_a_stable_sort(n, d, m, share, bias, relu, seed):
+    check(*integers(n, d, m, seed, bias), 1 + round(share * (m - 1)), relu)
 
 
-def in_one_group():
-    return torch.where((torch.arange(160) // 8) == 9, 50.0, 0.0) + torch.arange(160) % 7
-
-
-def neighbors_alike():
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(-9, 10, (160,), generator=generator).cumsum(0).float()
-
-
-def heavy_ties():
-    return torch.randint(0, 3, (160,), generator=torch.Generator().manual_seed(4)).float()
-
-
-def few_finite():
-    scores = torch.full((160,), -INF)
-    scores[[7, 70, 150]] = torch.tensor([-5.0, 2.0, 0.0])
-    return scores
-
-
-def not_finite():
-    scores = heavy_ties() - 5
-    scores[[3, 90, 91]] = INF
-    scores[[5, 31, 120]] = NAN
-    scores[[8, 159]] = -INF
-    return scores
-
-
-def minus_zeros():
-    return torch.where(torch.arange(160) > 90, 0.0, -0.0)
-
-
-ADVERSARIES = {
-    "all of the top k in one group": in_one_group,
-    "correlated neighbors": neighbors_alike,
-    "heavy ties": heavy_ties,
-    "all equal": lambda: torch.full((160,), 3.0),
-    "all negative": lambda: -1 - heavy_ties(),
-    "fewer than k finite": few_finite,
-    "NaN and infinities": not_finite,
-    "zeros of both signs": minus_zeros,
-}
-
-
-@pytest.mark.parametrize("k", [1, 7, 100])
-@pytest.mark.parametrize("case", ADVERSARIES)
-@pytest.mark.parametrize("path", PATHS)
-def test_adversaries(path, case, k):
-    """One token, one input: W is the scores. One K is in half precision, whose values come from
-    the keys."""
-    dtype = torch.float16 if k == 7 else torch.float32
-    W = ADVERSARIES[case]()[:, None].to(DEVICE, dtype)
-    check_stable_topk(torch.ones(1, 1, device=DEVICE, dtype=dtype), W, None, k, path)
-
-
-def test_stored_zeros_are_equal_whatever_their_sign(monkeypatch):
-    """A sum that begins at 0 is never −0, but a library's product may be."""
-    monkeypatch.setattr(chunked, "product", lambda x, W: minus_zeros().to(DEVICE)[None])
-    W = torch.zeros(160, 1, device=DEVICE)
-    _, indices = topk_encode(W[:1], W, None, 3, path="chunked")
-    assert indices.tolist() == [[0, 1, 2]]
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_nan_token_is_nan_and_the_others_are_not(path):
-    x, W, b = integers(3, 4, 100, seed=1)
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_nan_token_is_nan_and_the_others_are_not(relu):
+    x, W, b = integers(3, 4, 70, seed=1)
     x[1, 2] = NAN
-    check_stable_topk(x, W, b, 5, path)
+    check(x, W, b, 5, relu)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("infinity", [INF, -INF])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, of Inf − Inf
-def test_an_infinite_input(path, infinity):
+def test_an_infinite_input(infinity, relu):
     x, W, b = integers(2, 3, 70, seed=2)
     x[0, 1] = infinity  # ±Inf where W is not 0, NaN where it is; padding must not show
-    check_stable_topk(x, W, b, 9, path)
+    check(x, W, b, 9, relu)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_nan_of_either_sign_comes_first(path):
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_nan_of_either_sign_comes_first(relu):
     W = torch.arange(40.0)[:, None].to(DEVICE)
     W[4], W[20] = NAN, -torch.tensor(NAN)
     W.view(torch.int32)[20] = -(2**22)  # the quiet NaN with its sign bit set
-    check_stable_topk(torch.ones(1, 1, device=DEVICE), W, None, 3, path)
+    check(torch.ones(1, 1, device=DEVICE), W, None, 3, relu)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_among_a_subset_of_latents(path):
-    x, W, b = integers(2, 3, 150, seed=3)
-    latents = torch.arange(2, 150, 3, device=DEVICE)
-    check_stable_topk(x, W, b, 20, path, latents)
+def test_a_masked_token_has_the_values_zero():
+    x, W, _ = integers(2, 4, 70, seed=3, bias=False)
+    x[0] = 0
+    check(x, W, None, 9, relu=True)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_no_token(path):
+@pytest.mark.parametrize("k", [1, 50])
+def test_the_smallest_and_the_largest_k(k):
+    check(*integers(2, 3, 50, seed=4), k)
+
+
+def test_no_token():
     x, W, b = integers(0, 3, 10, seed=4)
-    values, indices = topk_encode(x, W, b, 10, path=path)
+    values, indices = topk_encode(x, W, b, 10)
     assert values.shape == indices.shape == (0, 10)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_rows_that_do_not_follow_one_another(path):
+def test_rows_that_do_not_follow_one_another():
     x, W, b = integers(6, 8, 50, seed=5)
-    check_stable_topk(x[::2, 1:5], W[:, ::2], b, 4, path)
+    check(x[::2, 1:5], W[:, ::2], b, 4)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(path, dtype):
-    check_stable_topk(*integers(2, 9, 100, seed=8, dtype=dtype), 11, path)
+def test_half_precision(dtype):
+    check(*integers(2, 9, 100, seed=8, dtype=dtype), 11)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_real_scores_by_value(path, dtype):
+def test_real_scores_by_value(dtype, relu):
     """bfloat16 waits for a GPU, below: the interpreter truncates it where a GPU rounds."""
-    x, W, b = reals(3, 24, 300, dtype=dtype)
-    check_by_value(x, W, b, 20, path)
-
-
-def test_chunked_scores_are_compared_whole():
-    """A difference in the last bit of a float32 counts, and values keep every bit."""
-    scores = (torch.full((90,), 1.5).view(torch.int32) + torch.arange(90) * 37 % 90).view(
-        torch.float32
-    )
-    scores = torch.cat([scores, -scores]).to(DEVICE)
-    for k in (5, 100):
-        check_stable_topk(torch.ones(1, 1, device=DEVICE), scores[:, None], None, k, "chunked")
+    check_by_value(*reals(2, 24, 300, dtype=dtype), 20, relu)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("n", "d", "m", "k"), [(300, 512, 5000, 32), (130, 100, 3001, 200)])
-def test_real_scores_on_a_gpu(path, dtype, n, d, m, k):
+@pytest.mark.parametrize(
+    ("n", "d", "m", "k"),
+    [(300, 512, 5000, 32), (130, 100, 3001, 200), (1, 512, 5000, 32), (40, 512, 5000, 5000)],
+)
+def test_real_scores_on_a_gpu(n, d, m, k, dtype, relu):
     x, W, b = reals(n, d, m, dtype=dtype)
-    check_by_value(x, W, b, k, path)
-    once, again = (topk_encode(x, W, b, k, path=path) for _ in range(2))
+    check_by_value(x, W, b, k, relu)
+    once, again = (topk_encode(x, W, b, k, relu) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_segments_give_what_the_whole_gives(path, monkeypatch):
-    """Chunks of tokens, and more keys than registers hold."""
-    monkeypatch.setattr(chunked, "_WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(product, "_KEY_BYTES", 1)
-    monkeypatch.setattr(rescore, "_BYTES", 1)
-    monkeypatch.setattr(select, "keys_tile", lambda keys: (4 if keys < 20 else 32, 1))
-    check_stable_topk(*integers(2, 4, 140, seed=6), 12, path)
-    check_stable_topk(*integers(1, 4, 140, seed=6), 120, path)
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "n_keys"), [(64, 2), (64, 3), (64, 4), (32, 4), (16, 4), (4, 4)])
+def test_every_size_of_group_on_a_gpu(group, n_keys, monkeypatch):
+    """Rows in order and rows of equal scores open as many groups as can be."""
+    monkeypatch.setattr(encode, "group_size", lambda m, k: (group, n_keys))
+    x, W, b = integers(300, 64, 4001, seed=9, dtype=torch.bfloat16)
+    x[7], b[:] = 0, 0
+    b[2000:2100] = torch.arange(100, device=DEVICE)
+    for relu in (False, True):
+        check(x, W, b, 40, relu)
+
+
+def test_segments_give_what_the_whole_gives(monkeypatch):
+    monkeypatch.setattr(encode, "_KEY_BYTES", 1)
+    check(*integers(2, 4, 70, seed=6), 12)
 
 
 @pytest.mark.parametrize("tma", [True, False])
-@pytest.mark.parametrize("group", [32, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_keys_of_the_best_two(tma, group, dtype):
-    """The product's keys, decoded: scores of D inputs and M latents that no block divides."""
-    x, W, b = reals(11, 24, 150, dtype=dtype)
-    best, second = product.best_two(x, W, b, group, tma=tma and may_describe())
-    truth = x.double() @ W.double().T + b.double()
-    padded = torch.nn.functional.pad(truth, (0, -150 % group), value=-INF)
-    top = padded.unflatten(1, (-1, group)).topk(2, dim=2)
-    error = 4 * ((x.float() @ W.float().T).double() + b.double() - truth).abs().max()
-    for keys, expected, member in zip(
-        (best, second), top.values.unbind(2), top.indices.unbind(2), strict=True
-    ):
-        bits = (keys & -group) + 0x400000
-        bits = torch.where(bits < 0, bits | (group - 1), bits)
-        score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32).double()
-        assert ((score - expected).abs() <= error + expected.abs() * group * 2.0**-23).all()
-        assert torch.equal(group - 1 - (keys & (group - 1)), member.int())
+@pytest.mark.parametrize(
+    ("group", "n_keys", "relu"),
+    [(64, 2, True), (32, 3, False), (16, 4, True), (4, 4, False)],
+)
+def test_keys_of_the_largest(tma, group, n_keys, relu):
+    """D inputs and M latents that no block divides, in the sums of a float32 product."""
+    x, W, b = integers(3, 24, 150, seed=7)
+    x[1, 1] = NAN
+    keys = product.top_keys(x, W, b, n_keys, group, relu, tma=tma and may_describe())
+    expected = keys_of(x @ W.T + b, group, n_keys, relu)
+    assert torch.equal(keys[[0, 2]], expected[[0, 2]])
+    nan = keys[1] >= (0x7F800000 if relu else 0x7F800000 - 0x400000)
+    assert torch.equal(nan, expected[1] > -(2**31))
 
 
 def may_describe() -> bool:
     return DEVICE == "cpu" or product.describes(torch.cuda.get_device_capability())
-
-
-def test_a_group_is_opened_only_where_its_second_counts():
-    """Two of the three largest are in group 2, of four; group 0 has the third."""
-    best = torch.tensor([[40, 10, 90, 30]], dtype=torch.int32, device=DEVICE) * 64
-    second = torch.tensor([[20, 5, 80, 1]], dtype=torch.int32, device=DEVICE) * 64
-    picks = select.pick_groups(best, second, 3, 256, 64)
-    assert picks.tolist() == [[0, 2 * 2 + 1, -1]]
-
-
-@pytest.mark.parametrize("k", [1, 2, 9, 64])
-def test_no_more_than_half_of_k_groups_are_opened(k):
-    best = torch.zeros(2, 64, dtype=torch.int32, device=DEVICE)  # all equal: the worst of ties
-    picks = select.pick_groups(best, best, k, 64 * 32, 32)
-    assert ((picks >= 0) & (picks & 1 == 1)).sum(1).tolist() == [k // 2] * 2
 
 
 @triton.jit
@@ -322,14 +218,14 @@ def test_tiles_cover_the_product_once(n, m, band):
     assert {i for i, _ in out.tolist()[:band]} == set(range(min(band, -(-n // 8))))
 
 
-def test_the_choice():
-    hopper, half = (9, 0), torch.bfloat16
-    assert choose(8192, 2048, 2**17, 32, half, hopper) == "fused"
-    assert choose(8192, 512, 2**15, 32, half, hopper) == "fused"
-    assert choose(8192, 8192, 2**17, 32, half, hopper) == "chunked"  # the product is all
-    assert choose(8192, 2048, 13107, 512, half, hopper) == "chunked"  # AuxK
-    assert choose(8192, 2048, 2**17, 32, torch.float32, hopper) == "fused"
-    assert choose(5, 2048, 2**17, 32, half, hopper) == "chunked"
+def test_few_tokens_have_small_tiles():
+    def tile(n, m=2**15):
+        return product.product_tile((9, 0), torch.bfloat16, "tf32", True, 64, n, m, 132)
+
+    assert [tile(n).block_n for n in (1, 17, 64, 65)] == [16, 32, 64, 128]
+    assert tile(8192)[:3] == (128, 256, 64)
+    assert tile(128).block_m < tile(256).block_m  # of 256 latents, one block per processor at least
+    assert tile(1, 4096).block_m < tile(1).block_m
 
 
 def test_float32_follows_torchs_own_switch():

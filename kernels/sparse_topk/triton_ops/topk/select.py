@@ -1,272 +1,284 @@
-"""The exact K largest of a row, from the best of each group of its latents.
+"""The exact K largest of a row, from the T largest keys of each group of its latents.
 
-Whichever way a row's scores come, they first become int32 keys in the scores' order (`keys.py`):
-the best of each group of G neighbors, and with TWO the second best. From those,
+One program does a row, in three steps:
 
-    pick_groups   names the at most K groups that can hold one of the K largest
-    rank          takes the K largest of what the picked groups hold
+    pick     the P = min(K, J) groups of the largest bests, which hold the K largest (`pick.py`)
+    take     the K largest of the picked groups' T keys
+    open     a group whose T-th key was taken may hide more: its scores are computed again, and the
+             K largest of them and of what was taken remain (`reopen.py`)
 
-Between the two, `rescore.py` computes a group's scores again if they were not stored.
+Why that is exact. Order scores by key, then by smaller index: no two are equal. What a group hides
+is smaller than its T-th key, so if that is not taken, K scores are larger than the hidden ones.
+Opening other groups only adds larger ones, so groups are opened one after another, if their T-th is
+still taken then. At most K / T are; of latents in no order, `encode.expected_opened`. With RELU, a
+T-th key that is not positive hides nothing, so a row of zeros opens no group.
 
-Why that is exact. Order scores by value, then by smaller index: no two are equal. With stored
-scores, the K groups of the largest bests are picked: if one of the K largest were in another group,
-K groups would each hold a larger one. With TWO, take the K largest among all bests and seconds. A
-group whose second is not among them has nothing below its best in the K largest, so its best alone
-is a candidate; a group whose second is among them is opened: its G scores all are candidates. At
-most K / 2 groups are opened; on unordered latents, about K² G / 2M.
+Of keys, the bests are read, and the rest of picked groups only. Nothing is atomic, and ties go to
+the smaller index. A program reads what it wrote, to `scratch` and to the results, after a barrier.
 
-Sizes are fixed before the launch, nothing is atomic, and ties go to the smaller index. Tiles are
-from compiled code, not from timings.
-
-Legend: N tokens, D inputs, M latents, K active latents per token, G latents per group, J groups, P
-picked groups per token at most, C candidates.
+Legend: N tokens, D inputs, M latents, K active latents per token, G latents per group, J groups, T
+keys per group, P picked groups per token.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .keys import HIGHEST, LOWEST, ordered, score_of
+from .keys import LOWEST, score_of
+from .pick import pick_groups
+from .reopen import count_taken, open_group, scores_of
+from .search import middle_of, narrow, smallest_of
 
 
-def select_stored(
-    scores: Tensor, bias: Tensor | None, best: Tensor, group: int, values: Tensor, indices: Tensor
-) -> None:
-    """Write the K largest of each row of `scores` + bias, exactly, with their indices.
+class SelectTile(NamedTuple):
+    """What one program of `select_kernel` holds in its registers at a time."""
 
-    scores (N, M) float32, bias (M,), best (N, J) int32 → values, indices (N, K).
-    """
-    m, k = scores.shape[1], values.shape[1]
-    picks = pick_groups(best, None, k, m, group)
-    rank(scores, best, bias, picks, values, indices, m, group, two=False)
-
-
-def pick_groups(best: Tensor, second: Tensor | None, k: int, m: int, group: int) -> Tensor:
-    """(N, P) groups to look into, as `pick_groups_kernel` writes them."""
-    n, n_groups = best.shape
-    keys = n_groups if second is None else n_groups + m // group + (m % group > 1)
-    slots = min(k, n_groups)
-    picks = torch.empty(n, slots, device=best.device, dtype=torch.int32)
-    block, warps = keys_tile(n_groups)
-    pick_groups_kernel[(n,)](
-        best, second, picks, n_groups, slots, min(k, keys),
-        STEP=1 if second is None else group,
-        BLOCK_J=block, BLOCK_P=triton.next_power_of_2(slots), num_warps=warps,
-    )  # fmt: skip
-    return picks
+    block_j: int
+    """Bests."""
+    block_k: int
+    """Picked groups, with T keys each, and latents taken. At least K unless T = G."""
+    block_d: int
+    """Inputs of each latent of a group that is opened."""
+    warps: int
 
 
-def rank(
-    scores: Tensor,
-    best: Tensor,
+def select(
+    keys: Tensor,
+    x: Tensor,
+    W: Tensor,
     bias: Tensor | None,
-    picks: Tensor,
+    group: int,
+    relu: bool,
     values: Tensor,
     indices: Tensor,
-    m: int,
-    group: int,
     *,
-    two: bool,
+    tile: SelectTile | None = None,
 ) -> None:
-    """Write the K largest of each row's picked groups; shapes as in `rank_kernel`."""
-    (n, slots), k = picks.shape, values.shape[1]
-    block, warps = keys_tile(slots * group)
-    rank_kernel[(n,)](
-        scores, best, bias, picks, values, indices, m, slots, k,
-        G=group, TWO=two, BLOCK_C=block, num_warps=warps,
+    """Write the K largest of each row of x Wᵀ + bias, compared without their last log2(G) bits.
+
+    keys (N, T, J) int32 as by `product.top_keys`, of K latents at least; x (N, D), W (M, D), bias
+    (M,) → values, indices (N, K). `tile` overrides `select_tile`.
+    """
+    (n, n_keys, n_groups), (m, d), k = keys.shape, W.shape, values.shape[1]
+    tile = tile or select_tile(n_groups, k, group)
+    scratch = torch.empty(n, 2, k, device=keys.device, dtype=torch.int32)
+    select_kernel[(n,)](
+        keys, scratch, x, W, bias, values, indices, m, d, n_groups, min(k, n_groups), k,
+        G=group, T=n_keys, RELU=relu, num_warps=tile.warps, **blocks(tile, n_groups, k),
     )  # fmt: skip
 
 
-def keys_tile(keys: int) -> tuple[int, int]:
-    """Keys that a program holds in its registers, and its warps: 16 keys per thread, 4096 at most,
-    since 16 warps spill."""
-    block = min(4096, triton.next_power_of_2(keys))
-    return block, max(1, block // 512)
+def select_tile(n_groups: int, k: int, group: int) -> SelectTile:
+    """At most 32 bests and 16 picked keys per thread, and 16 products where a group is opened; one
+    warp if that holds a row, because its threads then wait for no others. From compiled code (64
+    registers at J = 512, so that 32 programs fit a processor; 8192 bests take 8 warps), not from
+    timings."""
+    block_j = min(8192, max(32, triton.next_power_of_2(n_groups)))
+    block_k = min(1024, max(32, triton.next_power_of_2(k)))
+    warps = max(1, block_j // 1024, block_k // 128)
+    return SelectTile(block_j, block_k, min(128, 512 * warps // group), warps)
+
+
+def blocks(tile: SelectTile, n_groups: int, k: int) -> dict[str, int]:
+    """The block sizes of `select_kernel`. Positions are found for 16 bests and 1 picked group per
+    thread at a time, since they take many registers."""
+    return {
+        "BLOCK_J": tile.block_j, "STORE_J": min(tile.block_j, 512 * tile.warps),
+        "BLOCK_K": tile.block_k, "STORE_K": min(tile.block_k, 32 * tile.warps),
+        "BLOCK_D": tile.block_d,
+        "WHOLE": n_groups <= tile.block_j and min(k, n_groups) <= tile.block_k,
+    }  # fmt: skip
 
 
 @triton.jit
-def _middle(low, high):
-    """(low + high) / 2, rounded up, without overflow."""
-    return (low | high) - ((low ^ high) >> 1)
+def _load_picked(keys_ptr, picks_ptr, start_p, J, P, T: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Picked groups, −1 past the last, and their T keys as a tuple."""
+    offs_p = start_p + tl.arange(0, BLOCK_K)
+    picks = tl.load(picks_ptr + offs_p, mask=offs_p < P, other=-1)
+    keys = (tl.load(keys_ptr + picks, mask=picks >= 0, other=LOWEST),)
+    for t in tl.static_range(1, T):
+        keys += (tl.load(keys_ptr + t * J + picks, mask=picks >= 0, other=LOWEST),)  # type: ignore[assignment]
+    return picks, keys
 
 
 @triton.jit
-def _narrow(low, high, count, middle, K):
-    """Halve the range of keys that holds the K-th, given how many are at least `middle`. If that
-    is just K, the search is over: `low` becomes a key that they, and only they, exceed."""
-    below = tl.where(count == K, middle - 1, tl.where(count > K, middle, low))
-    return below, tl.where(count > K, high, middle - 1)
+def _range_of(keys, G: tl.constexpr):
+    """The smallest best, the smallest key and the largest."""
+    smallest_best = smallest_of(keys[0] & -G)
+    smallest = smallest_best
+    for t in tl.static_range(1, len(keys)):
+        smallest = tl.minimum(smallest, smallest_of(keys[t] & -G))
+    return smallest_best, smallest, tl.max(keys[0] & -G, 0)
 
 
 @triton.jit
-def _load_bests(best_ptr, second_ptr, row_start, offs_j, J, STEP: tl.constexpr):
-    """Keys of a row's groups, as they are compared; a second that does not exist is LOWEST."""
-    best = tl.load(best_ptr + row_start + offs_j, mask=offs_j < J, other=LOWEST) & -STEP
-    second = tl.full(offs_j.shape, LOWEST, tl.int32)
-    if second_ptr is not None:
-        second = tl.load(second_ptr + row_start + offs_j, mask=offs_j < J, other=LOWEST) & -STEP
-    return best, second
-
-
-@triton.jit
-def _count_bests(
-    best, second, floor, best_ptr, second_ptr, row_start, J,
-    STEP: tl.constexpr, BLOCK_J: tl.constexpr,
+def _count_keys(
+    keys, floor, keys_ptr, picks_ptr, J, P,
+    G: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """How many of a row's keys exceed `floor`: of (best, second), the first BLOCK_J groups', and
-    of the rest, which registers do not hold."""
-    count = tl.sum((best > floor).to(tl.int32) + (second > floor).to(tl.int32), 0)
-    for start_j in range(BLOCK_J, J, BLOCK_J):
-        offs_j = start_j + tl.arange(0, BLOCK_J)
-        more, more_second = _load_bests(best_ptr, second_ptr, row_start, offs_j, J, STEP)
-        count += tl.sum((more > floor).to(tl.int32) + (more_second > floor).to(tl.int32), 0)
+    """How many keys of picked groups exceed `floor`: of `keys`, the first BLOCK_K groups', and of
+    the rest."""
+    above = ((keys[0] & -G) > floor).to(tl.int32)
+    for t in tl.static_range(1, len(keys)):
+        above += ((keys[t] & -G) > floor).to(tl.int32)
+    count = tl.sum(above, 0)
+    if not WHOLE:
+        for start_p in range(BLOCK_K, P, BLOCK_K):
+            _, more = _load_picked(keys_ptr, picks_ptr, start_p, J, P, len(keys), BLOCK_K)
+            for t in tl.static_range(len(keys)):
+                count += tl.sum(((more[t] & -G) > floor).to(tl.int32), 0)
     return count
 
 
 @triton.jit
-def pick_groups_kernel(
-    best_ptr,  # (N, J) int32 keys
-    second_ptr,  # (N, J) int32 keys, or None: the groups' scores are stored
-    picks_ptr,  # (N, P) int32 out: 2 · group + (1 if opened), ascending, then −1
-    J,
-    P,
-    K,  # at most the number of keys
-    STEP: tl.constexpr,  # keys are compared without their last log2(STEP) bits
-    BLOCK_J: tl.constexpr,  # groups held in registers; the rest, if any, is read again
-    BLOCK_P: tl.constexpr,
-):
-    """One program names the groups that can hold one of a row's K largest."""
-    pid_n = tl.program_id(0).to(tl.int64)
-    row_start = pid_n * J
-    best, second = _load_bests(best_ptr, second_ptr, row_start, tl.arange(0, BLOCK_J), J, STEP)
-    low, high = tl.min(tl.where(best == LOWEST, HIGHEST, best), 0), tl.max(best, 0)
-    for start_j in range(BLOCK_J, J, BLOCK_J):
-        offs_j = start_j + tl.arange(0, BLOCK_J)
-        more, _ = _load_bests(best_ptr, second_ptr, row_start, offs_j, J, STEP)
-        low = tl.minimum(low, tl.min(tl.where(more == LOWEST, HIGHEST, more), 0))
-        high = tl.maximum(high, tl.max(more, 0))
-    low = tl.where(K > J, LOWEST, low)  # the K-th may be a second, below all bests
+def _kth_key(
+    keys, keys_ptr, picks_ptr, J, P, K,
+    G: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The K-th largest key of the picked groups, or one that just the K largest exceed. The
+    smallest best of K groups bounds it from below, and is often it."""
+    smallest_best, smallest, high = _range_of(keys, G)
+    if not WHOLE:
+        for start_p in range(BLOCK_K, P, BLOCK_K):
+            _, more = _load_picked(keys_ptr, picks_ptr, start_p, J, P, len(keys), BLOCK_K)
+            more_best, more_smallest, more_high = _range_of(more, G)
+            smallest_best = tl.minimum(smallest_best, more_best)
+            smallest = tl.minimum(smallest, more_smallest)
+            high = tl.maximum(high, more_high)
+    low = tl.where(P < K, smallest, smallest_best)
+    count = _count_keys(keys, low - 1, keys_ptr, picks_ptr, J, P, G, BLOCK_K, WHOLE)
+    low, high = narrow(low, high, count, low, K)
     while low < high:
-        middle = _middle(low, high)
-        count = _count_bests(
-            best, second, middle - 1, best_ptr, second_ptr, row_start, J, STEP, BLOCK_J
-        )
-        low, high = _narrow(low, high, count, middle, K)
-    room = K - _count_bests(best, second, low, best_ptr, second_ptr, row_start, J, STEP, BLOCK_J)
-    ties, filled = 0, 0
-    for start_j in range(0, J, BLOCK_J):
-        offs_j = start_j + tl.arange(0, BLOCK_J)
-        best, second = _load_bests(best_ptr, second_ptr, row_start, offs_j, J, STEP)
-        tied = (best == low).to(tl.int32)
-        both = tied + (second == low).to(tl.int32)
-        earlier = ties + tl.cumsum(both, 0) - both
-        picked = (best > low) | ((best == low) & (earlier < room))
-        opened = picked
-        if second_ptr is not None:
-            opened = (second > low) | ((second == low) & (earlier + tied < room))
-        slots = filled + tl.cumsum(picked.to(tl.int32), 0) - 1
-        tl.store(picks_ptr + pid_n * P + slots, offs_j * 2 + opened.to(tl.int32), mask=picked)
-        ties += tl.sum(both, 0)
-        filled += tl.sum(picked.to(tl.int32), 0)
-    offs_p = tl.arange(0, BLOCK_P)
-    tl.store(picks_ptr + pid_n * P + offs_p, -1, mask=(offs_p >= filled) & (offs_p < P))
+        middle = middle_of(low, high)
+        count = _count_keys(keys, middle - 1, keys_ptr, picks_ptr, J, P, G, BLOCK_K, WHOLE)
+        low, high = narrow(low, high, count, middle, K)
+    return low
 
 
 @triton.jit
-def _load_candidates(
-    scores_ptr, best_ptr, bias_ptr, picks_ptr, pid_n, offs_c, M, P,
-    G: tl.constexpr, TWO: tl.constexpr,
+def _store_taken(
+    keys_ptr, picks_ptr, start_p, low, room, ties, filled, kept_ptr, indices_ptr, M, J, P,
+    G: tl.constexpr, T: tl.constexpr, RELU: tl.constexpr, STORE_K: tl.constexpr,
 ):  # fmt: skip
-    """Keys and latents of a row's candidates, in the order of their latents. The key of a place
-    that holds no candidate is LOWEST. Shapes as in `rank_kernel`."""
-    member = offs_c % G
-    picks = tl.load(picks_ptr + pid_n * P + offs_c // G, mask=offs_c < P * G, other=-1)
-    offs_m = (picks >> 1) * G + member
-    mask_m = (picks >= 0) & (offs_m < M)
-    if TWO:
-        opened = mask_m & ((picks & 1) == 1)
-        scores = tl.load(scores_ptr + pid_n * P * G + offs_c, mask=opened, other=0.0)
-        packed = tl.load(best_ptr + pid_n * tl.cdiv(M, G) + (picks >> 1), mask=mask_m, other=0)
-        best_only = tl.where(member == G - 1 - (packed & (G - 1)), packed & -G, LOWEST)
-        keys = tl.where(opened, ordered(scores + 0.0) & -G, best_only)
+    """Append what is above `low`, and what equals it while there is room, in the order of latents.
+    Returns how many such ties there were and how many are taken by now. Of picks, those stay that
+    may hide more; the others become J."""
+    picks, keys = _load_picked(keys_ptr, picks_ptr, start_p, J, P, T, STORE_K)
+    tied = ((keys[0] & -G) == low).to(tl.int32)
+    for t in tl.static_range(1, T):
+        tied += ((keys[t] & -G) == low).to(tl.int32)
+    earlier = ties + tl.cumsum(tied, 0) - tied
+    taken = ()
+    count = tl.zeros_like(tied)
+    for t in tl.static_range(T):
+        equal = (keys[t] & -G) == low
+        take = ((keys[t] & -G) > low) | (equal & (earlier < room))
+        earlier += equal.to(tl.int32)
+        count += take.to(tl.int32)
+        taken += (take,)  # type: ignore[assignment]
+    start = filled + tl.cumsum(count, 0) - count
+    for t in tl.static_range(T):
+        follow = keys[t] & (G - 1)  # members of the group that follow
+        slots = start
+        for u in tl.static_range(T):
+            if u != t:
+                slots += (taken[u] & ((keys[u] & (G - 1)) > follow)).to(tl.int32)
+        tl.store(kept_ptr + slots, keys[t] & -G, mask=taken[t])
+        tl.store(indices_ptr + slots, (picks * G + (G - 1 - follow)).to(tl.int64), mask=taken[t])
+    if T < G:
+        doubt = taken[T - 1] & (M - picks * G > T)
+        if RELU:
+            doubt = doubt & ((keys[T - 1] & -G) > 0)
+        offs_p = start_p + tl.arange(0, STORE_K)
+        tl.debug_barrier()  # all is read before any is written
+        tl.store(picks_ptr + offs_p, tl.where(doubt, picks, J), mask=offs_p < P)
+    return ties + tl.sum(tied, 0), filled + tl.sum(count, 0)
+
+
+@triton.jit
+def _store_values(
+    kept_ptr, indices_ptr, values_ptr, x_ptr, W_ptr, bias_ptr, M, D, K,
+    G: tl.constexpr, RELU: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write the values of what was taken: from its keys, or in float32 computed again."""
+    if values_ptr.dtype.element_ty == tl.float32:
+        for start_k in range(0, K, G):
+            offs_k = start_k + tl.arange(0, G)
+            latents = tl.load(indices_ptr + offs_k, mask=offs_k < K, other=M)
+            scores = scores_of(latents, x_ptr, W_ptr, bias_ptr, M, D, BLOCK_D)
+            if RELU:
+                scores = tl.where(scores <= 0, 0.0, scores)
+            tl.store(values_ptr + offs_k, scores, mask=offs_k < K)
     else:
-        scores = tl.load(scores_ptr + pid_n * M + offs_m, mask=mask_m, other=0.0)
-        if bias_ptr is not None:
-            scores += tl.load(bias_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-        keys = ordered(scores + 0.0)
-    return tl.where(mask_m, keys, LOWEST), offs_m
+        for start_k in range(0, K, BLOCK_K):
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            kept = tl.load(kept_ptr + offs_k, mask=offs_k < K, other=0)
+            scores = score_of(kept, G, RELU).to(values_ptr.dtype.element_ty)
+            tl.store(values_ptr + offs_k, scores, mask=offs_k < K)
 
 
 @triton.jit
-def _count_candidates(
-    keys, floor, scores_ptr, best_ptr, bias_ptr, picks_ptr, pid_n, M, P,
-    G: tl.constexpr, TWO: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """How many of a row's candidates have keys above `floor`: of `keys`, the first BLOCK_C, and of
-    the rest, which registers do not hold."""
-    count = tl.sum((keys > floor).to(tl.int32), 0)
-    for start_c in range(BLOCK_C, P * G, BLOCK_C):
-        offs_c = start_c + tl.arange(0, BLOCK_C)
-        more, _ = _load_candidates(
-            scores_ptr, best_ptr, bias_ptr, picks_ptr, pid_n, offs_c, M, P, G, TWO
-        )
-        count += tl.sum((more > floor).to(tl.int32), 0)
-    return count
-
-
-@triton.jit
-def rank_kernel(
-    scores_ptr,  # (N, P, G) float32 of opened groups with TWO, else (N, M) without the bias
-    best_ptr,  # (N, J) int32 keys with TWO
-    bias_ptr,  # (M,), or None; with TWO it is in the scores
-    picks_ptr,  # (N, P) int32
+def select_kernel(
+    keys_ptr,  # (N, T, J) int32
+    scratch_ptr,  # (N, 2, K) int32: picked groups; keys of what is taken
+    x_ptr,  # (N, D)
+    W_ptr,  # (M, D)
+    bias_ptr,  # (M,) or None
     values_ptr,  # (N, K) out
     indices_ptr,  # (N, K) int64 out, ascending
     M,
+    D,
+    J,
     P,
     K,
     G: tl.constexpr,
-    TWO: tl.constexpr,  # scores and keys are compared without their last log2(G) bits
-    BLOCK_C: tl.constexpr,  # candidates held in registers; the rest, if any, is read again
+    T: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_J: tl.constexpr,  # bests held in registers; the rest, if any, is read again
+    STORE_J: tl.constexpr,  # bests looked at together to store picks
+    BLOCK_K: tl.constexpr,  # picked groups, and latents taken, held in registers
+    STORE_K: tl.constexpr,  # picked groups looked at together to store what is taken
+    BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,  # BLOCK_J is at least J, and BLOCK_K at least P
 ):
-    """One program takes the K largest of a row's picked groups, in the order of their indices."""
+    """One program takes the K largest of a row."""
     pid_n = tl.program_id(0).to(tl.int64)
-    offs_c = tl.arange(0, BLOCK_C)
-    keys, offs_m = _load_candidates(
-        scores_ptr, best_ptr, bias_ptr, picks_ptr, pid_n, offs_c, M, P, G, TWO
-    )
-    low, high = tl.min(tl.where(keys == LOWEST, HIGHEST, keys), 0), tl.max(keys, 0)
-    for start_c in range(BLOCK_C, P * G, BLOCK_C):
-        offs_c = start_c + tl.arange(0, BLOCK_C)
-        more, _ = _load_candidates(
-            scores_ptr, best_ptr, bias_ptr, picks_ptr, pid_n, offs_c, M, P, G, TWO
-        )
-        low = tl.minimum(low, tl.min(tl.where(more == LOWEST, HIGHEST, more), 0))
-        high = tl.maximum(high, tl.max(more, 0))
-    while low < high:
-        middle = _middle(low, high)
-        count = _count_candidates(
-            keys, middle - 1, scores_ptr, best_ptr, bias_ptr, picks_ptr, pid_n, M, P,
-            G, TWO, BLOCK_C,
-        )  # fmt: skip
-        low, high = _narrow(low, high, count, middle, K)
-    room = K - _count_candidates(
-        keys, low, scores_ptr, best_ptr, bias_ptr, picks_ptr, pid_n, M, P, G, TWO, BLOCK_C
-    )
+    keys_ptr += pid_n * J * T
+    picks_ptr = scratch_ptr + pid_n * K * 2
+    kept_ptr = picks_ptr + K
+    x_ptr += pid_n * D
+    values_ptr += pid_n * K
+    indices_ptr += pid_n * K
+    pick_groups(keys_ptr, picks_ptr, J, P, G, BLOCK_J, STORE_J, WHOLE)
+    tl.debug_barrier()
+    _, keys = _load_picked(keys_ptr, picks_ptr, 0, J, P, T, BLOCK_K)
+    low = _kth_key(keys, keys_ptr, picks_ptr, J, P, K, G, BLOCK_K, WHOLE)
+    room = K - _count_keys(keys, low, keys_ptr, picks_ptr, J, P, G, BLOCK_K, WHOLE)
     ties, filled = 0, 0
-    for start_c in range(0, P * G, BLOCK_C):
-        offs_c = start_c + tl.arange(0, BLOCK_C)
-        keys, offs_m = _load_candidates(
-            scores_ptr, best_ptr, bias_ptr, picks_ptr, pid_n, offs_c, M, P, G, TWO
-        )
-        tied = (keys == low).to(tl.int32)
-        chosen = (keys > low) | ((keys == low) & (ties + tl.cumsum(tied, 0) <= room))
-        slots = pid_n * K + filled + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        values = score_of(keys, G if TWO else 1).to(values_ptr.dtype.element_ty)
-        tl.store(values_ptr + slots, values, mask=chosen)
-        tl.store(indices_ptr + slots, offs_m.to(tl.int64), mask=chosen)
-        ties += tl.sum(tied, 0)
-        filled += tl.sum(chosen.to(tl.int32), 0)
+    for start_p in range(0, P, STORE_K):
+        ties, filled = _store_taken(
+            keys_ptr, picks_ptr, start_p, low, room, ties, filled, kept_ptr, indices_ptr, M, J, P,
+            G, T, RELU, STORE_K,
+        )  # fmt: skip
+    tl.debug_barrier()
+    if T < G:
+        offs_p = tl.arange(0, BLOCK_K)
+        waiting = tl.load(picks_ptr + offs_p, mask=offs_p < P, other=J)
+        group = tl.min(waiting, 0)
+        while group < J:
+            if count_taken(group, indices_ptr, K, G, BLOCK_K) == T:
+                open_group(
+                    group, kept_ptr, indices_ptr, x_ptr, W_ptr, bias_ptr, M, D, K,
+                    G, RELU, BLOCK_K, BLOCK_D,
+                )  # fmt: skip
+            waiting = tl.where(waiting > group, waiting, J)
+            group = tl.min(waiting, 0)
+    _store_values(
+        kept_ptr, indices_ptr, values_ptr, x_ptr, W_ptr, bias_ptr, M, D, K,
+        G, RELU, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
