@@ -17,7 +17,7 @@ import torch
 
 from sparse_topk.triton_ops import adam, few_latents, precision, sparse
 
-from . import compiled_encode
+from . import compiled_encode, compiled_residuals
 from .compiled_build import Build, Compiled, compile_for, violations
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -151,7 +151,7 @@ BUILDS += [
 
 def builds() -> list[Build]:
     """Every kernel of the package, at the shapes and dtypes that matter."""
-    return compiled_encode.BUILDS + BUILDS
+    return compiled_encode.BUILDS + BUILDS + compiled_residuals.BUILDS
 
 
 def compile_all() -> Iterator[tuple[Build, int, Compiled]]:

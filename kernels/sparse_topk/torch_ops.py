@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
+from .torch_residuals import decode_error as decode_error
+from .torch_residuals import reconstruction_error as reconstruction_error
+from .torch_residuals import standardize as standardize
+
 _BLOCK_BYTES = 64 * 2**20  # of scores held at a time
 _TILE_BYTES = 4 * 2**20  # of scores computed at a time: their maxima are then taken in the cache
 _MIN_BLOCK_ROWS = 256  # with fewer, W is read too often: 32 measured 2.1 times slower

@@ -1,16 +1,21 @@
 """The ops in Triton, with the names, arguments and results of `torch_ops`."""
 
 from .adam import adam_unit_norm_
+from .decode import decode_error, reconstruction_error
 from .sparse import CSC, csc_by_latent, gather_dot, gather_sum, scatter_outer, sum_by_latent
+from .standardization import standardize
 from .topk import topk_encode
 
 __all__ = [
     "CSC",
     "adam_unit_norm_",
     "csc_by_latent",
+    "decode_error",
     "gather_dot",
     "gather_sum",
+    "reconstruction_error",
     "scatter_outer",
+    "standardize",
     "sum_by_latent",
     "topk_encode",
 ]
