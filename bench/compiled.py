@@ -33,13 +33,13 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
     divisible = aligned + (("K",) if k % 16 == 0 else ())
 
     def build(
-        op: str, kernel: Any, arguments: dict[str, str], tile: tuple[int, int, int], **more: int
+        op: str, kernel: Any, arguments: dict[str, str], tile: tuple[int, int, int], **more: Any
     ) -> Build:
         block, rows, warps = tile
         return Build(
             f"{op} {name}",
             kernel,
-            arguments | {"D": "i32", "K": "i32"},
+            {"D": "i32", "K": "i32"} | arguments,
             {"BLOCK_D": block, "ROWS": rows, "ACC_DTYPE": acc_dtype, **more},
             num_warps=warps,
             divisible=divisible,
@@ -63,7 +63,7 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
         build(
             "sum_chunks",
             sparse.sum_chunks_kernel,
-            {"values_ptr": data, "perm_ptr": ids, "indptr_ptr": ids, "owners_ptr": ids}
+            {"values_ptr": data, "perm_ptr": ids, "indptr_ptr": ids, "M": "i32"}
             | {"x_ptr": data, "partials_ptr": "*fp32"},
             sparse.sum_chunks_tile(d, some.element_size()),
             CHUNK=sparse.CHUNK,
@@ -75,6 +75,16 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
             | {"x_ptr": data, "partials_ptr": "*fp32", "out_ptr": data},
             sparse.scatter_outer_tile(d, some.element_size()),
             CHUNK=sparse.CHUNK,
+            ADD=False,
+        ),
+        build(
+            "scatter_outer add",
+            sparse.scatter_outer_kernel,
+            {"values_ptr": data, "perm_ptr": ids, "indptr_ptr": ids}
+            | {"x_ptr": data, "partials_ptr": "*fp32", "out_ptr": "*fp32"},
+            sparse.scatter_outer_tile(d, some.element_size()),
+            CHUNK=sparse.CHUNK,
+            ADD=True,
         ),
     ]
 

@@ -116,6 +116,27 @@ def _(values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(len(indptr) - 1, x.shape[1])
 
 
+@torch.library.custom_op("sparse_topk::scatter_outer_", mutates_args=("out",))
+def _scatter_outer_(values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor, out: Tensor) -> None:
+    backend_for(x).scatter_outer(values, CSC(perm, indptr), x, out)
+
+
+@_scatter_outer_.register_fake
+def _(values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor, out: Tensor) -> None:
+    pass
+
+
+@torch.library.custom_op("sparse_topk::keep_topk_", mutates_args=("z",))
+def keep_topk_(z: Tensor, k: int) -> None:
+    """See `torch_ops.keep_topk_`."""
+    backend_for(z).keep_topk_(z, k)
+
+
+@keep_topk_.register_fake
+def _(z: Tensor, k: int) -> None:
+    pass
+
+
 @torch.library.custom_op("sparse_topk::sum_by_latent", mutates_args=())
 def _sum_by_latent(values: Tensor, indices: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
     return backend_for(values).sum_by_latent(values, indices, CSC(perm, indptr))
@@ -180,9 +201,12 @@ def csc_by_latent(indices: Tensor, n_latents: int) -> CSC:
     return CSC(*_csc_by_latent(indices, n_latents))
 
 
-def scatter_outer(values: Tensor, csc: CSC, x: Tensor) -> Tensor:
+def scatter_outer(values: Tensor, csc: CSC, x: Tensor, out: Tensor | None = None) -> Tensor:
     """See `torch_ops.scatter_outer`."""
-    return _scatter_outer(values, csc.perm, csc.indptr, x)
+    if out is None:
+        return _scatter_outer(values, csc.perm, csc.indptr, x)
+    _scatter_outer_(values, csc.perm, csc.indptr, x, out)
+    return out
 
 
 def sum_by_latent(values: Tensor, indices: Tensor, csc: CSC) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from . import dtensor, ops
+from .shadows import Shadows, is_plain
 
 NORM_TOLERANCE = 1e-2
 """How far from 1 the norm of a row may be when training begins: as far as rounding to bfloat16
@@ -39,6 +40,9 @@ class UnitNormAdam(torch.optim.Optimizer):
     of gradients, which is in the order of the groups; override it when gradients are sharded by
     other means than DTensor.
 
+    With `shadows`, a step also writes the copies of the parameters that have been asked for (see
+    `shadows.Shadows`).
+
     Parameters may be DTensors, as `fully_shard` (FSDP2) makes them; make the optimizer after it. A
     `unit_norm` one may be replicated or sharded by rows on any mesh, or by columns on a mesh of one
     dimension. The state is sharded like the parameters, so that torch's distributed checkpoint
@@ -58,6 +62,7 @@ class UnitNormAdam(torch.optim.Optimizer):
         unit_norm: bool = False,
         max_grad_norm: float | None = None,
         total_norm: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm,
+        shadows: Shadows | None = None,
     ) -> None:
         if lr < 0:
             raise ValueError(f"lr must be at least 0, got {lr}")
@@ -67,7 +72,7 @@ class UnitNormAdam(torch.optim.Optimizer):
             raise ValueError(f"eps must be at least 0, got {eps}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
-        self.max_grad_norm, self.total_norm = max_grad_norm, total_norm
+        self.max_grad_norm, self.total_norm, self.shadows = max_grad_norm, total_norm, shadows
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "unit_norm": unit_norm})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -98,13 +103,17 @@ class UnitNormAdam(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
             state["step"] += 1
-            update = ops.adam_unit_norm_ if _is_plain(p) else dtensor.adam_unit_norm_
+            shadow = None if self.shadows is None else self.shadows.to_write(p)
+            update = ops.adam_unit_norm_ if is_plain(p) else dtensor.adam_unit_norm_
             update(
                 p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"],
                 lr=group["lr"], betas=group["betas"], eps=group["eps"],
                 unit_norm=group["unit_norm"],
                 grad_scale=None if grad_scale is None else grad_scale.to(p.device),
+                shadow=shadow,
             )  # fmt: skip
+            if self.shadows is not None and shadow is not None:
+                self.shadows.written(p)
         return loss
 
     def _grad_scale(self) -> Tensor | None:
@@ -113,19 +122,12 @@ class UnitNormAdam(torch.optim.Optimizer):
         if self.max_grad_norm is None or not grads:
             return None
         norm = self.total_norm(grads)
-        norm = norm if _is_plain(norm) else dtensor.whole(norm)
+        norm = norm if is_plain(norm) else dtensor.whole(norm)
         return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"max_grad_norm": self.max_grad_norm, "total_norm": self.total_norm}
-        return super().__getstate__() | own
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether torch's operators work on the tensor's own memory: a Tensor or Parameter, and no
-    class that stands for other tensors. A FakeTensor passes for one: it has shapes only."""
-    plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return plain or isinstance(tensor, FakeTensor)
+        names = ("max_grad_norm", "total_norm", "shadows")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
 
 
 def _check_parameter(p: Tensor, name: str, unit_norm: bool) -> None:
@@ -134,7 +136,7 @@ def _check_parameter(p: Tensor, name: str, unit_norm: bool) -> None:
             f"a unit_norm parameter must be a matrix, its rows of norm 1, "
             f"got the shape {tuple(p.shape)}"
         )
-    if not _is_plain(p):
+    if not is_plain(p):
         dtensor.check_placements(p, name, unit_norm)
     if unit_norm:
         _check_rows(p)
@@ -148,7 +150,7 @@ def _check_rows(p: Tensor) -> None:
     wide = torch.promote_types(p.dtype, torch.float32)
     norms = torch.linalg.vector_norm(p, dim=1, dtype=wide)
     largest = torch.linalg.vector_norm(p, torch.inf, dim=1)
-    if not _is_plain(p):
+    if not is_plain(p):
         norms, largest = dtensor.whole(norms), dtensor.whole(largest)
     off = ~((norms - 1).abs() <= NORM_TOLERANCE) & (largest != 0)
     if off.any():

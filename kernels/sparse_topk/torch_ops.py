@@ -81,16 +81,20 @@ def csc_by_latent(indices: Tensor, n_latents: int) -> CSC:
     return CSC(perm, torch.searchsorted(latents, bounds))
 
 
-def scatter_outer(values: Tensor, csc: CSC, x: Tensor) -> Tensor:
+def scatter_outer(values: Tensor, csc: CSC, x: Tensor, out: Tensor | None = None) -> Tensor:
     """out[m] = Σ values[n, k] · x[n] over the (n, k) that chose m; in a fixed order.
 
-    values (N, K), x (N, D) → (M, D), zero where no token chose m.
+    values (N, K), x (N, D) → (M, D), zero where no token chose m. If `out` (M, D) is given, in
+    float32 at least, the sums are added to it, in its dtype.
     """
+    if out is not None:
+        values, x = values.to(out.dtype), x.to(out.dtype)
     tokens = csc.perm // values.shape[1]
     weights = values.flatten()[csc.perm]
-    return F.embedding_bag(
+    outer = F.embedding_bag(
         tokens, x, csc.indptr, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
+    return outer if out is None else out.add_(outer)
 
 
 def sum_by_latent(values: Tensor, indices: Tensor, csc: CSC) -> Tensor:
@@ -101,6 +105,23 @@ def sum_by_latent(values: Tensor, indices: Tensor, csc: CSC) -> Tensor:
     dtype = torch.promote_types(values.dtype, torch.float32)
     total = values.new_zeros(len(csc.indptr) - 1, dtype=dtype)
     return total.index_add_(0, indices.flatten(), values.flatten().to(dtype))
+
+
+def keep_topk_(z: Tensor, k: int) -> None:
+    """Keep ReLU of the k largest of each row of z (N, Q), in place, and make all else 0.
+
+    Ties go to the smaller index. NaN ranks above +Inf, and stays.
+    """
+    n_top = min(k + 1, z.shape[1])
+    if k >= n_top:
+        z.relu_()
+        return
+    top = z.topk(n_top, dim=1)
+    kth, next_ = top.values[:, k - 1], top.values[:, k]
+    tied = ((kth == next_) & (kth > 0)).nonzero()[:, 0]  # topk took any of the equal ones
+    positions = _top_positions(z[tied], k)
+    top.indices[tied, :k] = positions
+    z.zero_().scatter_(1, top.indices[:, :k], top.values[:, :k].relu_())
 
 
 @torch.no_grad()

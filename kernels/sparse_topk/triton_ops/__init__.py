@@ -1,5 +1,6 @@
 """The ops in Triton, with the names, arguments and results of `torch_ops`."""
 
+from ..torch_ops import keep_topk_
 from .adam import adam_unit_norm_
 from .decode import decode_error, reconstruction_error
 from .sparse import CSC, csc_by_latent, gather_dot, gather_sum, scatter_outer, sum_by_latent
@@ -13,6 +14,7 @@ __all__ = [
     "decode_error",
     "gather_dot",
     "gather_sum",
+    "keep_topk_",
     "reconstruction_error",
     "scatter_outer",
     "standardize",

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..matmul import product, segments
 from ..torch_ops import CSC
-from .matmul import product, segments
 
 _BYTES = 256 * 2**20  # of a segment of the (N, M) matrix and of its product
 _RATES = {torch.float32: 60e12, torch.float16: 790e12, torch.bfloat16: 790e12}  # flop/s

@@ -7,10 +7,9 @@ constant of the kernels: AuxK's K is the number of dead latents while they are f
 of a constant would be compiled anew. If K rows per token cost more than all latents at once, the
 products are dense ones (`few_latents.py`).
 
-Tiles are from the cost model and compiled code. In bf16, one H100 (2026-11-26, torch 2.11, Triton
-3.6) was faster with smaller ones, not set here: `gather_sum` with 256 columns and 1 warp,
-`scatter_outer` with 2 rows, 256 or 512 columns and a warp per 256. With more warps than that,
-`scatter_outer` took 5 to 10 times as long.
+In half precision the tiles of `gather_sum` and `scatter_outer` are those that were fastest on one
+H100 (2026-11-26, torch 2.11, Triton 3.6, commit ec756b1, in bf16). All others are from the cost
+model and compiled code, not timed.
 
 Legend: N tokens, D inputs, M latents, K active latents per token, C selections per chunk.
 """
@@ -99,15 +98,32 @@ def _sum_selections(offs, mask, values_ptr, perm_ptr, x_ptr, offs_d, D, K, ACC_D
 
 
 @triton.jit
+def _end_of_run(indptr_ptr, M, start):
+    """indptr[m + 1] of the latent m whose run holds the selection `start`: the least above `start`.
+    A warp compares 32 places at a time, so that there are few loads one after the other."""
+    low = start * 0  # always: indptr[low] <= start < indptr[low + width]
+    width = start * 0 + M
+    while width > 1:
+        step = (width + 31) // 32
+        steps = (tl.arange(0, 32) + 1) * step
+        below = steps < width
+        ends = tl.load(indptr_ptr + low + steps, below, other=0)
+        passed = tl.sum((below & (ends <= start)).to(tl.int32), 0) * step
+        low += passed
+        width = tl.minimum(step, width - passed)
+    return tl.load(indptr_ptr + low + 1)
+
+
+@triton.jit
 def sum_chunks_kernel(
     values_ptr,  # (N, K)
     perm_ptr,  # (N·K,)
     indptr_ptr,  # (M + 1,)
-    owners_ptr,  # (N·K // C,) the latent of each chunk's first selection
     x_ptr,  # (N, D)
     partials_ptr,  # (N·K // C, D) out
     D,
     K,
+    M,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,  # rows of x loaded at a time
@@ -119,7 +135,7 @@ def sum_chunks_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = pid * CHUNK
     end = start + CHUNK
-    if tl.load(indptr_ptr + tl.load(owners_ptr + pid) + 1) >= end:
+    if _end_of_run(indptr_ptr, M, start) >= end:
         acc = tl.zeros([BLOCK_D], ACC_DTYPE)
         for row in range(0, CHUNK, ROWS):
             offs = start + row + tl.arange(0, ROWS)
@@ -136,13 +152,14 @@ def scatter_outer_kernel(
     indptr_ptr,  # (M + 1,)
     x_ptr,  # (N, D)
     partials_ptr,  # (N·K // C, D)
-    out_ptr,  # (M, D) out
+    out_ptr,  # (M, D) out, or in and out if ADD
     D,
     K,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,  # rows of x loaded at a time
     ACC_DTYPE: tl.constexpr,
+    ADD: tl.constexpr,  # to the output, leaving latents that no token chose
 ):
     """One program sums the selections of one latent, in one block of columns: first those outside
     its whole chunks, then the chunks, which `sum_chunks_kernel` has summed."""
@@ -150,18 +167,21 @@ def scatter_outer_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = tl.load(indptr_ptr + pid_m)
     end = tl.load(indptr_ptr + pid_m + 1)
-    first_chunk = (start + CHUNK - 1) // CHUNK
-    end_chunk = end // CHUNK
-    in_chunks = tl.maximum(end_chunk - first_chunk, 0) * CHUNK
-    acc = tl.zeros([BLOCK_D], ACC_DTYPE)
-    for row in range(start, end - in_chunks, ROWS):
-        offs = row + tl.arange(0, ROWS)
-        mask = offs < end - in_chunks
-        offs += tl.where(offs < first_chunk * CHUNK, 0, in_chunks)
-        acc += _sum_selections(offs, mask, values_ptr, perm_ptr, x_ptr, offs_d, D, K, ACC_DTYPE)
-    for chunk in range(first_chunk, end_chunk):
-        acc += tl.load(partials_ptr + chunk * D + offs_d, offs_d < D, other=0.0)
-    tl.store(out_ptr + pid_m * D + offs_d, acc.to(out_ptr.dtype.element_ty), offs_d < D)
+    if not ADD or start < end:
+        first_chunk = (start + CHUNK - 1) // CHUNK
+        end_chunk = end // CHUNK
+        in_chunks = tl.maximum(end_chunk - first_chunk, 0) * CHUNK
+        acc = tl.zeros([BLOCK_D], ACC_DTYPE)
+        for row in range(start, end - in_chunks, ROWS):
+            offs = row + tl.arange(0, ROWS)
+            mask = offs < end - in_chunks
+            offs += tl.where(offs < first_chunk * CHUNK, 0, in_chunks)
+            acc += _sum_selections(offs, mask, values_ptr, perm_ptr, x_ptr, offs_d, D, K, ACC_DTYPE)
+        for chunk in range(first_chunk, end_chunk):
+            acc += tl.load(partials_ptr + chunk * D + offs_d, offs_d < D, other=0.0)
+        if ADD:
+            acc += tl.load(out_ptr + pid_m * D + offs_d, offs_d < D, other=0.0).to(ACC_DTYPE)
+        tl.store(out_ptr + pid_m * D + offs_d, acc.to(out_ptr.dtype.element_ty), offs_d < D)
 
 
 def gather_sum(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
@@ -194,34 +214,39 @@ def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return out
 
 
-def scatter_outer(values: Tensor, csc: CSC, x: Tensor) -> Tensor:
+def scatter_outer(values: Tensor, csc: CSC, x: Tensor, out: Tensor | None = None) -> Tensor:
     """out[m] = Σ values[n, k] · x[n] over the (n, k) that chose m; in a fixed order.
 
-    values (N, K), x (N, D) → (M, D), zero where no token chose m. A latent that many tokens chose
-    is summed by several programs, a chunk of C selections each. The sums of chunks that lie within
-    one latent are stored in float32 (in float64 if the sum is), (N·K/C, D).
+    values (N, K), x (N, D) → (M, D), zero where no token chose m. If `out` (M, D) is given, in
+    float32 at least, the sums are added to it; rows that no token chose are not touched.
+
+    A latent that many tokens chose is summed by several programs, a chunk of C selections each. The
+    sums of chunks that lie within one latent are stored in float32 (in float64 if the sum is),
+    (N·K/C, D).
     """
     (n, k), d, m = values.shape, x.shape[1], len(csc.indptr) - 1
     values, x = values.contiguous(), x.contiguous()
-    if values.dtype == x.dtype and latents_are_few(n, d, m, k, x.dtype):
+    if out is None and values.dtype == x.dtype and latents_are_few(n, d, m, k, x.dtype):
         return few_latents.scatter_outer(values, csc, x)
-    out = x.new_empty(m, d)
-    acc_dtype, chunk = sum_type(values, x), chunk_length(n * k, d)
+    add = out is not None
+    if out is None:
+        out = x.new_empty(m, d)
+    elif not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got the strides {out.stride()}")
+    acc_dtype, chunk = sum_type(values, x, out), chunk_length(n * k, d)
     partials = x.new_empty(
         n * k // chunk, d, dtype=torch.float64 if acc_dtype == tl.float64 else torch.float32
     )
-    starts = torch.arange(0, len(partials) * chunk, chunk, device=x.device)
-    owners = torch.searchsorted(csc.indptr, starts, right=True) - 1
     with torch.cuda.device_of(x):
         block, rows, warps = sum_chunks_tile(d, x.element_size())
         sum_chunks_kernel[len(partials), triton.cdiv(d, block)](
-            values, csc.perm, csc.indptr, owners, x, partials,
-            d, k, chunk, block, rows, acc_dtype, num_warps=warps,
+            values, csc.perm, csc.indptr, x, partials,
+            d, k, m, chunk, block, rows, acc_dtype, num_warps=warps,
         )  # fmt: skip
         block, rows, warps = scatter_outer_tile(d, x.element_size())
         scatter_outer_kernel[m, triton.cdiv(d, block)](
             values, csc.perm, csc.indptr, x, partials, out,
-            d, k, chunk, block, rows, acc_dtype, num_warps=warps,
+            d, k, chunk, block, rows, acc_dtype, add, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -245,8 +270,11 @@ def chunk_length(selections: int, d: int) -> int:
 
 def gather_sum_tile(d: int, k: int, element_size: int) -> tuple[int, int, int]:
     """Columns, rows at a time and warps of one program."""
-    width = _width(d, element_size)
-    return width, min(8, triton.next_power_of_2(k)), width * element_size // 512
+    rows = min(8, triton.next_power_of_2(k))
+    if element_size == 2:  # H100, D = 512, N = 8192 and 98304
+        return 256, rows, 1
+    width = _width(d, element_size, 8)
+    return width, rows, width * element_size // 512
 
 
 def gather_dot_tile(element_size: int) -> tuple[int, int, int]:
@@ -256,19 +284,23 @@ def gather_dot_tile(element_size: int) -> tuple[int, int, int]:
 
 def sum_chunks_tile(d: int, element_size: int) -> tuple[int, int, int]:
     """Columns, rows at a time and warps of one program."""
-    width = _width(d, element_size)
+    width = _width(d, element_size, 8)
     return width, 8, width * element_size // 512
 
 
 def scatter_outer_tile(d: int, element_size: int) -> tuple[int, int, int]:
     """Columns, rows at a time and warps of one program: fewer rows than a chunk has, since most
     latents have few selections."""
-    width = _width(d, element_size)
+    if element_size == 2:  # H100, D = 512 and 2048; a warp per 128 columns is 5 to 10 times slower
+        width = _width(d, element_size, 2)
+        return width, 2, width // 256
+    width = _width(d, element_size, 8)
     return width, 4, width * element_size // 512
 
 
-def _width(d: int, element_size: int) -> int:
+def _width(d: int, element_size: int, most_warps: int) -> int:
     """Columns for 1, 2, 4 or 8 warps of 16 bytes per thread: the width that pads D least; of
     several, the widest."""
-    widths = [warps * 512 // element_size for warps in (8, 4, 2, 1)]
+    warps = (w for w in (8, 4, 2, 1) if w <= most_warps)
+    widths = [w * 512 // element_size for w in warps]
     return min(widths, key=lambda width: triton.cdiv(d, width) * width)

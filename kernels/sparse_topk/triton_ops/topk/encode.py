@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..matmul import segments
+from ...matmul import segments
 from .product import top_keys
 from .select import select
 

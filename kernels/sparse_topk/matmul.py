@@ -1,5 +1,5 @@
 """Products by torch.mm (cuBLAS), a segment of their rows at a time so that memory stays bounded. It
-is apart from its users, `topk` and `few_latents`, because neither imports the other."""
+is apart from its users, `auxk` and `triton_ops`, because neither imports the other."""
 
 from __future__ import annotations
 
@@ -19,9 +19,17 @@ def segments(length: int, row_bytes: int, max_bytes: int) -> Iterator[slice]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b as float32: (I, J), (J, L) → (I, L)."""
-    if a.dtype == torch.float32:
+    """a @ b as float32, or float64 if they are: (I, J), (J, L) → (I, L)."""
+    if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b)
-    if not a.is_cuda:  # the interpreter's case: torch has the mixed product on CUDA only
+    if not a.is_cuda:  # torch has the mixed product on CUDA only
         return torch.mm(a.float(), b.float())
     return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, where out (I, L) is as `product` returns it."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        out.add_(product(a, b))
