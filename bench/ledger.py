@@ -21,9 +21,10 @@ Legend: N tokens, M latents, K active latents per token.
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -176,6 +177,18 @@ class Ledger(TorchDispatchMode):
 
 
 @contextmanager
+def _backend_everywhere(backend: Any) -> Iterator[None]:
+    """Let `backend` be chosen in every module of the package that chooses one."""
+    choose = ops.backend_for
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("sparse_topk.") and vars(module).get("backend_for") is choose:
+                patch = mock.patch.object(module, "backend_for", return_value=backend)
+                stack.enter_context(patch)
+        yield
+
+
+@contextmanager
 def counting(n_latents: int = 0, dead: int = 0) -> Iterator[Ledger]:
     """A ledger of all that runs inside, on fake tensors, as it would on an H100."""
     from triton.runtime.interpreter import InterpretedFunction
@@ -189,7 +202,7 @@ def counting(n_latents: int = 0, dead: int = 0) -> Iterator[Ledger]:
         ledger.launch(kernel, *args, **kwargs)
 
     with (
-        mock.patch.object(ops, "backend_for", return_value=backend),
+        _backend_everywhere(backend),
         mock.patch.object(JITFunction, "run", launch),
         mock.patch.object(InterpretedFunction, "run", launch),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),

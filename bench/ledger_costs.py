@@ -92,12 +92,13 @@ def _standardize(a: Arguments) -> Moved:
 
 def _decode_error(a: Arguments) -> Moved:
     x, W = a["x"], a["W"]
-    n, d = x[..., 0].numel(), x.shape[-1]
-    if W is None:  # the reconstruction is given
-        e = a["x_hat"].element_size()
-        return Moved(n * d * (x.element_size() + 2 * e) + 8 * n)
-    s = _shape(n, a["indices"].shape[1], d, len(W))
+    s = _shape(x[..., 0].numel(), a["indices"].shape[1], x.shape[-1], len(W))
     return _gathers(costs.decode_error(s, W.element_size(), x.element_size()), s, W)
+
+
+def _reconstruction_error(a: Arguments) -> Moved:
+    x, e = a["x"], a["x_hat"].element_size()
+    return Moved(x.numel() * (x.element_size() + 2 * e) + 8 * x[..., 0].numel())
 
 
 def _keep_topk(a: Arguments) -> Moved:
@@ -115,6 +116,7 @@ OPS: dict[str, Callable[[Arguments], Moved]] = {
     "adam_unit_norm_": _adam,
     "standardize": _standardize,
     "decode_error": _decode_error,
+    "reconstruction_error": _reconstruction_error,
     "keep_topk_": _keep_topk,
 }
 """The package's ops, by name."""

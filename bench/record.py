@@ -36,10 +36,11 @@ class Record:
         """Seconds of the program's time that are left."""
         return self._seconds - (time.perf_counter() - self._started)
 
-    def tables(self) -> str:
-        """All sections as Markdown."""
+    def tables(self, *sections: str) -> str:
+        """The sections named, or all, as Markdown."""
         parts = []
-        for section, rows in self.sections.items():
+        for section in sections or self.sections:
+            rows = self.sections.get(section, [])
             header = list(dict.fromkeys(key for row in rows for key in row))
             lines = [[_cell(row.get(key)) for key in header] for row in rows]
             parts.append(f"## {section}\n\n{table(header, lines)}\n")
@@ -49,4 +50,6 @@ class Record:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1e4 else f"{value}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return f"{value}"

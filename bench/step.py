@@ -13,11 +13,9 @@ Legend: L layers, N tokens, D inputs, M latents, K active latents per token.
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,10 +24,10 @@ from torch.nn.functional import normalize
 from sparse_topk import keep_freed_memory, ops
 
 from .memory import peak_bytes
+from .options import chosen_device, options
 from .profiling import Launched, launched
 from .rates import device_seconds, median_seconds
 from .record import Record
-from .results import FOLDER
 from .shapes import ENCODES, FEW_TOKENS, TRAININGS, ProblemShape, TrainShape
 from .training import Training
 
@@ -198,26 +196,9 @@ def run(record: Record, device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
-def parse(name: str, doc: str | None, seconds: float) -> argparse.ArgumentParser:
-    """The options that `bench.step` and `bench.tune` share."""
-    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=doc)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=seconds, help="time to take at most")
-    return parser
-
-
-def chosen_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
-    """The device asked for. Ends the program if there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device; --device cpu runs the program on tiny sizes")
-    return torch.device(name)
-
-
 def main() -> None:
     """The program."""
-    parser = parse("step", __doc__, 90)
+    parser = options("step", __doc__, 90)
     arguments = parser.parse_args()
     device = chosen_device(parser, arguments.device)
     keep_freed_memory()
