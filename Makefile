@@ -2,14 +2,15 @@
 # make test             run the tests
 # make check            run ruff, ruff format and mypy
 # make bench            run the benchmarks
+# make gpu              on a GPU, in five minutes: the kernels' tests, a step's time, the tiles' times
 # make check-install    install beside the Hugging Face package `kernels`, and uninstall again
 #
-# All but the last set up .venv first, with the versions of constraints.txt. To use another Python:
+# All but the last two set up .venv first, with the versions of constraints.txt. To use another Python:
 # PYTHON=python3.12 make …
 
 PYTHON ?= python3
 
-.PHONY: train test check bench check-install
+.PHONY: train test check bench gpu check-install
 
 train: .venv/installed
 	.venv/bin/python -m mlsae.train --out runs/demo --overwrite
@@ -24,6 +25,9 @@ check: .venv/installed
 
 bench: .venv/installed
 	.venv/bin/python -m pytest bench/ --benchmark-only
+
+gpu:
+	PYTHON=$(PYTHON) bash bench/gpu.sh
 
 check-install:
 	bash scripts/check_install.sh $(PYTHON)

@@ -15,6 +15,7 @@ import torch
 from .shapes import ProblemShape
 
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+_L2_BYTES = 2**28  # more than a GPU's caches hold
 
 
 def sync(device: torch.device) -> None:
@@ -33,6 +34,24 @@ def median_seconds(work: Callable[[], object], device: torch.device, rounds: int
         sync(device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
+
+
+def device_seconds(work: Callable[[], object], device: torch.device, seconds: float = 0.2) -> float:
+    """The median time of `work` on the device alone, in about `seconds`: by events, with the caches
+    overwritten before each round. On a CPU, `median_seconds`."""
+    if device.type != "cuda":
+        return median_seconds(work, device)
+    filler = torch.empty(_L2_BYTES, dtype=torch.uint8, device=device)
+    once = median_seconds(work, device, rounds=2)
+    rounds = max(3, min(100, round(seconds / max(once, 1e-6))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for start, end in events:
+        filler.zero_()
+        start.record()
+        work()
+        end.record()
+    sync(device)
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
 
 
 def matmul_rate(shape: ProblemShape, dtype: torch.dtype, device: torch.device) -> float:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
-from .results import FOLDER, BenchRun, Timing, load
+from .results import FOLDER, BenchRun, Timing, load, table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -26,12 +26,6 @@ _COLORS = {
     "dictionary-learning": "#e69f00",
     "roofline": "#555555",
 }
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def suite_table(run: BenchRun) -> str:
@@ -200,7 +194,7 @@ def main() -> None:
     )
     file = parser.parse_args().file
     if file is None:
-        files = sorted(FOLDER.glob("*.json"))
+        files = sorted(f for f in FOLDER.glob("*.json") if not f.stem.endswith(("-step", "-tune")))
         if len(files) != 1:
             names = ", ".join(str(f) for f in files) or "none"
             parser.error(f"name one of the files in bench/results: {names}")

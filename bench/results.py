@@ -7,6 +7,7 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,21 @@ class BenchRun:
     """For each implementation: its version, and how its work differs from ours."""
 
 
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def file_name(device: str) -> str:
+    """A device's name as that of a file: "NVIDIA H100 80GB HBM3" → "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def save(section: str, run: BenchRun, path: Path | None = None) -> Path:
     """Write a run as the `section` ("suite" or "peers") of bench/results/<device>.json, or of
     `path`. The other section of the file is kept."""
-    name = re.sub(r"[^a-z0-9]+", "-", run.machine["device"].lower()).strip("-")
-    path = path or FOLDER / f"{name}.json"
+    path = path or FOLDER / f"{file_name(run.machine['device'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.loads(path.read_text()) if path.exists() else {}
     content[section] = asdict(run)

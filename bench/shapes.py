@@ -1,6 +1,6 @@
 """The problem shapes that are timed, in plain Python.
 
-Legend: N tokens, D inputs, M latents, K active latents per token.
+Legend: L layers, N tokens, D inputs, M latents, K active latents per token.
 """
 
 from __future__ import annotations
@@ -54,3 +54,57 @@ def scaled(kind: str) -> list[tuple[str, ProblemShape]]:
             ("k", base._replace(k=round(base.k * factor))),
         ]
     return sorted(shapes)
+
+
+ENCODES = {
+    "cuda": (
+        ProblemShape("S1", 8192, 512, 32768, 32),
+        ProblemShape("S2", 8192, 2048, 131072, 32),
+        ProblemShape("SP", 8192, 1024, 131072, 32),
+        ProblemShape("WK", 8192, 1024, 65536, 256),
+        ProblemShape("LONG", 98304, 512, 32768, 32),
+    ),
+    "cpu": (ProblemShape("tiny", 64, 32, 512, 8), ProblemShape("tiny wide-k", 64, 32, 512, 32)),
+}
+"""What `bench.step` and `bench.tune` encode. LONG is a part of a training batch: 16,384 tokens of
+six layers."""
+
+FEW_TOKENS = {
+    "cuda": [ENCODES["cuda"][i]._replace(n=n) for i in (0, 1) for n in (1, 128, 512)],
+    "cpu": [ENCODES["cpu"][0]._replace(n=n) for n in (1, 16)],
+}
+"""Encodes of few tokens, as inference has them."""
+
+
+class TrainShape(NamedTuple):
+    """The sizes of a training step of an MLSAE: one part of N tokens, then the optimizer."""
+
+    name: str
+    layers: int
+    n: int
+    d: int
+    m: int
+    k: int
+    dead: int = 0
+    """Dead latents; AuxK activates `k_aux` of them per token and layer."""
+    k_aux: int = 0
+
+    @property
+    def encode(self) -> ProblemShape:
+        """Its encode, of L · N vectors."""
+        return ProblemShape(self.name, self.layers * self.n, self.d, self.m, self.k)
+
+
+_PYTHIA_70M = TrainShape("pythia-70m", 6, 16384, 512, 32768, 32)
+TRAININGS = {
+    "cuda": (
+        _PYTHIA_70M,
+        _PYTHIA_70M._replace(name="pythia-70m, 1000 dead", dead=1000, k_aux=256),
+        TrainShape("pythia-1.4b", 24, 1024, 2048, 131072, 32),
+    ),
+    "cpu": (
+        TrainShape("tiny", 2, 32, 16, 256, 8),
+        TrainShape("tiny, 20 dead", 2, 32, 16, 256, 8, dead=20, k_aux=4),
+    ),
+}
+"""The training steps that `bench.step` times and `bench.ledger` counts."""

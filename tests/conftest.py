@@ -1,6 +1,10 @@
-"""Kernels run on the GPU where there is one, else under Triton's interpreter."""
+"""Kernels run on the GPU where there is one, else under Triton's interpreter. A failure is printed
+at once, since a run that is cut off has no summary."""
 
 import os
+
+# Read when CUDA starts: deterministic algorithms, which some tests ask for, need it in cuBLAS.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
@@ -8,6 +12,15 @@ import torch
 # Triton reads it at its first import, so it is set before any kernel is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+try:
+    import hypothesis
+except ImportError:  # then the files that use it say so
+    pass
+else:
+    # A kernel's first call compiles it, which takes longer than an example may by default.
+    hypothesis.settings.register_profile("kernels", deadline=None)
+    hypothesis.settings.load_profile("kernels")
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +39,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+class Announcer:
+    """Prints each failure when it is reported. Under xdist the reports come to the main process,
+    and a worker prints nothing."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"FAILED at {report.when}: {report.nodeid}", red=True)
+            self.terminal.write_line(report.longreprtext)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"NOT COLLECTED: {report.nodeid}", red=True)
+            self.terminal.write_line(report.longreprtext)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Announcer(terminal), "announcer")

@@ -8,6 +8,9 @@ import re
 
 import numpy as np
 import pytest
+
+pytest.importorskip("selenium", reason="needs selenium, which drives the browser")
+
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait

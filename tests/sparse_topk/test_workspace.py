@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparse_topk import UnitNormAdam, triton_ops
+from sparse_topk import UnitNormAdam, ops, triton_ops
 from sparse_topk.triton_ops import adam, few_latents, sparse
 from sparse_topk.triton_ops.topk import product, select
 
@@ -77,7 +77,8 @@ def memory(monkeypatch):
         return torch.empty(len(a), b.shape[1])
 
     monkeypatch.setattr(few_latents, "product", fake_product)
-    monkeypatch.setenv("SPARSE_TOPK_BACKEND", "triton")
+    # Not by the environment, which refuses tensors on a CPU where there is a GPU.
+    monkeypatch.setattr(ops, "backend_for", lambda tensor: triton_ops)
     with FakeTensorMode(), Memory() as counted:
         yield counted
 

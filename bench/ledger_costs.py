@@ -1,0 +1,188 @@
+"""What one call moves: each of this package's ops by its cost, each of torch's by its tensors.
+
+The package's ops are looked up by name, and their sizes are read off the arguments. An op that is
+not here cannot be counted, and the ledger says so.
+
+Legend: N tokens, D inputs, M latents, K active latents per token, Q dead latents.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from sparse_topk import torch_ops
+
+from . import costs
+from .costs import Cost
+from .shapes import ProblemShape
+
+
+class Moved(NamedTuple):
+    """What one call moves and multiplies."""
+
+    bytes: float
+    """Read from and written to memory."""
+    flop: float = 0.0
+    """Of half-precision matrix products; of others, where memory is the limit, 0."""
+    gathered: float = 0.0
+    """Bytes of rows that are read wherever an index points, each as often as it is named."""
+    table: float = 0.0
+    """Bytes of all the rows that are gathered from."""
+
+
+Arguments = dict[str, Any]
+
+
+def _shape(n: int, k: int, d: int, m: int) -> ProblemShape:
+    return ProblemShape("", n, d, m, k)
+
+
+def _gathers(cost: Cost, s: ProblemShape, table: Tensor) -> Moved:
+    rows = s.n * s.k * s.d * table.element_size()
+    return Moved(cost.bytes, 0.0, rows, table.nbytes)
+
+
+def _topk_encode(a: Arguments) -> Moved:
+    x, m = a["x"], len(a["W"] if a.get("latents") is None else a["latents"])
+    cost = costs.topk_encode(_shape(len(x), a["k"], x.shape[1], m), x.element_size())
+    return Moved(cost.bytes, cost.flop)
+
+
+def _gather_sum(a: Arguments) -> Moved:
+    (n, k), (m, d), e = a["indices"].shape, a["W"].shape, a["W"].element_size()
+    s = _shape(n, k, d, m)
+    return _gathers(costs.gather_sum(s, e), s, a["W"])
+
+
+def _scatter_outer(a: Arguments) -> Moved:
+    x, (n, k) = a["x"], a["values"].shape
+    s = _shape(n, k, x.shape[1], len(a["csc"].indptr) - 1)
+    into = a.get("out") is not None
+    cost = costs.scatter_outer_into if into else costs.scatter_outer
+    return _gathers(cost(s, x.element_size()), s, x)
+
+
+def _csc_by_latent(a: Arguments) -> Moved:
+    n, k = a["indices"].shape
+    return Moved(costs.csc_by_latent(_shape(n, k, 0, a["n_latents"])).bytes)
+
+
+def _sum_by_latent(a: Arguments) -> Moved:
+    (n, k), e = a["values"].shape, a["values"].element_size()
+    return Moved(costs.sum_by_latent(_shape(n, k, 0, len(a["csc"].indptr) - 1), e).bytes)
+
+
+def _adam(a: Arguments) -> Moved:
+    shadow = 0 if a.get("shadow") is None else a["shadow"].nbytes
+    moments = 2 * (a["exp_avg"].nbytes + a["exp_avg_sq"].nbytes)
+    return Moved(2 * a["weight"].nbytes + a["grad"].nbytes + moments + shadow)
+
+
+def _standardize(a: Arguments) -> Moved:
+    x = a["x"]
+    s = _shape(x[..., 0].numel(), 0, x.shape[-1], 0)
+    return Moved(costs.standardize(s, a["dtype"].itemsize, x.element_size()).bytes)
+
+
+def _decode_error(a: Arguments) -> Moved:
+    x, W = a["x"], a["W"]
+    s = _shape(x[..., 0].numel(), a["indices"].shape[1], x.shape[-1], len(W))
+    return _gathers(costs.decode_error(s, W.element_size(), x.element_size()), s, W)
+
+
+def _reconstruction_error(a: Arguments) -> Moved:
+    x, e = a["x"], a["x_hat"].element_size()
+    return Moved(x.numel() * (x.element_size() + 2 * e) + 8 * x[..., 0].numel())
+
+
+def _keep_topk(a: Arguments) -> Moved:
+    n, q = a["z"].shape
+    return Moved(costs.keep_topk(_shape(n, a["k"], 0, q), a["z"].element_size()).bytes)
+
+
+OPS: dict[str, Callable[[Arguments], Moved]] = {
+    "topk_encode": _topk_encode,
+    "gather_sum": _gather_sum,
+    "gather_dot": _gather_sum,
+    "csc_by_latent": _csc_by_latent,
+    "scatter_outer": _scatter_outer,
+    "sum_by_latent": _sum_by_latent,
+    "adam_unit_norm_": _adam,
+    "standardize": _standardize,
+    "decode_error": _decode_error,
+    "reconstruction_error": _reconstruction_error,
+    "keep_topk_": _keep_topk,
+}
+"""The package's ops, by name."""
+
+
+def moved_by_op(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moved:
+    """What a call of one of the package's ops moves. Raises KeyError if it is not in `OPS`."""
+    if name not in OPS:
+        raise KeyError(f"bench/ledger_costs.py has no cost of the op {name}: add it to OPS")
+    signature = inspect.signature(getattr(torch_ops, name))
+    bound = signature.bind(*args, **{k: v for k, v in kwargs.items() if k in signature.parameters})
+    bound.apply_defaults()
+    return OPS[name](bound.arguments)
+
+
+# Torch's own operators, by the last part of their names.
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_FREE |= {"lift_fresh", "squeeze_", "unsqueeze_", "detach_", "set_", "_local_scalar_dense"}
+_OVERWRITE = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_"}
+_GATHER = {"index", "index_select", "embedding", "gather", "_unsafe_index"}
+_SCATTER = {"index_put_", "index_add_", "scatter_", "scatter_add_", "index_copy_", "index_fill_"}
+_PRODUCT = {"mm", "addmm", "bmm", "baddbmm"}
+
+
+def tensors(*values: Any) -> list[Tensor]:
+    """The tensors within arguments or results."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes that a pass over the tensor touches: an expanded dimension is one element."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(n if stride else min(n, 1) for n, stride in sizes) * tensor.element_size()
+
+
+def moved_by_torch(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Moved | None:
+    """What a call of torch's operator `func` moves; None if it launches nothing: a view, or an
+    allocation."""
+    name = func._schema.name.split("::")[-1]
+    if name in _FREE:
+        return None
+    given = tensors(args, kwargs)
+    storages = {t.untyped_storage()._cdata for t in given}
+    made = [t for t in tensors(result) if t.untyped_storage()._cdata not in storages]
+    changed = list(_changed(func, args, kwargs))
+    if not made and not changed:
+        return None
+    out = func._schema.overload_name == "out" or name in _OVERWRITE
+    read = [t for t in given if not (out and any(t is c for c in changed))]
+    written = sum(map(size_of, made + changed))
+    if name in _GATHER and made:
+        read_bytes = min(size_of(read[0]), written) + sum(map(size_of, read[1:]))
+    elif name in _SCATTER:  # as many elements as there are values
+        read_bytes = sum(map(size_of, read[1:]))
+        written = min(written, max(map(size_of, read[1:]), default=0))
+    else:
+        read_bytes = sum(map(size_of, read))
+    flop = 0.0
+    if name in _PRODUCT:
+        a, b = given[-2:] if name in ("addmm", "baddbmm") else given[:2]
+        flop = 2.0 * a.numel() * b.shape[-1] if a.element_size() == 2 else 0.0
+    return Moved(read_bytes + written, flop)
+
+
+def _changed(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The arguments that a call writes to."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from tensors(args[i] if i < len(args) else kwargs.get(argument.name))

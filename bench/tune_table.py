@@ -1,0 +1,269 @@
+"""The kernels that have something to tune: for each, the function that chooses its tile, the tiles
+to try, and how to run and to compile it.
+
+A candidate is what the function would return. It takes the function's place while it is timed, so a
+kernel's launcher needs nothing for this.
+
+Legend: N tokens, D inputs, M latents, K active latents per token, G latents per group, T keys per
+group, R tokens per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product as combinations
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sparse_topk import triton_ops
+from sparse_topk.triton_ops import adam, decode, sparse, standardization
+from sparse_topk.triton_ops.topk import encode, product, select
+
+from . import compiled, compiled_encode, compiled_residuals
+from .compiled_build import Build
+from .shapes import ENCODES, FEW_TOKENS, ProblemShape
+
+Work = Callable[[], object]
+
+
+class Tunable(NamedTuple):
+    """One kernel, or several that one function chooses for."""
+
+    kernel: str
+    """Its name in tables and after --kernel."""
+    module: ModuleType
+    function: str
+    """The name of the function in `module` that returns its tile."""
+    shapes: tuple[ProblemShape, ...]
+    candidates: Callable[[ProblemShape], list[Any]]
+    """What that function might return for a shape."""
+    prepare: Callable[[ProblemShape, torch.device], Work]
+    """Makes inputs of a shape; returns a function that launches the kernel on them."""
+    builds: Callable[[ProblemShape, int], list[Build]]
+    """The kernel as it would be compiled for a shape and a chip, with the tile of `function`."""
+
+
+_S1, _S2, _SP, _WK, _LONG = ENCODES["cuda"]
+_HALF = torch.bfloat16
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return _HALF if device.type == "cuda" else torch.float32  # the interpreter misreads bfloat16
+
+
+def _random(*size: int, device: torch.device) -> Tensor:
+    return torch.randn(*size, device=device, dtype=_dtype(device))
+
+
+def _codes(s: ProblemShape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """values and indices (N, K), each latent as likely as another."""
+    starts = torch.randint(s.m // s.k, (s.n, s.k), device=device)
+    return _random(s.n, s.k, device=device), starts + torch.arange(s.k, device=device) * (
+        s.m // s.k
+    )
+
+
+def _encode(s: ProblemShape, device: torch.device) -> Work:
+    x, W = _random(s.n, s.d, device=device), _random(s.m, s.d, device=device)
+    return lambda: triton_ops.topk_encode(x, W, None, s.k, relu=True)
+
+
+def _top_keys(s: ProblemShape, device: torch.device) -> Work:
+    x, W = _random(s.n, s.d, device=device), _random(s.m, s.d, device=device)
+    group, n_keys = encode.group_size(s.m, s.k)
+    return lambda: product.top_keys(x, W, None, n_keys, group, True)
+
+
+def _select(s: ProblemShape, device: torch.device) -> Work:
+    x, W = _random(s.n, s.d, device=device), _random(s.m, s.d, device=device)
+    group, n_keys = encode.group_size(s.m, s.k)
+    keys = product.top_keys(x, W, None, n_keys, group, True)
+    values = x.new_empty(s.n, s.k)
+    indices = torch.empty(s.n, s.k, device=device, dtype=torch.int64)
+    return lambda: select.select(keys, x, W, None, group, True, values, indices)
+
+
+def _gather_sum(s: ProblemShape, device: torch.device) -> Work:
+    (values, indices), W = _codes(s, device), _random(s.m, s.d, device=device)
+    return lambda: sparse.gather_sum(values, indices, W)
+
+
+def _gather_dot(s: ProblemShape, device: torch.device) -> Work:
+    (_, indices), W = _codes(s, device), _random(s.m, s.d, device=device)
+    x = _random(s.n, s.d, device=device)
+    return lambda: sparse.gather_dot(x, indices, W)
+
+
+def _scatter_outer(s: ProblemShape, device: torch.device) -> Work:
+    (values, indices), x = _codes(s, device), _random(s.n, s.d, device=device)
+    csc = sparse.csc_by_latent(indices, s.m)
+    out = torch.zeros(s.m, s.d, device=device)
+    return lambda: sparse.scatter_outer(values, csc, x, out)
+
+
+def _standardize(s: ProblemShape, device: torch.device) -> Work:
+    x, center = _random(1, s.n, s.d, device=device), torch.zeros(s.d, device=device)
+    mask = torch.ones(s.n, device=device, dtype=torch.bool)
+    return lambda: standardization.standardize(x, center, mask, x.dtype, 1e-5)
+
+
+def _decode_error(s: ProblemShape, device: torch.device) -> Work:
+    (values, indices), W = _codes(s, device), _random(s.m, s.d, device=device)
+    x, b = _random(1, s.n, s.d, device=device), torch.zeros(s.d, device=device)
+    mask = torch.ones(s.n, device=device, dtype=torch.bool)
+    _, mean, std, _ = standardization.standardize(x, b, mask, x.dtype, 1e-5)
+    return lambda: decode.decode_error(values, indices, W, b, x, mean, std, mask, 1e-5)
+
+
+def _adam(unit_norm: bool) -> Callable[[ProblemShape, torch.device], Work]:
+    def prepare(s: ProblemShape, device: torch.device) -> Work:
+        weight, grad, m, v = (torch.rand(s.m, s.d, device=device) for _ in range(4))
+        shadow = torch.empty(s.m, s.d, device=device, dtype=_dtype(device))
+        return lambda: adam.adam_unit_norm_(
+            weight, grad, m, v, 1000,
+            lr=1e-4, betas=(0.9, 0.999), eps=1e-8, unit_norm=unit_norm, shadow=shadow,
+        )  # fmt: skip
+
+    return prepare
+
+
+def _product_tiles(s: ProblemShape) -> list[product.Tile]:
+    if s.n <= 128:
+        rows = max(16, triton.next_power_of_2(s.n))
+        return [
+            product.Tile(rows, block_m, block_d, warps, stages)
+            for block_m, block_d, warps, stages in [
+                (64, 64, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4),
+                (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 4, 3), (256, 64, 8, 3),
+            ]
+        ]  # fmt: skip
+    return [
+        product.Tile(*tile)
+        for tile in [
+            (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 4), (128, 128, 64, 8, 3),
+            (128, 128, 64, 4, 4), (64, 256, 64, 8, 4), (64, 256, 64, 4, 4), (256, 128, 64, 8, 3),
+        ]
+    ]  # fmt: skip
+
+
+def _select_tiles(s: ProblemShape) -> list[select.SelectTile]:
+    n_groups = triton.cdiv(s.m, encode.group_size(s.m, s.k)[0])
+    whole, block_k = triton.next_power_of_2(n_groups), max(32, triton.next_power_of_2(s.k))
+    return [
+        select.SelectTile(block_j, block_k, block_d, warps)
+        for block_j in (whole, whole // 2)
+        for warps in (1, 2, 4, 8)
+        for block_d in (32, 128)
+        if 256 <= block_j // warps <= 2048
+    ]
+
+
+def _sparse_tiles(rows: tuple[int, ...]) -> Callable[[ProblemShape], list[tuple[int, int, int]]]:
+    """Columns, rows at a time and warps."""
+    widths = [(128, 1), (256, 1), (512, 1), (512, 2), (1024, 4)]
+    tiles = [(width, n, warps) for (width, warps), n in combinations(widths, rows)]
+    return lambda s: [tile for tile in tiles if tile[0] <= s.d]
+
+
+def _row_tiles(s: ProblemShape) -> list[tuple[int, int, int, int]]:
+    """R, tokens at a time, columns and warps, of a whole row."""
+    block = triton.next_power_of_2(s.d)
+    return [
+        (tokens, rows, block, warps)
+        for tokens, rows, warps in combinations((16, 32, 64), (1, 2, 4), (1, 2, 4, 8))
+        if 128 <= rows * block // warps <= 1024
+    ]
+
+
+def _decode_tiles(s: ProblemShape) -> list[tuple[int, int, int, int]]:
+    """R, rows of W at a time, columns and warps."""
+    return [
+        (tokens, rows, columns, warps)
+        for tokens, rows, (columns, warps) in combinations(
+            (8, 16, 32), (4, 8, 16), ((128, 1), (256, 1), (512, 2))
+        )
+        if columns <= s.d
+    ]
+
+
+def _adam_row_tiles(s: ProblemShape) -> list[tuple[int, int]]:
+    block = triton.next_power_of_2(s.d)
+    return [(block, warps) for warps in (1, 2, 4, 8, 16) if 4 <= block // (32 * warps) <= 32]
+
+
+def _sparse_builds(name: str) -> Callable[[ProblemShape, int], list[Build]]:
+    def builds(s: ProblemShape, chip: int) -> list[Build]:
+        made = compiled.sparse_builds(s.d, s.k, _HALF)
+        return [b for b in made if b.kernel.fn.__name__ == f"{name}_kernel"]
+
+    return builds
+
+
+def _product_builds(s: ProblemShape, chip: int) -> list[Build]:
+    return [compiled_encode.product_build(chip, s.m, s.k, _HALF, "tf32", n=s.n)]
+
+
+def _select_builds(s: ProblemShape, chip: int) -> list[Build]:
+    return [compiled_encode.select_build(s.m, s.k, _HALF)]
+
+
+def _encode_builds(s: ProblemShape, chip: int) -> list[Build]:
+    return _product_builds(s, chip) + _select_builds(s, chip)
+
+
+_FEW = [s for s in FEW_TOKENS["cuda"] if s.n <= 128]
+_GROUPS = [(64, 2), (64, 3), (64, 4), (32, 2), (32, 3), (32, 4)]
+_SCATTERED = (_S1, _S2, _LONG)
+
+TUNABLES = (
+    Tunable(
+        "group_size", encode, "group_size", (_S1, _S2, _WK, _LONG),
+        lambda s: _GROUPS, _encode, _encode_builds,
+    ),
+    Tunable(
+        "top_keys", product, "product_tile", (_S1, _S2, *_FEW),
+        _product_tiles, _top_keys, _product_builds,
+    ),
+    Tunable(
+        "select", select, "select_tile", (_S1, _S2, _WK, _LONG),
+        _select_tiles, _select, _select_builds,
+    ),
+    Tunable(
+        "gather_sum", sparse, "gather_sum_tile", _SCATTERED, _sparse_tiles((4, 8, 16)),
+        _gather_sum, _sparse_builds("gather_sum"),
+    ),
+    Tunable(
+        "gather_dot", sparse, "gather_dot_tile", (_S2, _LONG), _sparse_tiles((4, 8, 16)),
+        _gather_dot, _sparse_builds("gather_dot"),
+    ),
+    Tunable(
+        "scatter_outer", sparse, "scatter_outer_tile", _SCATTERED, _sparse_tiles((1, 2, 4)),
+        _scatter_outer, _sparse_builds("scatter_outer"),
+    ),
+    Tunable(
+        "sum_chunks", sparse, "sum_chunks_tile", (_S2, _LONG), _sparse_tiles((4, 8, 16)),
+        _scatter_outer, _sparse_builds("sum_chunks"),
+    ),
+    Tunable(
+        "standardize", standardization, "standardize_tile", (_S2, _LONG), _row_tiles, _standardize,
+        lambda s, chip: [compiled_residuals.standardize_build(s.d, _HALF, mask=True)],
+    ),
+    Tunable(
+        "decode_error", decode, "decode_error_tile", (_S2, _LONG), _decode_tiles, _decode_error,
+        lambda s, chip: [compiled_residuals.decode_error_build(s.d, s.k, _HALF, mask=True)],
+    ),
+    Tunable(
+        "adam_rows", adam, "adam_rows_tile", (_S1, _S2), _adam_row_tiles, _adam(unit_norm=True),
+        lambda s, chip: [compiled.adam_build(s.d, clip=True)],
+    ),
+    Tunable(
+        "adam_flat", adam, "adam_flat_tile", (_S2,),
+        lambda s: list(combinations((512, 1024, 2048, 4096), (2, 4, 8))), _adam(unit_norm=False),
+        lambda s, chip: [compiled.adam_build(None, clip=True)],
+    ),
+)  # fmt: skip
+"""All of them. Add a kernel here to have it tuned."""
