@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from mlsae.data.stream import Residuals
 from mlsae.model import MLSAE, MLSAEConfig
-from mlsae.training.loop import forward_backward, train_step
+from mlsae.training.gradients import forward_backward
+from mlsae.training.loop import train_step
 from mlsae.training.state import TrainState
 
 from .shapes import TrainShape
@@ -35,24 +37,25 @@ class Training:
             aux_weight=1 / 32,
             dtype=dtype,
         )
-        self.x = torch.randn(shape.layers, shape.n, shape.d, device=device, dtype=dtype)
-        self.state.moments.update(self.x.float())
+        x = torch.randn(shape.layers, shape.n, shape.d, device=device, dtype=dtype)
+        self.part = Residuals(x, torch.ones(shape.n, dtype=torch.bool, device=device))
+        self.state.moments.update(x.float())
         self.state.error_variance = torch.ones(shape.layers, device=device)
 
     def kill(self) -> None:
         """Let the first `dead` latents be dead, and no others. A step that finds one of them active
         revives it, so this comes before each."""
-        if self.shape.dead:
-            self.state.inactive_tokens.zero_()
-            self.state.inactive_tokens[: self.shape.dead] = _DEAD_TOKENS
+        self.state.last_active.fill_(self.state.tokens)
+        self.state.last_active[: self.shape.dead] = self.state.tokens - _DEAD_TOKENS
+        self.state.n_dead = self.state.n_dead_anywhere = self.shape.dead
 
     def step(self) -> None:
         """A whole step: one part, the optimizer, and the counts."""
-        train_step([self.state], [self.x], self.shape.n)
+        train_step([self.state], [self.part], self.shape.n)
 
     def micro_step(self) -> None:
         """Forward and backward of the part alone. The gradients add up from call to call."""
-        forward_backward(self.state, self._open_step, self.x)
+        forward_backward(self.state, self._open_step, *self.part)
 
     def open_step(self) -> None:
         """Begin the step that `micro_step` adds to."""

@@ -7,23 +7,15 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_topk.torch_residuals import TokenMoments
+from sparse_topk.training_ops import merge_moments
+
 from .distributed import Group
-
-
-class AnyMoments(Protocol):
-    """Mean and spread of vectors per layer, all float64."""
-
-    @property
-    def n_tokens(self) -> Tensor: ...
-    @property
-    def mean(self) -> Tensor: ...
-    @property
-    def sq_dev(self) -> Tensor: ...
 
 
 class Moments:
@@ -31,34 +23,48 @@ class Moments:
 
     Batches merge exactly (Chan, Golub and LeVeque, 1983), so the result does not depend on how the
     tokens were split. The state is float64 and stays on the device: the number of tokens (), their
-    mean (L, D), and their summed squared deviation from it per dimension (L, D).
+    mean (L, D), and their summed squared deviation from it per dimension (L, D). Nothing is written
+    to in place, so what is merged may be shared.
     """
 
     def __init__(self, n_layers: int, d_in: int, device: torch.device | str = "cpu") -> None:
-        self.n_tokens = torch.zeros((), dtype=torch.float64, device=device)
-        self.mean = torch.zeros(n_layers, d_in, dtype=torch.float64, device=device)
-        self.sq_dev = torch.zeros(n_layers, d_in, dtype=torch.float64, device=device)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._state = TokenMoments(zero, zero.expand(n_layers, d_in), zero.expand(n_layers, d_in))
+        self._is_empty = True
+
+    @property
+    def n_tokens(self) -> Tensor:
+        """() how many tokens."""
+        return self._state.n_tokens
+
+    @property
+    def mean(self) -> Tensor:
+        """(L, D) their mean."""
+        return self._state.mean
+
+    @property
+    def sq_dev(self) -> Tensor:
+        """(L, D) Σ_n (x[ℓ, n] − mean)², per dimension."""
+        return self._state.sq_dev
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Update with x (L, N, D)."""
         if x.shape[1] == 0:
             return
-        n_layers, d_in = self.mean.shape
-        batch = Moments(n_layers, d_in, self.mean.device)
-        batch.n_tokens += x.shape[1]
-        batch.mean = x.mean(1, dtype=torch.float64)
-        batch.sq_dev = (x - batch.mean[:, None].to(x.dtype)).square().sum(1, dtype=torch.float64)
-        self.merge(batch)
+        mean = x.mean(1, dtype=torch.float64)
+        sq_dev = (x - mean[:, None].to(x.dtype)).square().sum(1, dtype=torch.float64)
+        self.merge(TokenMoments(mean.new_tensor(float(x.shape[1])), mean, sq_dev))
 
-    def merge(self, other: AnyMoments) -> None:
+    def merge(self, other: Moments | TokenMoments) -> None:
         """Update with the tokens of `other`."""
-        total = self.n_tokens + other.n_tokens
-        share = other.n_tokens / total.clamp_min(1)
-        delta = other.mean - self.mean
-        self.mean = self.mean + delta * share
-        self.sq_dev = self.sq_dev + other.sq_dev + delta.square() * (self.n_tokens * share)
-        self.n_tokens = total
+        state = other._state if isinstance(other, Moments) else other
+        if isinstance(other, Moments) and other._is_empty:
+            return
+        self._set(state if self._is_empty else merge_moments(self._state, state))
+
+    def _set(self, state: TokenMoments) -> None:
+        self._state, self._is_empty = state, False
 
     def state_dict(self) -> dict[str, Any]:
         """The state to save."""
@@ -66,9 +72,9 @@ class Moments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state."""
-        self.n_tokens = self.n_tokens.new_tensor(float(state["count"]))
-        self.mean = state["mean"].to(self.mean.device)
-        self.sq_dev = state["sq_dev"].to(self.sq_dev.device)
+        device = self.mean.device
+        n_tokens = torch.tensor(float(state["count"]), dtype=torch.float64, device=device)
+        self._set(TokenMoments(n_tokens, state["mean"].to(device), state["sq_dev"].to(device)))
 
     def variance(self) -> Tensor:
         """Σ_d Var_n(x[ℓ, n, d]): the mean squared distance from the layer's mean vector, (L,)."""
@@ -103,7 +109,7 @@ def reduce(moments: Sequence[Moments], sums: Sequence[Tensor], group: Group) -> 
         for m, mean in zip(moments, means, strict=True)
     ]
     for m, count, mean, sq_dev in zip(moments, counts, means, _sum_all(spread, group), strict=True):
-        m.n_tokens, m.mean, m.sq_dev = count, mean, sq_dev
+        m._set(TokenMoments(count, mean, sq_dev))
 
 
 def _sum_all(parts: Sequence[Tensor], group: Group) -> list[Tensor]:

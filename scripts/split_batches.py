@@ -39,18 +39,21 @@ Measured = dict[str, Tensor]
 def measure(state: TrainState, n_tokens: int, parts: Iterable[Residuals]) -> Measured:
     """A step on residuals in `parts`, up to the update of the weights, which is left out."""
     state.optimizer.zero_grad()
+    last_active = state.last_active.clone()
     step = state.begin_step(n_tokens)
     for x, mask in parts:
         forward_backward(state, step, x, mask)
     raise_if_nonfinite(state, step)
     grads = {f"gradient of {n}": p.grad.clone() for n, p in state.mlsae.sae.named_parameters()}
     state.optimizer.zero_grad()
+    active = state.last_active == state.tokens + n_tokens
+    state.last_active = last_active
     return grads | {
         "loss": step.metrics.loss,
         "fvu": step.metrics.fvu(),
         "aux": step.metrics.aux,
-        "error variance": step.errors.variance(),
-        "active latents": step.active.double(),
+        "error variance": step.metrics.errors.variance(),
+        "active latents": active.double(),
     }
 
 

@@ -107,13 +107,15 @@ def _(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("sparse_topk::scatter_outer", mutates_args=())
-def _scatter_outer(values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor) -> Tensor:
-    return backend_for(x).scatter_outer(values, CSC(perm, indptr), x)
+def _scatter_outer(
+    values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor, dtype: torch.dtype | None
+) -> Tensor:
+    return backend_for(x).scatter_outer(values, CSC(perm, indptr), x, dtype=dtype)
 
 
 @_scatter_outer.register_fake
-def _(values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(len(indptr) - 1, x.shape[1])
+def _(values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x.new_empty(len(indptr) - 1, x.shape[1], dtype=dtype)
 
 
 @torch.library.custom_op("sparse_topk::scatter_outer_", mutates_args=("out",))
@@ -201,10 +203,16 @@ def csc_by_latent(indices: Tensor, n_latents: int) -> CSC:
     return CSC(*_csc_by_latent(indices, n_latents))
 
 
-def scatter_outer(values: Tensor, csc: CSC, x: Tensor, out: Tensor | None = None) -> Tensor:
+def scatter_outer(
+    values: Tensor,
+    csc: CSC,
+    x: Tensor,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """See `torch_ops.scatter_outer`."""
     if out is None:
-        return _scatter_outer(values, csc.perm, csc.indptr, x)
+        return _scatter_outer(values, csc.perm, csc.indptr, x, dtype)
     _scatter_outer_(values, csc.perm, csc.indptr, x, out)
     return out
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from .torch_residuals import decode_error as decode_error
+from .torch_residuals import merge_moments as merge_moments
+from .torch_residuals import note_active_ as note_active_
 from .torch_residuals import reconstruction_error as reconstruction_error
 from .torch_residuals import standardize as standardize
 
@@ -81,14 +83,20 @@ def csc_by_latent(indices: Tensor, n_latents: int) -> CSC:
     return CSC(perm, torch.searchsorted(latents, bounds))
 
 
-def scatter_outer(values: Tensor, csc: CSC, x: Tensor, out: Tensor | None = None) -> Tensor:
+def scatter_outer(
+    values: Tensor,
+    csc: CSC,
+    x: Tensor,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """out[m] = Σ values[n, k] · x[n] over the (n, k) that chose m; in a fixed order.
 
-    values (N, K), x (N, D) → (M, D), zero where no token chose m. If `out` (M, D) is given, in
-    float32 at least, the sums are added to it, in its dtype.
+    values (N, K), x (N, D) → (M, D) in `dtype`, or x's; zero where no token chose m. If `out`
+    (M, D) is given, in float32 at least, the sums are added to it, in its dtype.
     """
-    if out is not None:
-        values, x = values.to(out.dtype), x.to(out.dtype)
+    dtype = out.dtype if out is not None else dtype or x.dtype
+    values, x = values.to(dtype), x.to(dtype)
     tokens = csc.perm // values.shape[1]
     weights = values.flatten()[csc.perm]
     outer = F.embedding_bag(
@@ -105,6 +113,36 @@ def sum_by_latent(values: Tensor, indices: Tensor, csc: CSC) -> Tensor:
     dtype = torch.promote_types(values.dtype, torch.float32)
     total = values.new_zeros(len(csc.indptr) - 1, dtype=dtype)
     return total.index_add_(0, indices.flatten(), values.flatten().to(dtype))
+
+
+@torch.no_grad()
+def decode_backward(
+    error: Tensor,
+    indices: Tensor,
+    W: Tensor,
+    values: Tensor,
+    std: Tensor,
+    factor: Tensor,
+    eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the error back to the scores: the gradient of Σ_ℓ factor_ℓ · sq_error_ℓ.
+
+        scale[n] = −2 factor[ℓ] σ (σ + eps)          −2 factor[ℓ] with `eps` None
+        scale[n] · error[n] is the gradient of the decoder's output, which is not stored
+        d_scores[n, k] = scale[n] · error[n] · W[indices[n, k]], and 0 where values[n, k] <= 0
+        scaled[n, k] = scale[n] · values[n, k]        so that dW = scatter_outer(scaled, error)
+
+    A value that is NaN passes its gradient on.
+
+    error (L·N, D), indices and values (L·N, K), W (M, D), std (L·N,), factor (L,) → d_scores and
+    scaled (L·N, K) in values' dtype, scale (L·N,) in error's dtype.
+    """
+    wide = std if eps is None else std * (std + eps)
+    scale = (wide.view(len(factor), -1) * (-2 * factor.to(std.dtype))[:, None]).flatten()
+    d_values = gather_dot(error, indices, W).mul_(scale[:, None])
+    d_scores = torch.ops.aten.threshold_backward(d_values, values, 0)
+    scaled = torch.mul(values, scale[:, None], out=d_values)  # whose memory is free now
+    return d_scores, scaled, scale.to(error.dtype)
 
 
 def keep_topk_(z: Tensor, k: int) -> None:

@@ -1,8 +1,10 @@
-"""The ops that read the residual stream, in plain torch: `standardize` before the encoder, and
-`decode_error` after it, or `reconstruction_error` if the decoder's output is given.
+"""The ops of a training step beside its sparse products, in plain torch: `standardize` before the
+encoder, and `decode_error` after it, or `reconstruction_error` if the decoder's output is given;
+then `note_active_` and `merge_moments`.
 
-Each takes a block of tokens at a time, so that what it computes on the way stays in the cache; x is
-never converted whole. None is differentiable: whoever trains with them writes the backward.
+The first three read the residual stream, a block of tokens at a time, so that what is computed on
+the way stays in the cache; x is never converted whole. None is differentiable: whoever trains with
+them writes the backward.
 
 Legend: L layers, N tokens per layer, D inputs, M latents, K active latents per token, T tokens per
 block, B blocks per layer.
@@ -154,6 +156,35 @@ def _error(
         columns.add(missed, keep)
         error[rows] = missed
     return error, sq_errors.square_().view(n_layers, n).sum(1), columns.total()
+
+
+@torch.no_grad()
+def note_active_(
+    last_active: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    threshold: float,
+    now: int,
+) -> None:
+    """last_active[indices[n, k]] = now for the kept tokens n with values[n, k] > threshold.
+
+    last_active (M,) int64, values and indices (L·N, K), mask (N,).
+    """
+    is_active = values > threshold
+    if mask is not None and len(mask):
+        is_active &= mask.repeat(len(values) // len(mask))[:, None]
+    last_active[indices[is_active]] = now
+
+
+@torch.no_grad()
+def merge_moments(a: TokenMoments, b: TokenMoments) -> TokenMoments:
+    """The moments of the tokens of both (Chan, Golub and LeVeque, 1983)."""
+    n_tokens = a.n_tokens + b.n_tokens
+    share = b.n_tokens / n_tokens.clamp_min(1)
+    delta = b.mean - a.mean
+    sq_dev = a.sq_dev + b.sq_dev + delta.square() * (a.n_tokens * share)
+    return TokenMoments(n_tokens, a.mean + delta * share, sq_dev)
 
 
 class _ColumnMoments:

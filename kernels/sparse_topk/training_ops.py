@@ -1,5 +1,4 @@
-"""The ops on the residual stream, `standardize` before the encoder and `decode_error` after it, as
-torch operators.
+"""The ops of a training step beside its sparse products, as torch operators.
 
 As in `ops`, the device picks the backend. A training step written by hand calls them, so they have
 no derivatives, and they are defined the way that costs the least time on the host.
@@ -30,6 +29,18 @@ _library.define(
 _library.define(
     "reconstruction_error(Tensor x_hat, Tensor x, Tensor mean, Tensor std, Tensor? mask,"
     " float? eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "decode_backward(Tensor error, Tensor indices, Tensor W, Tensor values, Tensor std,"
+    " Tensor factor, float? eps) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "note_active_(Tensor(a!) last_active, Tensor values, Tensor indices, Tensor? mask,"
+    " float threshold, int now) -> ()"
+)
+_library.define(
+    "merge_moments(Tensor n, Tensor mean, Tensor sq_dev, Tensor other_n, Tensor other_mean,"
+    " Tensor other_sq_dev) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -65,6 +76,36 @@ def reconstruction_error(
     return error, sq_error, TokenMoments(*moments)
 
 
+def decode_backward(
+    error: Tensor,
+    indices: Tensor,
+    W: Tensor,
+    values: Tensor,
+    std: Tensor,
+    factor: Tensor,
+    eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `torch_residuals.decode_backward`."""
+    return _decode_backward(error, indices, W, values, std, factor, eps)
+
+
+def note_active_(
+    last_active: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    threshold: float,
+    now: int,
+) -> None:
+    """See `torch_residuals.note_active_`."""
+    _note_active_(last_active, values, indices, mask, threshold, now)
+
+
+def merge_moments(a: TokenMoments, b: TokenMoments) -> TokenMoments:
+    """See `torch_residuals.merge_moments`."""
+    return TokenMoments(*_merge_moments(*a, *b))
+
+
 def _run(name: str, x_at: int) -> Callable[..., tuple[Tensor, ...]]:
     """The op `name` of the backend of its argument x, with its moments among the results."""
 
@@ -95,6 +136,33 @@ def _fake_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty((), dtype=torch.float64), mean, torch.empty_like(mean)
 
 
+def _run_plain(name: str) -> Callable[..., Any]:
+    """The op `name` of the backend of its first argument."""
+
+    def run(*arguments: Any) -> Any:
+        return getattr(backend_for(arguments[0]), name)(*arguments)
+
+    return run
+
+
+def _run_merge(*arguments: Tensor) -> tuple[Tensor, ...]:
+    moments = TokenMoments(*arguments[:3]), TokenMoments(*arguments[3:])
+    return tuple(backend_for(arguments[1]).merge_moments(*moments))
+
+
+def _fake_backward(
+    error: Tensor, indices: Tensor, W: Tensor, values: Tensor, *more: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(values), torch.empty_like(values), error.new_empty(len(error))
+
+
+for _name, _code, _fake in (
+    ("decode_backward", _run_plain("decode_backward"), _fake_backward),
+    ("note_active_", _run_plain("note_active_"), lambda *arguments: None),
+    ("merge_moments", _run_merge, lambda *a: tuple(map(torch.empty_like, a[:3]))),
+):
+    _library.impl(_name, _code, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_topk::{_name}", _fake, lib=_library)
 for _name, _x_at, _fake in (
     ("standardize", 0, _fake_standardize),
     ("decode_error", 4, lambda values, indices, W, b, x, *more: _fake_error(W, x)),
@@ -102,6 +170,9 @@ for _name, _x_at, _fake in (
 ):
     _library.impl(_name, _run(_name, _x_at), "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparse_topk::{_name}", _fake, lib=_library)
+_decode_backward = torch.ops.sparse_topk.decode_backward.default
+_note_active_ = torch.ops.sparse_topk.note_active_.default
+_merge_moments = torch.ops.sparse_topk.merge_moments.default
 _standardize = torch.ops.sparse_topk.standardize.default
 _decode_error = torch.ops.sparse_topk.decode_error.default
 _reconstruction_error = torch.ops.sparse_topk.reconstruction_error.default

@@ -30,9 +30,16 @@ from torch import Tensor, nn
 
 from sparse_topk import SparseTopKSAE, TopK, ops
 from sparse_topk.auxk import auxk
-from sparse_topk.training_ops import decode_error, reconstruction_error, standardize
+from sparse_topk.torch_ops import CSC
+from sparse_topk.training_ops import (
+    decode_backward,
+    decode_error,
+    note_active_,
+    reconstruction_error,
+    standardize,
+)
 
-from ..model import SIGMA_EPS
+from ..model import ACTIVE, SIGMA_EPS
 from ..sharding import Selection
 from .state import TrainState
 from .step import Step
@@ -72,13 +79,15 @@ def forward_backward(state: TrainState, step: Step, x: Tensor, mask: Tensor | No
         x_hat = shards.sum(ops.gather_sum(values, indices, weights.W_dec)).add_(sae.b_dec)
         error, sq_error, error_moments = reconstruction_error(x_hat, x, mean, std, mask, eps)
 
-    per_layer = 1 / (len(x) * step.n_tokens * step.variance)  # (L,)
-    scale = std if eps is None else std * (std + eps)
-    scale = (scale.view(len(x), -1) * (-2 * per_layer)[:, None]).flatten()
-    _add_gradients(sae, weights, centered, TopK(values, indices), error, scale, shards)
-    loss, aux = (sq_error * per_layer).sum(), _add_aux(state, step, weights, centered, error, mask)
-    step.update(loss + state.aux_weight * aux, aux, sq_error, moments, error_moments)
-    step.mark_active(values, indices, mask)
+    _add_gradients(
+        sae, weights, centered, TopK(values, indices), error, std, step.factor, eps, shards
+    )
+    aux = _add_aux(state, step, weights, centered, error, mask)
+    loss = sq_error @ step.factor
+    loss = loss if aux is None else loss + state.aux_weight * aux
+    step.metrics.add_part(loss, aux, sq_error, moments, error_moments)
+    now = state.tokens + step.n_tokens
+    note_active_(state.last_active, values, indices, mask, ACTIVE, now)
 
 
 def _add_gradients(
@@ -87,28 +96,28 @@ def _add_gradients(
     centered: Tensor,
     codes: TopK,
     error: Tensor,
-    scale: Tensor,
+    std: Tensor,
+    factor: Tensor,
+    eps: float | None,
     shards: Selection | None,
 ) -> None:
-    """Add the gradients of the loss, whose gradient with respect to the decoder's output is
-    `scale` (L·N,) times `error` (L·N, D)."""
+    """Add the gradients of Σ_ℓ factor_ℓ Σ_n |x − x̂|²."""
     values, indices = codes
-    d_values = ops.gather_dot(error, indices, weights.W_dec).mul_(scale[:, None])
-    # ReLU's backward: 0 where values <= 0, a test that passes NaN on.
-    d_scores = torch.ops.aten.threshold_backward(d_values, values, 0)
+    d_scores, scaled, scale = decode_backward(
+        error, indices, weights.W_dec, values, std, factor, eps
+    )
     csc = ops.csc_by_latent(indices, len(weights.W_enc))
-    scaled = torch.mul(values, scale[:, None], out=d_values)  # whose memory is free now
-    ops.scatter_outer(scaled, csc, error, out=_grad(sae.W_dec))
-    ops.scatter_outer(d_scores, csc, centered, out=_grad(sae.W_enc))
+    _add_outer(sae.W_dec, scaled, csc, error)
+    _add_outer(sae.W_enc, d_scores, csc, centered)
     by_latent = ops.sum_by_latent(d_scores, indices, csc)
     if sae.b_enc is not None:
-        _grad(sae.b_enc).add_(by_latent)
+        _add(sae.b_enc, by_latent)
     # b_pre is added to the output, and subtracted before the encoder: Σ_n d_centered[n] =
     # by_latent @ W_enc, one matrix-vector product.
     d_centered = by_latent.to(weights.W_enc.dtype) @ weights.W_enc
     if shards is not None:
         d_centered = shards.sum(d_centered)
-    _grad(sae.b_dec).add_(scale.to(error.dtype) @ error).sub_(d_centered)
+    _add(sae.b_dec, scale @ error - d_centered)
 
 
 def _add_aux(
@@ -118,17 +127,17 @@ def _add_aux(
     centered: Tensor,
     error: Tensor,
     mask: Tensor | None,
-) -> Tensor:
-    """Add the gradients of aux, times its weight; the value of aux (): exactly 0 with no dead
-    latents."""
+) -> Tensor | None:
+    """Add the gradients of aux, times its weight; the value of aux (). None with no dead latents,
+    and in the first step, which has no variance of errors to divide by."""
     sae, group = state.mlsae.sae, state.mlsae.shards
-    if step.dead is None or state.error_variance is None:
-        return torch.zeros((), device=error.device)
-    n_layers = len(state.error_variance)
-    per_layer = 1 / (n_layers * step.n_tokens * state.error_variance)  # (L,)
-    weight = per_layer[:, None].expand(-1, len(error) // n_layers)
+    dead, variance = step.dead, state.error_variance if step.dead is not None else None
+    if dead is None or variance is None:
+        return None
+    n_layers = len(variance)
+    factor = (1 / (n_layers * step.n_tokens) / variance).float()  # (L,)
+    weight = factor[:, None].expand(-1, len(error) // n_layers)
     weight = (weight if mask is None else weight * mask).flatten()  # (L·N,)
-    dead = step.dead
     b_enc = None if weights.b_enc is None else weights.b_enc[dead]
     result = auxk(
         centered, error, weight * state.aux_weight,
@@ -136,15 +145,24 @@ def _add_aux(
         shards=None if group.size == 1 else Selection(group, state.k_aux),
         max_latents=math.ceil(sae.n_latents / group.size),
     )  # fmt: skip
-    for parameter, grad in ((sae.W_enc, result.W_enc), (sae.W_dec, result.W_dec)):
-        _grad(parameter).index_add_(0, dead, grad)
-    if sae.b_enc is not None:
-        _grad(sae.b_enc).index_add_(0, dead, result.b_enc)
+    of_dead = (sae.W_enc, result.W_enc), (sae.W_dec, result.W_dec), (sae.b_enc, result.b_enc)
+    for parameter, grad in of_dead:
+        if parameter is not None and parameter.grad is not None:  # the loss has begun it
+            parameter.grad.index_add_(0, dead, grad.to(parameter.dtype))
     return weight.double() @ result.sq_error.double()
 
 
-def _grad(parameter: nn.Parameter) -> Tensor:
-    """The parameter's gradient, to add to."""
+def _add_outer(parameter: nn.Parameter, values: Tensor, csc: CSC, x: Tensor) -> None:
+    """Add `scatter_outer` to the parameter's gradient, or begin the gradient with it."""
     if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+        parameter.grad = ops.scatter_outer(values, csc, x, dtype=parameter.dtype)
+    else:
+        ops.scatter_outer(values, csc, x, out=parameter.grad)
+
+
+def _add(parameter: nn.Parameter, grad: Tensor) -> None:
+    """Add to the parameter's gradient, or begin it."""
+    if parameter.grad is None:
+        parameter.grad = grad.to(parameter.dtype)
+    else:
+        parameter.grad += grad

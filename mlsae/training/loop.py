@@ -58,13 +58,15 @@ def train_step(
         lap("SAE")
     for state, step in zip(states, steps, strict=True):
         all_reduce_grads(state)
-        step.all_reduce_(state.data)
+        if state.data.size > 1:
+            step.metrics.all_reduce_(state.data)
+            state.data.max_(state.last_active)
     for state, step in zip(states, steps, strict=True):
         raise_if_nonfinite(state, step)
     for state, step in zip(states, steps, strict=True):
         set_lr(state.optimizer, state.schedule(state.tokens))
         state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=False)  # the next gradients are added in place
+        state.optimizer.zero_grad()
         state.end_step(step)
     lap("optimizer")
     return [step.metrics for step in steps]

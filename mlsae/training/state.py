@@ -26,13 +26,13 @@ class TrainState:
     """An MLSAE with its optimizer and all else that changes while it trains.
 
     Everything is counted in tokens, so batch size does not change what a run means:
-    `inactive_tokens` (M,) is how many tokens ago each latent was last active; a latent is dead from
-    `dead_tokens` on, and then AuxK trains it. The loss divides by variances of the tokens seen
+    `last_active` (M,) is after how many tokens each latent was last active; after `dead_tokens`
+    more it is dead, and then AuxK trains it. The loss divides by variances of the tokens seen
     *before* the step, so that a step split in parts has the gradient of the whole.
 
     `schedule` gives the learning rate after so many tokens, and `name` tells the SAE from others
     in error messages. Each process of the group `data` has tokens of its own; with an MLSAE of S
-    shards, `inactive_tokens` (M/S,) is of this shard's latents. All else is the same in all.
+    shards, `last_active` (M/S,) is of this shard's latents. All else is the same in all.
     """
 
     def __init__(
@@ -64,16 +64,34 @@ class TrainState:
         )
         self.tokens = 0
         self.steps = 0
-        self.inactive_tokens = torch.zeros(len(sae.W_dec), dtype=torch.int64, device=self.device)
+        self.last_active = torch.zeros(len(sae.W_dec), dtype=torch.int64, device=self.device)
         self.moments = metrics.Moments(len(config.layers), config.d_in, self.device)
-        self.error_variance: Tensor | None = None  # (L,) of (x − x̂) / (σ + ε) in the last step
+        self._errors: metrics.Moments | None = None  # of (x − x̂) / (σ + ε), in the last step
+        self._error_variance: Tensor | None = None
         self.n_dead = self.n_dead_anywhere = 0  # of this shard, of all shards
         self.window = self._empty_metrics()
         """Metrics of the steps since the last log line."""
 
+    @property
+    def inactive_tokens(self) -> Tensor:
+        """(M,) how many tokens ago each latent was last active."""
+        return self.tokens - self.last_active
+
+    @property
+    def error_variance(self) -> Tensor | None:
+        """(L,) variance of the standardized errors of the last step, which AuxK divides by: most
+        steps have no use for it, so it is computed when it is asked for."""
+        if self._errors is not None:
+            self.error_variance = self._errors.variance()
+        return self._error_variance
+
+    @error_variance.setter
+    def error_variance(self, variance: Tensor | None) -> None:
+        self._error_variance, self._errors = variance, None
+
     def dead(self) -> Tensor:
         """Which of this process's latents are dead, (M,) bool."""
-        return self.inactive_tokens >= self.dead_tokens
+        return self.last_active <= self.tokens - self.dead_tokens
 
     def dead_share(self) -> float:
         """The share of all latents that are dead. Collective: every process must call it."""
@@ -99,38 +117,31 @@ class TrainState:
         dead = None
         if self.n_dead_anywhere:  # a sort, as torch's nonzero waits for the device
             dead = self.dead().sort(descending=True, stable=True).indices[: self.n_dead]
-        return Step(
-            n_tokens,
-            self.moments.variance().float(),
-            dead,
-            len(self.inactive_tokens),
-            self.mlsae.config.d_in,
-        )
+        n_layers, d_in = self.moments.mean.shape
+        factor = 1 / (n_layers * n_tokens) / self.moments.variance()
+        return Step(n_tokens, factor, dead, d_in)
 
     def fetch(self, step: Step) -> float:
         """The loss of a step, all parts of all processes added up, and how many latents are dead
         after it: all that the host learns of a step, in one transfer. Collective when sharded."""
-        inactive_tokens = self._inactive_tokens_after(step)
-        n_dead = (inactive_tokens >= self.dead_tokens).sum(dtype=torch.float64)
-        n_dead_anywhere = self.mlsae.shards.sum_(n_dead.clone())
-        told = torch.stack([step.metrics.loss.double(), n_dead, n_dead_anywhere])
+        dead = self.last_active <= self.tokens + step.n_tokens - self.dead_tokens
+        n_dead = dead.sum(dtype=torch.float64)
+        shards = self.mlsae.shards
+        n_dead_anywhere = n_dead if shards.size == 1 else shards.sum_(n_dead.clone())
+        told = torch.stack([step.metrics.loss, n_dead, n_dead_anywhere])
         loss, *counts = told.tolist()
         step.n_dead = (int(counts[0]), int(counts[1]))
         return loss
 
     def end_step(self, step: Step) -> None:
         """Count what a step has seen, after its update of the weights."""
-        self.inactive_tokens = self._inactive_tokens_after(step)
         self.n_dead, self.n_dead_anywhere = step.n_dead
         self.tokens += step.n_tokens
         self.steps += 1
         self.moments.merge(step.metrics.moments)
-        self.error_variance = step.errors.variance().float()
+        self._errors = step.metrics.errors
         step.metrics.steps = 1
         self.window.add(step.metrics)
-
-    def _inactive_tokens_after(self, step: Step) -> Tensor:
-        return torch.where(step.active, 0, self.inactive_tokens + step.n_tokens)
 
     def end_window(self) -> StepMetrics:
         """The metrics of the steps since the last call."""
@@ -178,14 +189,13 @@ class TrainState:
         self.window.load_state_dict(state["window"])
         saved, own_rows = state["trainer"], self.mlsae.sae.own_rows
         self.tokens, self.steps = saved["tokens"], saved["steps"]
-        self.inactive_tokens = own_rows(saved["inactive_tokens"]).to(self.device)
+        inactive_tokens = own_rows(saved["inactive_tokens"]).to(self.device)
+        self.last_active = self.tokens - inactive_tokens
         self.n_dead = int(self.dead().sum())
         self.n_dead_anywhere = self.mlsae.shards.sum_int(self.n_dead)
         self.moments.load_state_dict(saved["moments"])
-        error_variance = saved["error_variance"]
-        if error_variance is not None:
-            error_variance = error_variance.to(self.device)
-        self.error_variance = error_variance
+        variance = saved["error_variance"]
+        self.error_variance = None if variance is None else variance.double().to(self.device)
         weights = {name: _convert(weight, own_rows) for name, weight in saved["weights"].items()}
         self.mlsae.sae.load_state_dict(weights)
         moments = {

@@ -1,6 +1,8 @@
 """The ops in Triton, with the names, arguments and results of `torch_ops`."""
 
 from .adam import adam_unit_norm_
+from .backward import decode_backward
+from .bookkeeping import merge_moments, note_active_
 from .decode import decode_error, reconstruction_error
 from .keep_topk import keep_topk_
 from .sparse import CSC, csc_by_latent, gather_dot, gather_sum, scatter_outer, sum_by_latent
@@ -11,10 +13,13 @@ __all__ = [
     "CSC",
     "adam_unit_norm_",
     "csc_by_latent",
+    "decode_backward",
     "decode_error",
     "gather_dot",
     "gather_sum",
     "keep_topk_",
+    "merge_moments",
+    "note_active_",
     "reconstruction_error",
     "scatter_outer",
     "standardize",

@@ -214,11 +214,18 @@ def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return out
 
 
-def scatter_outer(values: Tensor, csc: CSC, x: Tensor, out: Tensor | None = None) -> Tensor:
+def scatter_outer(
+    values: Tensor,
+    csc: CSC,
+    x: Tensor,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """out[m] = Σ values[n, k] · x[n] over the (n, k) that chose m; in a fixed order.
 
-    values (N, K), x (N, D) → (M, D), zero where no token chose m. If `out` (M, D) is given, in
-    float32 at least, the sums are added to it; rows that no token chose are not touched.
+    values (N, K), x (N, D) → (M, D) in `dtype`, or x's; zero where no token chose m. If `out`
+    (M, D) is given, in float32 at least, the sums are added to it; rows that no token chose are
+    not touched.
 
     A latent that many tokens chose is summed by several programs, a chunk of C selections each. The
     sums of chunks that lie within one latent are stored in float32 (in float64 if the sum is),
@@ -226,11 +233,16 @@ def scatter_outer(values: Tensor, csc: CSC, x: Tensor, out: Tensor | None = None
     """
     (n, k), d, m = values.shape, x.shape[1], len(csc.indptr) - 1
     values, x = values.contiguous(), x.contiguous()
-    if out is None and values.dtype == x.dtype and latents_are_few(n, d, m, k, x.dtype):
+    if (
+        dtype is None
+        and out is None
+        and values.dtype == x.dtype
+        and latents_are_few(n, d, m, k, x.dtype)
+    ):
         return few_latents.scatter_outer(values, csc, x)
     add = out is not None
     if out is None:
-        out = x.new_empty(m, d)
+        out = x.new_empty(m, d, dtype=dtype)
     elif not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got the strides {out.stride()}")
     acc_dtype, chunk = sum_type(values, x, out), chunk_length(n * k, d)
