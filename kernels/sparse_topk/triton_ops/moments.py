@@ -32,11 +32,9 @@ def store_block(
 ):
     """Store the mean of a block's tokens and their squared deviation from it."""
     shift = sum_ / tl.maximum(count, 1.0)
-    sq_dev = sq_sum - sum_ * shift
-    sq_dev = tl.where(sq_dev < 0, 0.0, sq_dev)  # of a rounding; NaN stays
     offs = row * D + offs_d
     tl.store(block_mean_ptr + offs, origin.to(tl.float64) + shift.to(tl.float64), offs_d < D)
-    tl.store(block_sq_dev_ptr + offs, sq_dev, offs_d < D)
+    tl.store(block_sq_dev_ptr + offs, sq_sum - sum_ * shift, offs_d < D)
 
 
 @triton.jit
