@@ -75,13 +75,13 @@ def select(
 
 def select_tile(n_groups: int, k: int, group: int) -> SelectTile:
     """At most 32 bests and 32 picked keys per thread, and 16 products where a group is opened; one
-    warp if that holds a row, because its threads then wait for no others. A row that 16 warps do not
-    hold is read again and again by 8. From compiled code (64 registers at J = 512, so that 32
-    programs fit a processor), not from timings."""
+    warp if that holds a row, because its threads then wait for no others. What 16 warps do not hold
+    is read again for each step of a search, by 8. From compiled code (64 registers at J = 512, so
+    that 32 programs fit a processor), not from timings."""
     block_j = max(32, triton.next_power_of_2(n_groups))
     block_k = max(32, triton.next_power_of_2(k))
     if block_j > 16384 or block_k > 1024:
-        return SelectTile(8192, 512, 128, 8)
+        return SelectTile(min(8192, block_j), block_k if block_k <= 1024 else 512, 128, 8)
     warps = max(1, block_j // 1024, block_k // 128)
     return SelectTile(block_j, block_k, min(128, 512 * warps // group), warps)
 
