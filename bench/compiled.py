@@ -14,8 +14,9 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
+import triton
 
-from sparse_topk.triton_ops import adam, few_latents, precision, sparse
+from sparse_topk.triton_ops import adam, few_latents, keep_topk, precision, sparse
 
 from . import compiled_encode, compiled_residuals
 from .compiled_build import Build, Compiled, compile_for, violations
@@ -115,6 +116,23 @@ def dense_builds(dtype: torch.dtype) -> list[Build]:
     ]
 
 
+def keep_topk_build(q: int, dtype: torch.dtype) -> Build:
+    """ReLU of the k largest, in rows of q scores."""
+    block, warps = keep_topk.keep_topk_tile(q)
+    bits = {2: triton.language.int16, 4: triton.language.int32}[dtype.itemsize]
+    constants = {"BLOCK": block, "WHOLE": q <= block, "BITS": bits, "KEY": triton.language.int32}
+    vectors = block * dtype.itemsize // (warps * 32 * 16) if q % 16 == 0 else 0
+    return Build(
+        f"keep_topk {TYPES[dtype][1:]} Q={q}",
+        keep_topk.keep_topk_kernel,
+        {"z_ptr": TYPES[dtype], "Q": "i32", "k": "i32"},
+        constants | {"NAN_KEY": 2 ** (8 * dtype.itemsize - 1) - 1},
+        num_warps=warps,
+        divisible=("Q", "k") if q % 16 == 0 else ("k",),
+        needs={"wide_loads": vectors, "wide_stores": vectors},
+    )
+
+
 def adam_build(d: int | None, clip: bool) -> Build:
     """Adam on rows of D float32 weights, or without the unit norm if D is None. With `clip`, the
     gradient is scaled by a factor, and a bfloat16 shadow is written."""
@@ -152,6 +170,8 @@ BUILDS = [
 BUILDS += [
     *dense_builds(torch.bfloat16),
     *dense_builds(torch.float32),
+    *(keep_topk_build(q, torch.bfloat16) for q in (1008, 1001, 4096, 16384, 65536)),
+    *(keep_topk_build(q, torch.float32) for q in (1008, 16384)),
     adam_build(None, clip=True),
     adam_build(2048, clip=False),
     adam_build(2048, clip=True),

@@ -116,12 +116,13 @@ def keep_topk_(z: Tensor, k: int) -> None:
     if k >= n_top:
         z.relu_()
         return
-    top = z.topk(n_top, dim=1)
-    kth, next_ = top.values[:, k - 1], top.values[:, k]
-    tied = ((kth == next_) & (kth > 0)).nonzero()[:, 0]  # topk took any of the equal ones
-    positions = _top_positions(z[tied], k)
-    top.indices[tied, :k] = positions
-    z.zero_().scatter_(1, top.indices[:, :k], top.values[:, :k].relu_())
+    top, indices = z.topk(n_top, dim=1)
+    kth = top[:, k - 1]
+    tied = ((kth == top[:, k]) & (kth > 0)).nonzero()[:, 0]  # topk took any of the equal ones
+    if len(tied):
+        indices[tied, :k] = _top_positions(z[tied], k)
+    values = z.gather(1, indices[:, :k]).relu_()
+    z.zero_().scatter_(1, indices[:, :k], values)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """The ops in Triton, with the names, arguments and results of `torch_ops`."""
 
-from ..torch_ops import keep_topk_
 from .adam import adam_unit_norm_
 from .decode import decode_error, reconstruction_error
+from .keep_topk import keep_topk_
 from .sparse import CSC, csc_by_latent, gather_dot, gather_sum, scatter_outer, sum_by_latent
 from .standardization import standardize
 from .topk import topk_encode
