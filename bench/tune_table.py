@@ -5,7 +5,7 @@ A candidate is what the function would return. It takes the function's place whi
 kernel's launcher needs nothing for this.
 
 Legend: N tokens, D inputs, M latents, K active latents per token, G latents per group, T keys per
-group, R tokens per block.
+group, R tokens per block. For `keep_topk`, M are the dead latents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from sparse_topk import triton_ops
-from sparse_topk.triton_ops import adam, decode, sparse, standardization
+from sparse_topk.triton_ops import adam, decode, keep_topk, sparse, standardization
 from sparse_topk.triton_ops.topk import encode, product, select
 
 from . import compiled, compiled_encode, compiled_residuals
@@ -119,6 +119,13 @@ def _decode_error(s: ProblemShape, device: torch.device) -> Work:
     return lambda: decode.decode_error(values, indices, W, b, x, mean, std, mask, 1e-5)
 
 
+def _keep_topk(s: ProblemShape, device: torch.device) -> Work:
+    """In place, so each call begins with a copy of the scores, whose time counts for all tiles."""
+    scores = _random(s.n, s.m, device=device)
+    z = torch.empty_like(scores)
+    return lambda: keep_topk.keep_topk_(z.copy_(scores), s.k)
+
+
 def _adam(unit_norm: bool) -> Callable[[ProblemShape, torch.device], Work]:
     def prepare(s: ProblemShape, device: torch.device) -> Work:
         weight, grad, m, v = (torch.rand(s.m, s.d, device=device) for _ in range(4))
@@ -190,6 +197,16 @@ def _decode_tiles(s: ProblemShape) -> list[tuple[int, int, int, int]]:
     ]
 
 
+def _keep_topk_tiles(s: ProblemShape) -> list[tuple[int, int]]:
+    """Scores and warps."""
+    whole = triton.next_power_of_2(s.m)
+    return [
+        (block, warps)
+        for block, warps in combinations(sorted({whole, min(whole, 8192)}), (1, 2, 4, 8, 16))
+        if 8 <= block // (32 * warps) <= 64
+    ]
+
+
 def _adam_row_tiles(s: ProblemShape) -> list[tuple[int, int]]:
     block = triton.next_power_of_2(s.d)
     return [(block, warps) for warps in (1, 2, 4, 8, 16) if 4 <= block // (32 * warps) <= 32]
@@ -215,6 +232,10 @@ def _encode_builds(s: ProblemShape, chip: int) -> list[Build]:
     return _product_builds(s, chip) + _select_builds(s, chip)
 
 
+_DEAD = (
+    ProblemShape("1000 dead", 98304, 512, 1000, 256),
+    ProblemShape("16384 dead", 8192, 2048, 16384, 512),
+)
 _FEW = [s for s in FEW_TOKENS["cuda"] if s.n <= 128]
 _GROUPS = [(64, 2), (64, 3), (64, 4), (32, 2), (32, 3), (32, 4)]
 _SCATTERED = (_S1, _S2, _LONG)
@@ -255,6 +276,10 @@ TUNABLES = (
     Tunable(
         "decode_error", decode, "decode_error_tile", (_S2, _LONG), _decode_tiles, _decode_error,
         lambda s, chip: [compiled_residuals.decode_error_build(s.d, s.k, _HALF, mask=True)],
+    ),
+    Tunable(
+        "keep_topk", keep_topk, "keep_topk_tile", _DEAD, _keep_topk_tiles, _keep_topk,
+        lambda s, chip: [compiled.keep_topk_build(s.m, _HALF)],
     ),
     Tunable(
         "adam_rows", adam, "adam_rows_tile", (_S1, _S2), _adam_row_tiles, _adam(unit_norm=True),

@@ -156,6 +156,12 @@ def test_a_group_is_opened_only_if_all_of_its_keys_are_taken(opened, group, n_ke
     assert full
 
 
+def test_a_last_group_of_as_many_latents_as_keys_hides_nothing(opened):
+    scores = torch.arange(83.0)[None]
+    check_topk(*choose(scores, 4, 16, 3, False), scores, False)
+    assert opened == []
+
+
 @pytest.mark.parametrize("case", ["all zero", "all negative"])
 def test_rows_without_a_positive_score_open_nothing_with_relu(opened, case):
     """A masked token is such a row."""

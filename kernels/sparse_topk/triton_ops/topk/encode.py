@@ -9,6 +9,7 @@ keys per group.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ def topk_encode(
     return values, indices
 
 
+@lru_cache(maxsize=64)
 def group_size(m: int, k: int) -> tuple[int, int]:
     """G latents per group and T keys of each, such that keys and opened groups cost the least.
 
