@@ -158,13 +158,14 @@ def _product_tiles(s: ProblemShape) -> list[product.Tile]:
 
 
 def _select_tiles(s: ProblemShape) -> list[select.SelectTile]:
-    n_groups = triton.cdiv(s.m, encode.group_size(s.m, s.k)[0])
-    whole, block_k = triton.next_power_of_2(n_groups), max(32, triton.next_power_of_2(s.k))
+    """Of an opened group, `products` a warp at a time."""
+    group, _ = encode.group_size(s.m, s.k)
+    whole, block_k = triton.next_power_of_2(triton.cdiv(s.m, group)), max(32, s.k)
     return [
-        select.SelectTile(block_j, block_k, block_d, warps)
-        for block_j in (whole, whole // 2)
-        for warps in (1, 2, 4, 8)
-        for block_d in (32, 128)
+        select.SelectTile(block_j, block_k, products * warps // group, warps)
+        for block_j, warps, products in combinations(
+            (whole, whole // 2), (1, 2, 4, 8), (256, 512, 1024)
+        )
         if 256 <= block_j // warps <= 2048
     ]
 
