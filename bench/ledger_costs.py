@@ -135,6 +135,7 @@ def moved_by_op(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mov
 # Torch's own operators, by the last part of their names.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _FREE |= {"lift_fresh", "squeeze_", "unsqueeze_", "detach_", "set_", "_local_scalar_dense"}
+_FREE |= {"scalar_tensor"}  # on the host: the number in where(mask, tensor, 0)
 _OVERWRITE = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_"}
 _GATHER = {"index", "index_select", "embedding", "gather", "_unsafe_index"}
 _SCATTER = {"index_put_", "index_add_", "scatter_", "scatter_add_", "index_copy_", "index_fill_"}
