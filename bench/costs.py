@@ -50,6 +50,27 @@ def scatter_outer(s: ProblemShape, e: int) -> Cost:
     return Cost(2 * s.n * s.k * s.d, e * (s.m * s.d + s.n * s.d) + s.n * s.k * (e + 8))
 
 
+def standardize(s: ProblemShape, e: int) -> Cost:
+    """x (N, D) → (N, D), with a mean and a standard deviation of 4 bytes per token, and per
+    dimension one center of 4 bytes and two moments of 8. Per number about 10 FLOPs: 4 for mean and
+    spread over D, 2 to standardize, 1 to center, 3 for the moments over N."""
+    return Cost(10 * s.n * s.d, 2 * e * s.n * s.d + 8 * s.n + 20 * s.d)
+
+
+def reconstruction_error(s: ProblemShape, e: int) -> Cost:
+    """x and x̂ (N, D) → the error (N, D); mean, standard deviation and moments as in `standardize`,
+    and no center. Per number 10 FLOPs: 3 for x − x̂, 2 for its square, 1 to standardize it, 4 for
+    its moments."""
+    return Cost(10 * s.n * s.d, 3 * e * s.n * s.d + 8 * s.n + 16 * s.d)
+
+
+def decode_error(s: ProblemShape, e: int) -> Cost:
+    """`gather_sum` and a bias of 4 bytes per dimension, then `reconstruction_error`: x̂ is neither
+    written nor read."""
+    both = gather_sum(s, e) + reconstruction_error(s, e)
+    return both + Cost(s.n * s.d, 4 * s.d - 2 * e * s.n * s.d)
+
+
 def adam(s: ProblemShape) -> Cost:
     """One float32 weight (M, D): reads weight, gradient and two moments, writes all but the
     gradient. 28 bytes and about 15 FLOPs per parameter."""

@@ -34,6 +34,10 @@ def test_costs_are_those_counted_by_hand():
     assert costs.gather_sum(TINY._replace(k=4), 2) == (2 * 8 * 3, 2 * (15 + 6) + 8 * (2 + 8))
     assert costs.scatter_outer(TINY, 4) == (2 * 2 * 3, 4 * (15 + 6) + 2 * (4 + 8))
     assert costs.adam(TINY) == (15 * 15, 28 * 15)
+    # 6 numbers in and out; 8 bytes for each of 2 tokens; 20 for each of 3 dimensions.
+    assert costs.standardize(TINY, 2) == (60, 2 * (6 + 6) + 2 * 8 + 3 * 20)
+    # As `gather_sum` above, and x is read.
+    assert costs.decode_error(TINY, 2) == (12 + 66, 2 * (6 + 6 + 6) + 2 * 10 + 2 * 8 + 3 * 20)
 
 
 def test_the_roofline_is_the_slower_of_arithmetic_and_memory():

@@ -11,7 +11,15 @@ import sys
 import pytest
 import torch
 
-from sparse_topk import SparseTopKSAE, ops, reference, torch_ops, triton_ops
+from sparse_topk import (
+    SparseTopKSAE,
+    ops,
+    reference,
+    torch_ops,
+    torch_residuals,
+    training_ops,
+    triton_ops,
+)
 from sparse_topk.triton_ops import sparse
 
 N, D, M, K = 7, 12, 40, 5
@@ -68,7 +76,9 @@ def test_both_backends_have_the_same_ops():
     assert names == {
         name
         for name, value in vars(torch_ops).items()
-        if inspect.isfunction(value) and inspect.getmodule(value) is torch_ops and name[0] != "_"
+        if inspect.isfunction(value)
+        and inspect.getmodule(value) in (torch_ops, torch_residuals)
+        and name[0] != "_"
     }
     for name in names:
         in_triton, in_torch = (
@@ -82,9 +92,14 @@ def test_both_backends_have_the_same_ops():
             assert in_triton[key].default is not inspect.Parameter.empty, (name, key)
 
 
-def test_every_op_goes_through_the_one_door():
+def test_every_op_goes_through_a_door():
     for name in set(triton_ops.__all__) - {"CSC"}:
-        assert callable(getattr(ops, name)), name
+        assert callable(getattr(ops, name, None) or getattr(training_ops, name)), name
+    for name in ("standardize", "decode_error", "reconstruction_error"):
+        door, behind = (
+            inspect.signature(getattr(module, name)) for module in (training_ops, torch_ops)
+        )
+        assert door == behind, name
 
 
 def test_the_optimizer_runs_on_the_backend_of_its_weight(monkeypatch):

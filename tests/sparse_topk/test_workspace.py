@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_topk import UnitNormAdam, ops, triton_ops
-from sparse_topk.triton_ops import adam, few_latents, sparse
+from sparse_topk.triton_ops import adam, decode, few_latents, moments, sparse, standardization
 from sparse_topk.triton_ops.topk import product, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -68,7 +68,9 @@ class NoKernel:
 
 @pytest.fixture
 def memory(monkeypatch):
-    for module in (adam, few_latents, sparse, product, select):
+    for module in (
+        adam, decode, few_latents, moments, sparse, standardization, product, select,
+    ):  # fmt: skip
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, NoKernel())
@@ -114,6 +116,21 @@ def test_sparse_products(memory, m, k, dtype):
     assert extra <= LIMIT
     assert memory.extra(triton_ops.scatter_outer, values, csc, x)[0] <= LIMIT
     assert memory.extra(triton_ops.sum_by_latent, values, indices, csc)[0] <= LIMIT
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_standardize_and_decode_error(memory, dtype):
+    """Moments of blocks, a fifth of x at most: nothing of x's size in float32."""
+    x, W = torch.empty(8, N // 8, D, dtype=dtype), torch.empty(M, D, dtype=dtype)
+    mask = torch.empty(N // 8, dtype=torch.bool)
+    limit = N * D * 2 // 5
+    extra, (_, mean, std, _) = memory.extra(
+        triton_ops.standardize, x, W[0], mask, torch.float16, 1e-5
+    )
+    assert extra <= limit
+    values, indices = torch.empty(N, 32, dtype=dtype), torch.empty(N, 32, dtype=torch.int64)
+    codes = (values, indices, W, W[0])
+    assert memory.extra(triton_ops.decode_error, *codes, x, mean, std, mask, 1e-5)[0] <= limit
 
 
 def test_the_optimizer_clips_without_asking(memory):
