@@ -22,8 +22,7 @@ from . import ops
 from .functional import Shards
 from .matmul import add_product_, product, segments
 
-_PIECE_BYTES = {"cpu": 32 * 2**20}  # of a piece of an (N, Q) matrix; a CPU has caches
-_OTHER_PIECE_BYTES = 256 * 2**20
+_PIECE_BYTES = 128 * 2**20  # of a piece of an (N, Q) matrix
 
 
 class AuxK(NamedTuple):
@@ -116,8 +115,7 @@ def _by_dense_products(inputs: _Inputs, max_latents: int) -> AuxK:
     x, error, kept, weight, W_enc, b_enc, W_dec, k, shards = inputs
     n, wide = len(x), weight.dtype
     sums = _zeros(inputs)
-    piece_bytes = _PIECE_BYTES.get(x.device.type, _OTHER_PIECE_BYTES)
-    for rows in segments(n, max_latents * x.element_size(), piece_bytes):
+    for rows in segments(n, max_latents * x.element_size(), _PIECE_BYTES):
         codes = x[rows] @ W_enc.T if b_enc is None else torch.addmm(b_enc, x[rows], W_enc.T)
         ops.keep_topk_(codes, k)
         if shards is not None:
