@@ -1,11 +1,11 @@
-"""AuxK: the loss that trains dead latents, with its gradients, by dense products.
+"""AuxK: the loss that trains dead latents, with its gradients, and without autograd.
 
     z = x W_encᵀ + b_enc            codes = ReLU of the k largest of each row of z, else 0
     r = codes W_dec − error         loss = Σ_n weight_n |r_n|²
 
-Dead latents are few against their k, so five products with all of them cost less than gathering k
-rows per token, and no selection is sorted by latent. The (N, Q) matrices are made a piece of the
-tokens at a time.
+While dead latents are few against k, this takes five dense products with all of them: less than
+gathering k rows per token, and no selection is sorted by latent. The (N, Q) matrices are made a
+piece of the tokens at a time. With many dead latents it is the sparse ops of any other step.
 
 Legend: N tokens, D inputs, Q dead latents, k active ones per token.
 """
@@ -15,13 +15,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
 from .functional import Shards
 from .matmul import add_product_, product, segments
 
-_BYTES = {"cuda": 256 * 2**20, "cpu": 8 * 2**20}  # of a piece of an (N, Q) matrix
+_PIECE_BYTES = 128 * 2**20  # of a piece of an (N, Q) matrix
 
 
 class AuxK(NamedTuple):
@@ -35,6 +36,18 @@ class AuxK(NamedTuple):
     """(Q,) d loss / d b_enc."""
     W_dec: Tensor
     """(Q, D) d loss / d W_dec."""
+
+
+class _Inputs(NamedTuple):
+    x: Tensor  # (N, D)
+    error: Tensor  # (N, D)
+    kept: Tensor  # (N, 1) bool
+    weight: Tensor  # (N, 1) from 0 to 1
+    W_enc: Tensor  # (Q, D)
+    b_enc: Tensor | None  # (Q,)
+    W_dec: Tensor  # (Q, D)
+    k: int
+    shards: Shards | None
 
 
 @torch.no_grad()
@@ -52,52 +65,116 @@ def auxk(
 ) -> AuxK:
     """The errors of AuxK, and the gradients of Σ_n weight_n |r_n|² with respect to the weights.
 
-    centered and error (N, D), weight (N,), W_enc and W_dec (Q, D) and b_enc (Q,) of the dead
-    latents, all but `weight` in one dtype. All Q are active if they are fewer than k. A token of
+    centered and error (N, D), weight (N,) ≥ 0, W_enc and W_dec (Q, D) and b_enc (Q,) of the dead
+    latents, all but `weight` in one dtype. All Q may be active if they are at most k. A token of
     weight 0 has no part in anything, whatever its rows hold; NaN anywhere else reaches the result.
 
     With `shards`, the latents are one shard's, of which there may be none, and `max_latents` is the
-    most that any shard may have, so that all cut the same pieces. Collective then.
+    most that any shard may have, so that all go the same way. Collective then.
+
+    Raises ValueError if k is below 1.
     """
+    q = len(W_enc)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     wide = torch.promote_types(W_enc.dtype, torch.float32)
-    weight = weight.to(wide)
-    kept = (weight != 0)[:, None]  # (N, 1); NaN is kept
-    # Weights may be too small for half precision: gradients are computed for weights up to 1.
-    scale = weight.abs().amax() if len(weight) else weight.new_ones(())
-    relative = torch.where(kept, weight[:, None] / scale, 0)
-    grads = AuxK(
-        centered.new_empty(len(centered), dtype=wide),
-        torch.zeros_like(W_enc, dtype=wide),
-        W_enc.new_zeros(len(W_enc), dtype=wide),
-        torch.zeros_like(W_dec, dtype=wide),
+    weight = weight.to(wide)[:, None]
+    kept = weight != 0  # NaN is
+    # Weights may be too small for half precision: the largest is taken out until the end.
+    scale = weight.amax() if len(weight) else weight.new_ones(())
+    inputs = _Inputs(
+        torch.where(kept, centered, 0),
+        error,
+        kept,
+        torch.where(kept, weight / scale, 0),
+        _pad(W_enc),
+        None if b_enc is None else _pad(b_enc),
+        _pad(W_dec),
+        k,
+        shards,
     )
-    row_bytes = max(1, max_latents or len(W_enc)) * W_enc.element_size()
-    for rows in segments(len(centered), row_bytes, _BYTES.get(W_enc.device.type, _BYTES["cuda"])):
-        x = torch.where(kept[rows], centered[rows], 0)
-        codes = _codes(x, W_enc, b_enc, k, shards)
-        e_hat = product(codes, W_dec)
+    most = max(len(inputs.W_enc), max_latents or 0)
+    compute = _by_dense_products if latents_are_few(most, k, W_enc) else _by_sparse_ops
+    sq_error, *grads = compute(inputs, most)
+    return AuxK(sq_error, *(grad[:q].mul_(2 * scale) for grad in grads))
+
+
+def latents_are_few(n_latents: int, k: int, like: Tensor) -> bool:
+    """Whether products with all latents take less time than k rows gathered per token.
+
+    On a GPU in half precision, gathering takes k D numbers through the L2 cache, at 5 TB/s, and a
+    product 2 Q D flop at 790 TF/s and 2 Q numbers through memory at 4.3 TB/s: published rates, not
+    timed here. In float32, without TF32, a product is 12 times as long. The CPU's is timed.
+    """
+    if like.device.type == "cpu":
+        return n_latents <= 16 * k
+    return n_latents <= (130 if like.element_size() == 2 else 20) * k
+
+
+def _by_dense_products(inputs: _Inputs, max_latents: int) -> AuxK:
+    x, error, kept, weight, W_enc, b_enc, W_dec, k, shards = inputs
+    n, wide = len(x), weight.dtype
+    sums = _zeros(inputs)
+    for rows in segments(n, max_latents * x.element_size(), _PIECE_BYTES):
+        codes = x[rows] @ W_enc.T if b_enc is None else torch.addmm(b_enc, x[rows], W_enc.T)
+        ops.keep_topk_(codes, k)
         if shards is not None:
-            e_hat = shards.sum(e_hat)
-        r = torch.where(kept[rows], e_hat - error[rows], 0)
-        grads.sq_error[rows] = r.square().sum(1)
-        d_e_hat = (r * relative[rows]).to(W_dec.dtype)
+            _keep_of_all_(codes, k, shards)
+        e_hat = product(codes, W_dec)
+        sums.sq_error[rows], d_e_hat = _residual(
+            e_hat if shards is None else shards.sum(e_hat),
+            error[rows], kept[rows], weight[rows], W_dec.dtype,
+        )  # fmt: skip
         # ReLU's backward: 0 where codes <= 0, a test that passes NaN on.
         d_codes = torch.ops.aten.threshold_backward(d_e_hat @ W_dec.T, codes, 0)
-        add_product_(grads.W_dec, codes.T, d_e_hat)
-        add_product_(grads.W_enc, d_codes.T, x)
-        grads.b_enc.add_(d_codes.sum(0, dtype=wide))
-    for grad in grads[1:]:
-        grad.mul_(2 * scale)
-    return grads
+        add_product_(sums.W_dec, codes.T, d_e_hat)
+        add_product_(sums.W_enc, d_codes.T, x[rows])
+        sums.b_enc.add_(d_codes.sum(0, dtype=wide))
+    return sums
 
 
-def _codes(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, shards: Shards | None) -> Tensor:
-    """(N, Q): ReLU of the k largest scores of each token, of all shards; else 0."""
-    codes = x @ W_enc.T if b_enc is None else torch.addmm(b_enc, x, W_enc.T)
-    ops.keep_topk_(codes, k)
+def _keep_of_all_(codes: Tensor, k: int, shards: Shards) -> None:
+    """Zero those codes (N, Q), at most k of a row above 0, that are not the k largest of all
+    shards."""
+    # Ascending by latent, as equal candidates rank; those that are 0 change nothing.
+    indices = codes.topk(min(k, codes.shape[1]), dim=1, sorted=False).indices.sort(1).values
+    offered = shards.keep(codes.gather(1, indices))
+    codes.zero_().scatter_(1, indices, offered)
+
+
+def _by_sparse_ops(inputs: _Inputs, max_latents: int) -> AuxK:
+    x, error, kept, weight, W_enc, b_enc, W_dec, k, shards = inputs
+    sums = _zeros(inputs)
+    scores, indices = ops.topk_encode(x, W_enc, b_enc, min(k, len(W_enc)))
+    values = scores.relu_() if shards is None else shards.keep(scores.relu_())
+    e_hat = ops.gather_sum(values, indices, W_dec)
     if shards is not None:
-        # By latent, as equal candidates rank; those that are 0 change nothing.
-        indices = codes.topk(min(k, len(W_enc)), dim=1, sorted=False).indices.sort(1).values
-        offered = shards.keep(codes.gather(1, indices))
-        codes.zero_().scatter_(1, indices, offered)
-    return codes
+        e_hat = shards.sum(e_hat)
+    sq_error, d_e_hat = _residual(e_hat, error, kept, weight, W_dec.dtype)
+    d_values = ops.gather_dot(d_e_hat, indices, W_dec)
+    d_scores = torch.ops.aten.threshold_backward(d_values, values, 0)
+    csc = ops.csc_by_latent(indices, len(W_enc))
+    ops.scatter_outer(values, csc, d_e_hat, sums.W_dec)
+    ops.scatter_outer(d_scores, csc, x, sums.W_enc)
+    return sums._replace(sq_error=sq_error, b_enc=ops.sum_by_latent(d_scores, indices, csc))
+
+
+def _residual(
+    e_hat: Tensor, error: Tensor, kept: Tensor, weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """|r|² (N,) and weight · r (N, D), half of the gradient of ê."""
+    r = torch.where(kept, e_hat.to(weight.dtype) - error, 0)
+    return torch.linalg.vecdot(r, r), r.mul_(weight).to(dtype)
+
+
+def _zeros(inputs: _Inputs) -> AuxK:
+    new_zeros = inputs.weight.new_zeros
+    q, d = inputs.W_enc.shape
+    return AuxK(new_zeros(len(inputs.x)), new_zeros(q, d), new_zeros(q), new_zeros(q, d))
+
+
+def _pad(rows: Tensor) -> Tensor:
+    """With rows of zeros at the end, which are never active, to a multiple of 8, and 8 at least:
+    the tensor cores want rows of 16 bytes, and there is always a latent."""
+    missing = max(8, -(-len(rows) // 8) * 8) - len(rows)
+    return F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows

@@ -179,6 +179,8 @@ def adam_unit_norm_(
             _normalize_rows_(w)
         if shadow is not None:
             copy.copy_(w)
+    for written in (weight, exp_avg, exp_avg_sq):  # torch's fused Adam does not count its writes
+        torch.autograd.graph.increment_version(written)
 
 
 def _normalize_rows_(w: Tensor) -> None:
