@@ -107,17 +107,6 @@ def step(s: ProblemShape, e: int, dead: int = 0, k_aux: int = 0) -> tuple[Cost, 
     return tuple(parts)
 
 
-def standardize(s: ProblemShape, e: int, x_bytes: int) -> Cost:
-    """x (N, D) → centered (N, D), mean and σ (N,): x of `x_bytes` a number, about 8 FLOPs each."""
-    return Cost(8 * s.n * s.d, (x_bytes + e) * s.n * s.d + 8 * s.n)
-
-
-def decode_error(s: ProblemShape, e: int, x_bytes: int) -> Cost:
-    """values, indices (N, K), rows of W (M, D), x (N, D) → the error (N, D): a `gather_sum` that
-    reads x, mean and σ besides, and about 8 FLOPs a number."""
-    return gather_sum(s, e) + Cost(8 * s.n * s.d, x_bytes * s.n * s.d + 8 * s.n)
-
-
 def csc_by_latent(s: ProblemShape) -> Cost:
     """indices (N, K) → as many selections, sorted by latent, and M + 1 offsets. A sort reads and
     writes several times; this is the least."""
@@ -161,7 +150,7 @@ def training_step(t: TrainShape, e: int) -> tuple[Cost, ...]:
     the weights in e bytes, and residuals in e bytes: one part of a batch, then the optimizer."""
     s = t.encode
     copies = Cost(0, 2 * e * s.m * s.d)  # of both weights, written by the optimizer
-    parts = [standardize(s, e, e), topk_encode(s, e), decode_error(s, e, e), gather_dot(s, e)]
+    parts = [standardize(s, e), topk_encode(s, e), decode_error(s, e), gather_dot(s, e)]
     parts += [csc_by_latent(s), scatter_outer_into(s, e), scatter_outer_into(s, e)]
     parts += [sum_by_latent(s, e), adam(s), adam(s), copies]
     if t.dead:

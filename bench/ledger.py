@@ -35,7 +35,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_topk import auxk, ops
+from sparse_topk import ops
 
 from . import costs
 from .ledger_costs import Moved, moved_by_op, moved_by_torch
@@ -203,7 +203,6 @@ def counting(n_latents: int = 0, dead: int = 0) -> Iterator[Ledger]:
     with (
         _backend_everywhere(backend),
         mock.patch.object(FakeTensor, "is_cuda", True, create=True),
-        mock.patch.dict(auxk._BYTES, cpu=auxk._BYTES["cuda"]),
         mock.patch.object(JITFunction, "run", launch),
         mock.patch.object(InterpretedFunction, "run", launch),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),

@@ -85,20 +85,27 @@ def _adam(a: Arguments) -> Moved:
 
 
 def _standardize(a: Arguments) -> Moved:
-    x = a["x"]
+    x, e = a["x"], a["dtype"].itemsize
     s = _shape(x[..., 0].numel(), 0, x.shape[-1], 0)
-    return Moved(costs.standardize(s, a["dtype"].itemsize, x.element_size()).bytes)
+    return Moved(costs.standardize(s, e).bytes + _wider(x, e))
 
 
 def _decode_error(a: Arguments) -> Moved:
     x, W = a["x"], a["W"]
-    s = _shape(x[..., 0].numel(), a["indices"].shape[1], x.shape[-1], len(W))
-    return _gathers(costs.decode_error(s, W.element_size(), x.element_size()), s, W)
+    s, e = _shape(x[..., 0].numel(), a["indices"].shape[1], x.shape[-1], len(W)), W.element_size()
+    moved = _gathers(costs.decode_error(s, e), s, W)
+    return moved._replace(bytes=moved.bytes + _wider(x, e))
 
 
 def _reconstruction_error(a: Arguments) -> Moved:
     x, e = a["x"], a["x_hat"].element_size()
-    return Moved(x.numel() * (x.element_size() + 2 * e) + 8 * x[..., 0].numel())
+    s = _shape(x[..., 0].numel(), 0, x.shape[-1], 0)
+    return Moved(costs.reconstruction_error(s, e).bytes + _wider(x, e))
+
+
+def _wider(x: Tensor, e: int) -> int:
+    """What x takes beyond e bytes a number: costs are of one dtype."""
+    return x.numel() * (x.element_size() - e)
 
 
 def _keep_topk(a: Arguments) -> Moved:

@@ -149,7 +149,9 @@ def test_what_a_step_must_move_is_counted_by_hand():
     tiny = TrainShape("", 1, 2, 3, 5, 1)
     x, W, codes = 2 * 2 * 3, 2 * 5 * 3, 2 * (2 + 8)
     chosen = 2 * 2 * 3  # 2 of the 5 rows
-    parts = [x + x + 16, x + W + codes, chosen + x + codes + x + 16, chosen + x + codes]
+    center, moments = 4 * 3, 2 * 8 * 3
+    parts = [x + x + 16 + center + moments, x + W + codes, chosen + x + codes]
+    parts += [chosen + x + codes + x + 16 + center + moments]
     parts += [8 * (2 + 2 + 6), *2 * [4 * chosen + x + codes], codes + 20, *2 * [28 * 15], 2 * W]
     assert must_move(tiny) == sum(parts)
 
