@@ -33,7 +33,7 @@ compiling=$!
 timeout 130 "$python" -m pytest tests/sparse_topk -k 'not inductor' \
     --ignore=tests/sparse_topk/test_compiled.py --ignore=tests/sparse_topk/test_dtensor.py \
     --ignore=tests/sparse_topk/test_allocator.py \
-    -n 12 --dist worksteal -q -rf --tb=short -p no:benchmark --continue-on-collection-errors \
+    -n 10 --dist worksteal -q -rf --tb=short -p no:benchmark --continue-on-collection-errors \
     2>&1 | tee "$out/gpu-tests.log"
 tests=${PIPESTATUS[0]}
 [ "$tests" = 124 ] && echo "the tests were cut off after 130 s" | tee -a "$out/gpu-tests.log"

@@ -147,6 +147,7 @@ _DEAD = (
     ProblemShape("1000 dead", 98304, 512, 1000, 256),
     ProblemShape("16384 dead", 8192, 2048, 16384, 512),
 )
+_ROWS = tuple(ProblemShape(f"D {d}", 0, d, 2**25 // d, 0) for d in (512, 2048))  # 134 MB each
 _FEW = [s for s in FEW_TOKENS["cuda"] if s.n <= 128]
 _GROUPS = [(64, 2), (64, 3), (64, 4), (32, 2), (32, 3), (32, 4)]
 _SCATTERED = (_S1, _S2, _LONG)
@@ -199,11 +200,11 @@ TUNABLES = (
         lambda s, chip: [compiled.keep_topk_build(s.m, _HALF)],
     ),
     Tunable(
-        "adam_rows", adam, "adam_rows_tile", (_S1, _S2), _adam_row_tiles,
+        "adam_rows", adam, "adam_rows_tile", _ROWS, _adam_row_tiles,
         inputs.adam_work(unit_norm=True), lambda s, chip: [compiled.adam_build(s.d, clip=True)],
     ),
     Tunable(
-        "adam_flat", adam, "adam_flat_tile", (_S2,),
+        "adam_flat", adam, "adam_flat_tile", _ROWS[1:],
         lambda s: list(combinations((512, 1024, 2048, 4096), (2, 4, 8))),
         inputs.adam_work(unit_norm=False), lambda s, chip: [compiled.adam_build(None, clip=True)],
     ),

@@ -24,7 +24,7 @@ from .tune_table import TUNABLES, Tunable
 
 _TINY = ProblemShape("tiny", 4, 256, 512, 8)  # for Triton's interpreter
 _SECONDS = 0.1  # to spend on one tile
-_PROCESSES = 12  # that compile at a time, each with a share of the GPU's memory
+_PROCESSES = 6  # that compile at a time; each takes up to 2 GB of the GPU's memory
 
 
 class Case(NamedTuple):
