@@ -77,7 +77,7 @@ def test_errors_and_gradients_equal_autograds(q, k, bias):
 
 @pytest.mark.parametrize("rows", [1, 4, 128])
 def test_pieces_of_any_size_give_the_same(monkeypatch, rows):
-    monkeypatch.setattr(module, "_PIECE_BYTES", rows * 32 * 8)
+    monkeypatch.setattr(module, "_PIECE_BYTES", rows * 8 * (2 * 32 + 3 * D))
     inputs = case(29)
     assert_close(auxk(*inputs, 5), oracle(*inputs, 5))
 
