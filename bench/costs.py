@@ -49,6 +49,18 @@ def scatter_outer(s: ProblemShape, e: int) -> Cost:
     return Cost(2 * s.n * s.k * s.d, e * (s.m * s.d + s.n * s.d) + s.n * s.k * (e + 8))
 
 
+def scatter_outer_add(s: ProblemShape, e: int) -> Cost:
+    """`scatter_outer` added to a float32 (M, D): only the rows that a token chose are read and
+    written, 8 bytes per number."""
+    rows = min(s.n * s.k, s.m)
+    return Cost(2 * s.n * s.k * s.d, 8 * rows * s.d + e * s.n * s.d + s.n * s.k * (e + 8))
+
+
+def keep_topk(s: ProblemShape, e: int) -> Cost:
+    """Scores (N, M), read and written in place; each is compared, which is no FLOP."""
+    return Cost(0, 2 * e * s.n * s.m)
+
+
 def adam(s: ProblemShape) -> Cost:
     """One float32 weight (M, D): reads weight, gradient and two moments, writes all but the
     gradient. 28 bytes and about 15 FLOPs per parameter."""

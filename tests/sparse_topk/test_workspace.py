@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparse_topk import UnitNormAdam, triton_ops
-from sparse_topk.triton_ops import adam, few_latents, sparse
+from sparse_topk import UnitNormAdam, auxk, matmul, triton_ops
+from sparse_topk.triton_ops import adam, keep_topk, sparse
 from sparse_topk.triton_ops.topk import chunked, product, rescore, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -68,7 +68,7 @@ class NoKernel:
 
 @pytest.fixture
 def memory(monkeypatch):
-    for module in (adam, few_latents, sparse, chunked, product, rescore, select):
+    for module in (adam, keep_topk, sparse, chunked, product, rescore, select):
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, NoKernel())
@@ -76,8 +76,9 @@ def memory(monkeypatch):
     def fake_product(a, b):  # as on CUDA, where nothing is converted first
         return torch.empty(len(a), b.shape[1])
 
-    monkeypatch.setattr(few_latents, "product", fake_product)
     monkeypatch.setattr(chunked, "product", fake_product)
+    monkeypatch.setattr(auxk, "product", fake_product)
+    monkeypatch.setattr(matmul, "product", fake_product)
     monkeypatch.setenv("SPARSE_TOPK_BACKEND", "triton")
     with FakeTensorMode(), Memory() as counted:
         yield counted
@@ -114,7 +115,7 @@ def test_encode_among_a_subset_of_latents(memory):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("m", "k"), [(M, 32), (M, 1024), (13107, 512), (4096, 512)])
 def test_sparse_products(memory, m, k, dtype):
-    """With all latents, and with AuxK's, by rows or densely."""
+    """With all latents, and with AuxK's."""
     x, W = torch.empty(N, D, dtype=dtype), torch.empty(m, D, dtype=dtype)
     values, indices = torch.empty(N, k, dtype=dtype), torch.empty(N, k, dtype=torch.int64)
     assert memory.extra(triton_ops.gather_sum, values, indices, W)[0] <= LIMIT
@@ -122,7 +123,20 @@ def test_sparse_products(memory, m, k, dtype):
     extra, csc = memory.extra(triton_ops.csc_by_latent, indices, m)
     assert extra <= LIMIT
     assert memory.extra(triton_ops.scatter_outer, values, csc, x)[0] <= LIMIT
+    out = torch.empty(m, D)
+    assert memory.extra(triton_ops.scatter_outer, values, csc, x, out)[0] <= LIMIT - out.nbytes
     assert memory.extra(triton_ops.sum_by_latent, values, indices, csc)[0] <= LIMIT
+
+
+@pytest.mark.parametrize(("q", "k"), [(4096, 512), (13107, 512)])
+def test_auxk_by_dense_products(memory, monkeypatch, q, k):
+    """No (N, Q) matrix is stored whole: pieces of the tokens take 1 GiB, beside copies of the
+    weights and a product in float32 that is still to be added."""
+    monkeypatch.setattr(auxk, "latents_are_few", lambda *sizes: True)
+    x, error = (torch.empty(N, D, dtype=torch.float16) for _ in range(2))
+    W_enc, W_dec = (torch.empty(q, D, dtype=torch.float16) for _ in range(2))
+    extra, _ = memory.extra(auxk.auxk, x, error, torch.empty(N), W_enc, W_enc[:, 0], W_dec, k)
+    assert extra <= 2**30 + 8 * q * D + 8 * N
 
 
 def test_the_optimizer_clips_without_asking(memory):
