@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 
-from sparse_topk.triton_ops import adam, keep_topk, precision, sparse
+from sparse_topk.triton_ops import adam, keep_topk, precision, residual, sparse
 
 from . import compiled_encode
 from .compiled_build import Build, Compiled, compile_for, violations
@@ -107,6 +107,23 @@ def keep_topk_build(q: int, dtype: torch.dtype) -> Build:
     )
 
 
+def aux_residual_build(d: int, dtype: torch.dtype) -> Build:
+    """AuxK's residual, from a float32 product."""
+    block, warps = residual.aux_residual_tile(d)
+    wide = block // (warps * 32 * 4) + block * dtype.itemsize // (warps * 32 * 16)
+    return Build(
+        f"aux_residual {TYPES[dtype][1:]} D={d}",
+        residual.aux_residual_kernel,
+        {"e_hat_ptr": "*fp32", "error_ptr": TYPES[dtype], "d_ptr": TYPES[dtype], "D": "i32"}
+        | dict.fromkeys(("weight_ptr", "scale_ptr", "sq_error_ptr"), "*fp32"),
+        {"BLOCK_D": block, "ACC_DTYPE": precision.sum_type()},
+        num_warps=warps,
+        divisible=("D",),
+        needs={"wide_loads": wide, "wide_stores": 1},
+        allows={"narrow_loads": 2},
+    )
+
+
 def adam_build(d: int | None, clip: bool) -> Build:
     """Adam on rows of D float32 weights, or without the unit norm if D is None. With `clip`, the
     gradient is scaled by a factor, and a bfloat16 shadow is written."""
@@ -144,6 +161,8 @@ BUILDS = [
 BUILDS += [
     *(keep_topk_build(q, torch.bfloat16) for q in (1008, 1001, 4096, 16384, 65536)),
     *(keep_topk_build(q, torch.float32) for q in (1008, 16384)),
+    aux_residual_build(512, torch.bfloat16),
+    aux_residual_build(2048, torch.float32),
     adam_build(None, clip=True),
     adam_build(2048, clip=False),
     adam_build(2048, clip=True),

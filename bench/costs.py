@@ -61,6 +61,11 @@ def keep_topk(s: ProblemShape, e: int) -> Cost:
     return Cost(0, 2 * e * s.n * s.m)
 
 
+def aux_residual(s: ProblemShape, e: int) -> Cost:
+    """float32 ê, error and weights → squares (N,) and gradient (N, D): 4 FLOPs per number."""
+    return Cost(4 * s.n * s.d, (4 + 2 * e) * s.n * s.d + 8 * s.n)
+
+
 def adam(s: ProblemShape) -> Cost:
     """One float32 weight (M, D): reads weight, gradient and two moments, writes all but the
     gradient. 28 bytes and about 15 FLOPs per parameter."""

@@ -32,8 +32,8 @@ class AuxK(NamedTuple):
     """(N,) |r_n|²; 0 where the weight is."""
     W_enc: Tensor
     """(Q, D) d loss / d W_enc."""
-    b_enc: Tensor
-    """(Q,) d loss / d b_enc."""
+    b_enc: Tensor | None
+    """(Q,) d loss / d b_enc; None without one."""
     W_dec: Tensor
     """(Q, D) d loss / d W_dec."""
 
@@ -41,8 +41,8 @@ class AuxK(NamedTuple):
 class _Inputs(NamedTuple):
     centered: Tensor  # (N, D)
     error: Tensor  # (N, D)
-    dropped: Tensor  # (N, 1) bool: of weight 0
-    weight: Tensor  # (N, 1) from 0 to 1
+    weight: Tensor  # (N,)
+    scale: Tensor  # () the largest weight
     W_enc: Tensor  # (Q, D)
     b_enc: Tensor | None  # (Q,)
     W_dec: Tensor  # (Q, D)
@@ -78,15 +78,14 @@ def auxk(
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     wide = torch.promote_types(W_enc.dtype, torch.float32)
-    weight = weight.to(wide)[:, None]
-    dropped = weight == 0
+    weight = weight.to(wide)
     # Weights may be too small for half precision: the largest is taken out until the end.
     scale = weight.amax() if len(weight) else weight.new_ones(())
     inputs = _Inputs(
         centered,
         error,
-        dropped,
-        (weight / scale).masked_fill(dropped, 0),
+        weight,
+        scale,
         _pad(W_enc),
         None if b_enc is None else _pad(b_enc),
         _pad(W_dec),
@@ -94,11 +93,15 @@ def auxk(
         shards,
     )
     most = _padded(max(q, max_latents or 0))
-    if latents_are_few(most, k, W_enc):
-        sq_error, *grads = _by_dense_products(inputs, most)
-    else:
-        sq_error, *grads = _by_sparse_ops(inputs)
-    return AuxK(sq_error, *(grad[:q].mul_(2 * scale) for grad in grads))
+    few = latents_are_few(most, k, W_enc)
+    sums = _by_dense_products(inputs, most) if few else _by_sparse_ops(inputs)
+    twice = 2 * scale
+    return AuxK(
+        sums.sq_error,
+        sums.W_enc[:q].mul_(twice),
+        None if sums.b_enc is None else sums.b_enc[:q].mul_(twice),
+        sums.W_dec[:q].mul_(twice),
+    )
 
 
 def latents_are_few(n_latents: int, k: int, like: Tensor) -> bool:
@@ -125,7 +128,8 @@ def _by_dense_products(inputs: _Inputs, max_latents: int) -> AuxK:
 def _add_piece_(sums: AuxK, inputs: _Inputs, rows: slice) -> None:
     """Add the tokens `rows` to the sums."""
     W_enc, b_enc, W_dec, k, shards = inputs[4:]
-    x = inputs.centered[rows].masked_fill(inputs.dropped[rows], 0)
+    error, weight = inputs.error[rows], inputs.weight[rows]
+    x = inputs.centered[rows].masked_fill((weight == 0)[:, None], 0)
     codes = x @ W_enc.T if b_enc is None else torch.addmm(b_enc, x, W_enc.T)
     ops.keep_topk_(codes, k)
     if shards is not None:
@@ -133,13 +137,14 @@ def _add_piece_(sums: AuxK, inputs: _Inputs, rows: slice) -> None:
     e_hat = product(codes, W_dec)
     if shards is not None:
         e_hat = shards.sum(e_hat)
-    sums.sq_error[rows], d_e_hat = _residual(e_hat, inputs, rows)
+    sums.sq_error[rows], d_e_hat = ops.aux_residual(e_hat, error, weight, inputs.scale)
     del e_hat
     d_codes = _relu_backward_(d_e_hat @ W_dec.T, codes)
     add_product_(sums.W_dec, codes.T, d_e_hat)
     del codes
     add_product_(sums.W_enc, d_codes.T, x)
-    sums.b_enc.add_(d_codes.sum(0, dtype=sums.b_enc.dtype))
+    if sums.b_enc is not None:
+        sums.b_enc.add_(d_codes.sum(0, dtype=sums.b_enc.dtype))
 
 
 def _keep_of_all_(codes: Tensor, k: int, shards: Shards) -> None:
@@ -152,26 +157,20 @@ def _keep_of_all_(codes: Tensor, k: int, shards: Shards) -> None:
 
 
 def _by_sparse_ops(inputs: _Inputs) -> AuxK:
-    W_enc, b_enc, W_dec, k, shards = inputs[4:]
-    sums, x = _zeros(inputs), inputs.centered.masked_fill(inputs.dropped, 0)
+    _, error, weight, scale, W_enc, b_enc, W_dec, k, shards = inputs
+    sums, x = _zeros(inputs), inputs.centered.masked_fill((weight == 0)[:, None], 0)
     scores, indices = ops.topk_encode(x, W_enc, b_enc, min(k, len(W_enc)))
     values = scores.relu_() if shards is None else shards.keep(scores.relu_())
     e_hat = ops.gather_sum(values, indices, W_dec)
     if shards is not None:
         e_hat = shards.sum(e_hat)
-    sq_error, d_e_hat = _residual(e_hat, inputs, slice(None))
+    sq_error, d_e_hat = ops.aux_residual(e_hat, error, weight, scale)
     d_scores = _relu_backward_(ops.gather_dot(d_e_hat, indices, W_dec), values)
     csc = ops.csc_by_latent(indices, len(W_enc))
     ops.scatter_outer(values, csc, d_e_hat, sums.W_dec)
     ops.scatter_outer(d_scores, csc, x, sums.W_enc)
-    return sums._replace(sq_error=sq_error, b_enc=ops.sum_by_latent(d_scores, indices, csc))
-
-
-def _residual(e_hat: Tensor, inputs: _Inputs, rows: slice) -> tuple[Tensor, Tensor]:
-    """|r|² (N,) and weight · r (N, D), half of the gradient of ê, which is overwritten."""
-    r = e_hat.to(inputs.weight.dtype).sub_(inputs.error[rows]).masked_fill_(inputs.dropped[rows], 0)
-    sq_error = torch.linalg.vector_norm(r, dim=1).square()
-    return sq_error, r.mul_(inputs.weight[rows]).to(inputs.W_dec.dtype)
+    by_latent = None if b_enc is None else ops.sum_by_latent(d_scores, indices, csc)
+    return sums._replace(sq_error=sq_error, b_enc=by_latent)
 
 
 def _relu_backward_(d_values: Tensor, values: Tensor) -> Tensor:
@@ -181,9 +180,9 @@ def _relu_backward_(d_values: Tensor, values: Tensor) -> Tensor:
 
 
 def _zeros(inputs: _Inputs) -> AuxK:
-    new_zeros = inputs.weight.new_zeros
-    q, d = inputs.W_enc.shape
-    return AuxK(new_zeros(len(inputs.centered)), new_zeros(q, d), new_zeros(q), new_zeros(q, d))
+    new_zeros, (q, d) = inputs.weight.new_zeros, inputs.W_enc.shape
+    b_enc = None if inputs.b_enc is None else new_zeros(q)
+    return AuxK(new_zeros(len(inputs.weight)), new_zeros(q, d), b_enc, new_zeros(q, d))
 
 
 def _padded(n_latents: int) -> int:

@@ -36,6 +36,7 @@ def test_costs_are_those_counted_by_hand():
     # The two rows chosen, read and written in float32, instead of all five written.
     assert costs.scatter_outer_add(TINY, 2) == (2 * 2 * 3, 8 * 6 + 2 * 6 + 2 * (2 + 8))
     assert costs.keep_topk(TINY, 2) == (0, 2 * 2 * 10)
+    assert costs.aux_residual(TINY, 2) == (4 * 6, 4 * 6 + 2 * (6 + 6) + 2 * (4 + 4))
     assert costs.adam(TINY) == (15 * 15, 28 * 15)
 
 

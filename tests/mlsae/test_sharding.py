@@ -160,6 +160,8 @@ def test_auxk_of_shards_equals_that_of_the_whole(team, shards, kind):
         for r in results:
             torch.testing.assert_close(r[0], sq_error)
         for i, whole in enumerate(grads, 1):
+            if whole is None:  # there is no bias
+                continue
             torch.testing.assert_close(torch.cat([r[i] for r in one_per_shard]), whole)
 
 

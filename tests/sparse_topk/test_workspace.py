@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_topk import UnitNormAdam, auxk, matmul, triton_ops
-from sparse_topk.triton_ops import adam, keep_topk, sparse
+from sparse_topk.triton_ops import adam, keep_topk, residual, sparse
 from sparse_topk.triton_ops.topk import chunked, product, rescore, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -68,7 +68,7 @@ class NoKernel:
 
 @pytest.fixture
 def memory(monkeypatch):
-    for module in (adam, keep_topk, sparse, chunked, product, rescore, select):
+    for module in (adam, keep_topk, residual, sparse, chunked, product, rescore, select):
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, NoKernel())

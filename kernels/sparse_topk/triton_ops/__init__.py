@@ -2,12 +2,14 @@
 
 from .adam import adam_unit_norm_
 from .keep_topk import keep_topk_
+from .residual import aux_residual
 from .sparse import CSC, csc_by_latent, gather_dot, gather_sum, scatter_outer, sum_by_latent
 from .topk import topk_encode
 
 __all__ = [
     "CSC",
     "adam_unit_norm_",
+    "aux_residual",
     "csc_by_latent",
     "gather_dot",
     "gather_sum",
