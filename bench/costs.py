@@ -71,6 +71,23 @@ def decode_error(s: ProblemShape, e: int) -> Cost:
     return both + Cost(s.n * s.d, 4 * s.d - 2 * e * s.n * s.d)
 
 
+def scatter_outer_add(s: ProblemShape, e: int) -> Cost:
+    """`scatter_outer` added to a float32 (M, D): only the rows that a token chose are read and
+    written, 8 bytes per number."""
+    rows = min(s.n * s.k, s.m)
+    return Cost(2 * s.n * s.k * s.d, 8 * rows * s.d + e * s.n * s.d + s.n * s.k * (e + 8))
+
+
+def keep_topk(s: ProblemShape, e: int) -> Cost:
+    """Scores (N, M), read and written in place; each is compared, which is no FLOP."""
+    return Cost(0, 2 * e * s.n * s.m)
+
+
+def aux_residual(s: ProblemShape, e: int) -> Cost:
+    """float32 ê, error and weights → squares (N,) and gradient (N, D): 4 FLOPs per number."""
+    return Cost(4 * s.n * s.d, (4 + 2 * e) * s.n * s.d + 8 * s.n)
+
+
 def adam(s: ProblemShape) -> Cost:
     """One float32 weight (M, D): reads weight, gradient and two moments, writes all but the
     gradient. 28 bytes and about 15 FLOPs per parameter."""
@@ -113,21 +130,9 @@ def csc_by_latent(s: ProblemShape) -> Cost:
     return Cost(0, 8 * (2 * s.n * s.k + s.m + 1))
 
 
-def scatter_outer_into(s: ProblemShape, e: int) -> Cost:
-    """`scatter_outer` added to a float32 (M, D): the rows that a token chose are read and
-    written."""
-    rows = min(s.n * s.k, s.m)
-    return Cost(2 * s.n * s.k * s.d, 8 * rows * s.d + e * s.n * s.d + s.n * s.k * (e + 8))
-
-
 def sum_by_latent(s: ProblemShape, e: int) -> Cost:
     """values (N, K), sorted by latent → (M,) float32."""
     return Cost(s.n * s.k, s.n * s.k * (e + 8) + 4 * s.m)
-
-
-def keep_topk(s: ProblemShape, e: int) -> Cost:
-    """z (N, M) in place: all but the K largest of a row become 0."""
-    return Cost(0, 2 * e * s.n * s.m)
 
 
 def product(n: int, m: int, d: int, e: int) -> Cost:
@@ -138,11 +143,11 @@ def product(n: int, m: int, d: int, e: int) -> Cost:
 def aux(s: ProblemShape, e: int) -> tuple[Cost, ...]:
     """AuxK among M dead latents, as dense products: scores, the K largest kept, reconstruction,
     what it misses of the error, the codes' gradient, and both weights' gradients."""
-    down, up = product(s.n, s.m, s.d, e), product(s.n, s.d, s.m, e)
-    missed = Cost(3 * s.n * s.d, 3 * e * s.n * s.d)
+    down = product(s.n, s.m, s.d, e)
+    up = product(s.n, s.d, s.m, e) + Cost(0, (4 - e) * s.n * s.d)  # stored in float32
     masked = Cost(s.n * s.m, 3 * e * s.n * s.m)
     weights = product(s.m, s.d, s.n, e)
-    return down, keep_topk(s, e), up, missed, down, masked, weights, weights
+    return down, keep_topk(s, e), up, aux_residual(s, e), down, masked, weights, weights
 
 
 def training_step(t: TrainShape, e: int) -> tuple[Cost, ...]:
@@ -151,7 +156,7 @@ def training_step(t: TrainShape, e: int) -> tuple[Cost, ...]:
     s = t.encode
     copies = Cost(0, 2 * e * s.m * s.d)  # of both weights, written by the optimizer
     parts = [standardize(s, e), topk_encode(s, e), decode_error(s, e), gather_dot(s, e)]
-    parts += [csc_by_latent(s), scatter_outer_into(s, e), scatter_outer_into(s, e)]
+    parts += [csc_by_latent(s), scatter_outer_add(s, e), scatter_outer_add(s, e)]
     parts += [sum_by_latent(s, e), adam(s), adam(s), copies]
     if t.dead:
         parts += aux(s._replace(m=t.dead, k=min(t.k_aux, t.dead)), e)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_topk import triton_ops
-from sparse_topk.triton_ops import adam, decode, keep_topk, sparse, standardization
+from sparse_topk.triton_ops import adam, decode, keep_topk, residual, sparse, standardization
 from sparse_topk.triton_ops.topk import encode, product, select
 
 from .shapes import ProblemShape
@@ -94,6 +94,12 @@ def keep_topk_work(s: ProblemShape, device: torch.device) -> Work:
     scores = _random(s.n, s.m, device=device)
     z = torch.empty_like(scores)
     return lambda: keep_topk.keep_topk_(z.copy_(scores), s.k)
+
+
+def aux_residual_work(s: ProblemShape, device: torch.device) -> Work:
+    e_hat, error = torch.randn(s.n, s.d, device=device), _random(s.n, s.d, device=device)
+    weight, scale = torch.rand(s.n, device=device), torch.ones((), device=device)
+    return lambda: residual.aux_residual(e_hat, error, weight, scale)
 
 
 def adam_work(unit_norm: bool) -> Callable[[ProblemShape, torch.device], Work]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from sparse_topk.triton_ops import adam, decode, keep_topk, sparse, standardization
+from sparse_topk.triton_ops import adam, decode, keep_topk, residual, sparse, standardization
 from sparse_topk.triton_ops.topk import encode, product, select
 
 from . import compiled, compiled_encode, compiled_residuals
@@ -118,6 +118,12 @@ def _keep_topk_tiles(s: ProblemShape) -> list[tuple[int, int]]:
     ]
 
 
+def _residual_tiles(s: ProblemShape) -> list[tuple[int, int]]:
+    """Columns and warps."""
+    tiles = combinations((256, 512, 1024, 2048), (1, 2, 4, 8))
+    return [tile for tile in tiles if tile[0] <= s.d and 4 <= tile[0] // (32 * tile[1]) <= 32]
+
+
 def _adam_row_tiles(s: ProblemShape) -> list[tuple[int, int]]:
     block = triton.next_power_of_2(s.d)
     return [(block, warps) for warps in (1, 2, 4, 8, 16) if 4 <= block // (32 * warps) <= 32]
@@ -198,6 +204,10 @@ TUNABLES = (
     Tunable(
         "keep_topk", keep_topk, "keep_topk_tile", _DEAD, _keep_topk_tiles, inputs.keep_topk_work,
         lambda s, chip: [compiled.keep_topk_build(s.m, _HALF)],
+    ),
+    Tunable(
+        "aux_residual", residual, "aux_residual_tile", (_S2, _LONG), _residual_tiles,
+        inputs.aux_residual_work, lambda s, chip: [compiled.aux_residual_build(s.d, _HALF)],
     ),
     Tunable(
         "adam_rows", adam, "adam_rows_tile", _ROWS, _adam_row_tiles,

@@ -22,7 +22,7 @@ from . import ops
 from .functional import Shards
 from .matmul import add_product_, product, segments
 
-_PIECE_BYTES = 128 * 2**20  # of a piece of an (N, Q) matrix
+_PIECE_BYTES = 2**30  # of what is stored of a piece of the tokens
 
 
 class AuxK(NamedTuple):
@@ -32,17 +32,17 @@ class AuxK(NamedTuple):
     """(N,) |r_n|²; 0 where the weight is."""
     W_enc: Tensor
     """(Q, D) d loss / d W_enc."""
-    b_enc: Tensor
-    """(Q,) d loss / d b_enc."""
+    b_enc: Tensor | None
+    """(Q,) d loss / d b_enc; None without one."""
     W_dec: Tensor
     """(Q, D) d loss / d W_dec."""
 
 
 class _Inputs(NamedTuple):
-    x: Tensor  # (N, D)
+    centered: Tensor  # (N, D)
     error: Tensor  # (N, D)
-    kept: Tensor  # (N, 1) bool
-    weight: Tensor  # (N, 1) from 0 to 1
+    weight: Tensor  # (N,)
+    scale: Tensor  # () the largest weight
     W_enc: Tensor  # (Q, D)
     b_enc: Tensor | None  # (Q,)
     W_dec: Tensor  # (Q, D)
@@ -78,25 +78,30 @@ def auxk(
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     wide = torch.promote_types(W_enc.dtype, torch.float32)
-    weight = weight.to(wide)[:, None]
-    kept = weight != 0  # NaN is
+    weight = weight.to(wide)
     # Weights may be too small for half precision: the largest is taken out until the end.
     scale = weight.amax() if len(weight) else weight.new_ones(())
     inputs = _Inputs(
-        torch.where(kept, centered, 0),
+        centered,
         error,
-        kept,
-        torch.where(kept, weight / scale, 0),
+        weight,
+        scale,
         _pad(W_enc),
         None if b_enc is None else _pad(b_enc),
         _pad(W_dec),
         k,
         shards,
     )
-    most = max(len(inputs.W_enc), max_latents or 0)
-    compute = _by_dense_products if latents_are_few(most, k, W_enc) else _by_sparse_ops
-    sq_error, *grads = compute(inputs, most)
-    return AuxK(sq_error, *(grad[:q].mul_(2 * scale) for grad in grads))
+    most = _padded(max(q, max_latents or 0))
+    few = latents_are_few(most, k, W_enc)
+    sums = _by_dense_products(inputs, most) if few else _by_sparse_ops(inputs)
+    twice = 2 * scale
+    return AuxK(
+        sums.sq_error,
+        sums.W_enc[:q].mul_(twice),
+        None if sums.b_enc is None else sums.b_enc[:q].mul_(twice),
+        sums.W_dec[:q].mul_(twice),
+    )
 
 
 def latents_are_few(n_latents: int, k: int, like: Tensor) -> bool:
@@ -112,25 +117,34 @@ def latents_are_few(n_latents: int, k: int, like: Tensor) -> bool:
 
 
 def _by_dense_products(inputs: _Inputs, max_latents: int) -> AuxK:
-    x, error, kept, weight, W_enc, b_enc, W_dec, k, shards = inputs
-    n, wide = len(x), weight.dtype
     sums = _zeros(inputs)
-    for rows in segments(n, max_latents * x.element_size(), _PIECE_BYTES):
-        codes = x[rows] @ W_enc.T if b_enc is None else torch.addmm(b_enc, x[rows], W_enc.T)
-        ops.keep_topk_(codes, k)
-        if shards is not None:
-            _keep_of_all_(codes, k, shards)
-        e_hat = product(codes, W_dec)
-        sums.sq_error[rows], d_e_hat = _residual(
-            e_hat if shards is None else shards.sum(e_hat),
-            error[rows], kept[rows], weight[rows], W_dec.dtype,
-        )  # fmt: skip
-        # ReLU's backward: 0 where codes <= 0, a test that passes NaN on.
-        d_codes = torch.ops.aten.threshold_backward(d_e_hat @ W_dec.T, codes, 0)
-        add_product_(sums.W_dec, codes.T, d_e_hat)
-        add_product_(sums.W_enc, d_codes.T, x[rows])
-        sums.b_enc.add_(d_codes.sum(0, dtype=wide))
+    (n, d), e = inputs.centered.shape, inputs.centered.element_size()
+    row_bytes = 2 * max_latents * e + (sums.W_dec.element_size() + 2 * e) * d
+    for rows in segments(n, row_bytes, _PIECE_BYTES):
+        _add_piece_(sums, inputs, rows)
     return sums
+
+
+def _add_piece_(sums: AuxK, inputs: _Inputs, rows: slice) -> None:
+    """Add the tokens `rows` to the sums."""
+    W_enc, b_enc, W_dec, k, shards = inputs[4:]
+    error, weight = inputs.error[rows], inputs.weight[rows]
+    x = inputs.centered[rows].masked_fill((weight == 0)[:, None], 0)
+    codes = x @ W_enc.T if b_enc is None else torch.addmm(b_enc, x, W_enc.T)
+    ops.keep_topk_(codes, k)
+    if shards is not None:
+        _keep_of_all_(codes, k, shards)
+    e_hat = product(codes, W_dec)
+    if shards is not None:
+        e_hat = shards.sum(e_hat)
+    sums.sq_error[rows], d_e_hat = ops.aux_residual(e_hat, error, weight, inputs.scale)
+    del e_hat
+    d_codes = _relu_backward_(d_e_hat @ W_dec.T, codes)
+    add_product_(sums.W_dec, codes.T, d_e_hat)
+    del codes
+    add_product_(sums.W_enc, d_codes.T, x)
+    if sums.b_enc is not None:
+        sums.b_enc.add_(d_codes.sum(0, dtype=sums.b_enc.dtype))
 
 
 def _keep_of_all_(codes: Tensor, k: int, shards: Shards) -> None:
@@ -142,39 +156,42 @@ def _keep_of_all_(codes: Tensor, k: int, shards: Shards) -> None:
     codes.zero_().scatter_(1, indices, offered)
 
 
-def _by_sparse_ops(inputs: _Inputs, max_latents: int) -> AuxK:
-    x, error, kept, weight, W_enc, b_enc, W_dec, k, shards = inputs
-    sums = _zeros(inputs)
+def _by_sparse_ops(inputs: _Inputs) -> AuxK:
+    _, error, weight, scale, W_enc, b_enc, W_dec, k, shards = inputs
+    sums, x = _zeros(inputs), inputs.centered.masked_fill((weight == 0)[:, None], 0)
     scores, indices = ops.topk_encode(x, W_enc, b_enc, min(k, len(W_enc)))
     values = scores.relu_() if shards is None else shards.keep(scores.relu_())
     e_hat = ops.gather_sum(values, indices, W_dec)
     if shards is not None:
         e_hat = shards.sum(e_hat)
-    sq_error, d_e_hat = _residual(e_hat, error, kept, weight, W_dec.dtype)
-    d_values = ops.gather_dot(d_e_hat, indices, W_dec)
-    d_scores = torch.ops.aten.threshold_backward(d_values, values, 0)
+    sq_error, d_e_hat = ops.aux_residual(e_hat, error, weight, scale)
+    d_scores = _relu_backward_(ops.gather_dot(d_e_hat, indices, W_dec), values)
     csc = ops.csc_by_latent(indices, len(W_enc))
     ops.scatter_outer(values, csc, d_e_hat, sums.W_dec)
     ops.scatter_outer(d_scores, csc, x, sums.W_enc)
-    return sums._replace(sq_error=sq_error, b_enc=ops.sum_by_latent(d_scores, indices, csc))
+    by_latent = None if b_enc is None else ops.sum_by_latent(d_scores, indices, csc)
+    return sums._replace(sq_error=sq_error, b_enc=by_latent)
 
 
-def _residual(
-    e_hat: Tensor, error: Tensor, kept: Tensor, weight: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """|r|² (N,) and weight · r (N, D), half of the gradient of ê."""
-    r = torch.where(kept, e_hat.to(weight.dtype) - error, 0)
-    return torch.linalg.vecdot(r, r), r.mul_(weight).to(dtype)
+def _relu_backward_(d_values: Tensor, values: Tensor) -> Tensor:
+    """0 where values <= 0, a test that passes NaN on; in place."""
+    backward = torch.ops.aten.threshold_backward.grad_input
+    return backward(d_values, values, 0, grad_input=d_values)
 
 
 def _zeros(inputs: _Inputs) -> AuxK:
-    new_zeros = inputs.weight.new_zeros
-    q, d = inputs.W_enc.shape
-    return AuxK(new_zeros(len(inputs.x)), new_zeros(q, d), new_zeros(q), new_zeros(q, d))
+    new_zeros, (q, d) = inputs.weight.new_zeros, inputs.W_enc.shape
+    b_enc = None if inputs.b_enc is None else new_zeros(q)
+    return AuxK(new_zeros(len(inputs.weight)), new_zeros(q, d), b_enc, new_zeros(q, d))
+
+
+def _padded(n_latents: int) -> int:
+    """A multiple of 8, since the tensor cores want rows of 16 bytes; 8 at least, so that there is
+    always a latent."""
+    return max(8, -(-n_latents // 8) * 8)
 
 
 def _pad(rows: Tensor) -> Tensor:
-    """With rows of zeros at the end, which are never active, to a multiple of 8, and 8 at least:
-    the tensor cores want rows of 16 bytes, and there is always a latent."""
-    missing = max(8, -(-len(rows) // 8) * 8) - len(rows)
+    """With rows of zeros at the end, which are latents that are never active."""
+    missing = _padded(len(rows)) - len(rows)
     return F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from sparse_topk import auxk as module
+from sparse_topk import ops
 from sparse_topk.auxk import auxk
 
 N, D = 23, 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = math.nan, math.inf
+INTERPRETER = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # 0 / 0, ∞ / ∞
 
 
 @pytest.fixture(params=["dense", "dense, triton", "sparse"], autouse=True)
@@ -63,6 +65,8 @@ def oracle(centered, error, weight, W_enc, b_enc, W_dec, k):
 
 def assert_close(actual, expected, tolerance=1e-12):
     for ours, truth in zip(actual, expected, strict=True):
+        if ours is None:  # there is no bias
+            continue
         assert ours.shape == truth.shape
         error = (ours.double() - truth).norm()
         assert error <= tolerance * truth.norm(), f"{error / truth.norm():.1e}"
@@ -72,12 +76,14 @@ def assert_close(actual, expected, tolerance=1e-12):
 @pytest.mark.parametrize(("q", "k"), [(1, 1), (3, 8), (8, 3), (8, 8), (29, 5)])
 def test_errors_and_gradients_equal_autograds(q, k, bias):
     inputs = case(q, bias=bias)
-    assert_close(auxk(*inputs, k), oracle(*inputs, k))
+    actual = auxk(*inputs, k)
+    assert (actual.b_enc is None) == (not bias)
+    assert_close(actual, oracle(*inputs, k))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 128])
 def test_pieces_of_any_size_give_the_same(monkeypatch, rows):
-    monkeypatch.setattr(module, "_PIECE_BYTES", rows * 32 * 8)
+    monkeypatch.setattr(module, "_PIECE_BYTES", rows * 8 * (2 * 32 + 3 * D))
     inputs = case(29)
     assert_close(auxk(*inputs, 5), oracle(*inputs, 5))
 
@@ -112,12 +118,14 @@ def test_a_token_of_weight_zero_has_no_part_whatever_it_holds():
     assert (actual.sq_error[::3] == 0).all()
 
 
+@INTERPRETER
 def test_no_tokens_and_none_kept():
     for inputs in (case(12, n=0), case(12, n=1)):  # token 0 has weight 0
         for t in auxk(*inputs, 3):
             assert not t.any()
 
 
+@INTERPRETER
 @pytest.mark.parametrize("where", ["centered", "error", "weight", "W_enc", "W_dec"])
 @pytest.mark.parametrize("poison", [NAN, INF])
 def test_what_is_not_finite_reaches_the_gradients(where, poison):
@@ -137,6 +145,29 @@ def test_nan_in_one_code_only_has_a_gradient():
     grads = auxk(*inputs, 2)
     assert grads.b_enc[3].isnan()
     assert grads.W_enc[3].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("d", [3, 300, 2500])
+def test_the_residual_of_any_width(d, dtype):
+    """In one block of columns, or several; its operator's fake twin, too."""
+    e_hat, error = torch.randn(5, d, device=DEVICE), torch.randn(5, d, device=DEVICE).to(dtype)
+    weight = torch.tensor([1e-8, 0.0, 3e-8, 2e-8, 4e-8], device=DEVICE)
+    error[1] = NAN
+    sq_error, part = ops.aux_residual(e_hat, error, weight, weight.amax())
+    r = (e_hat.double() - error.double()).nan_to_num() * (weight > 0)[:, None]
+    r[1] = 0
+    torch.testing.assert_close(sq_error.double(), r.square().sum(1), rtol=1e-6, atol=0)
+    assert part.dtype == dtype
+    expected = r * (weight.double() / 4e-8)[:, None]
+    assert (
+        (part.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 1e-7
+    ).all()
+    if d == 3:
+        arguments = (e_hat, error, weight, weight.amax())
+        torch.library.opcheck(torch.ops.sparse_topk.aux_residual.default, arguments)
 
 
 def test_k_must_be_positive():
