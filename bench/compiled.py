@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 
-from sparse_topk.triton_ops import adam, few_latents, keep_topk, precision, sparse
+from sparse_topk.triton_ops import adam, keep_topk, precision, residual, sparse
 
 from . import compiled_encode, compiled_residuals
 from .compiled_build import Build, Compiled, compile_for, violations
@@ -90,32 +90,6 @@ def sparse_builds(d: int, k: int, dtype: torch.dtype) -> list[Build]:
     ]
 
 
-def dense_builds(dtype: torch.dtype) -> list[Build]:
-    """The kernels that write dense codes, for products with few latents."""
-    data, ids = TYPES[dtype], "*i64"
-    block, warps = few_latents.codes_tile()
-    return [
-        Build(
-            f"{name} {data[1:]}",
-            kernel,
-            {"values_ptr": data, "codes_ptr": data, "K": "i32", size: "i32"}
-            | dict.fromkeys(places, ids),
-            {"BLOCK": block},
-            num_warps=warps,
-            divisible=("K", size),
-        )
-        for name, kernel, size, places in (
-            ("codes_of_token", few_latents.codes_of_token_kernel, "M", ("indices_ptr",)),
-            (
-                "codes_of_latent",
-                few_latents.codes_of_latent_kernel,
-                "N",
-                ("perm_ptr", "indptr_ptr"),
-            ),
-        )
-    ]
-
-
 def keep_topk_build(q: int, dtype: torch.dtype) -> Build:
     """ReLU of the k largest, in rows of q scores."""
     block, warps = keep_topk.keep_topk_tile(q)
@@ -130,6 +104,23 @@ def keep_topk_build(q: int, dtype: torch.dtype) -> Build:
         num_warps=warps,
         divisible=("Q", "k") if q % 16 == 0 else ("k",),
         needs={"wide_loads": vectors, "wide_stores": vectors},
+    )
+
+
+def aux_residual_build(d: int, dtype: torch.dtype) -> Build:
+    """AuxK's residual, from a float32 product."""
+    block, warps = residual.aux_residual_tile(d)
+    wide = block // (warps * 32 * 4) + block * dtype.itemsize // (warps * 32 * 16)
+    return Build(
+        f"aux_residual {TYPES[dtype][1:]} D={d}",
+        residual.aux_residual_kernel,
+        {"e_hat_ptr": "*fp32", "error_ptr": TYPES[dtype], "d_ptr": TYPES[dtype], "D": "i32"}
+        | dict.fromkeys(("weight_ptr", "scale_ptr", "sq_error_ptr"), "*fp32"),
+        {"BLOCK_D": block, "ACC_DTYPE": precision.sum_type()},
+        num_warps=warps,
+        divisible=("D",),
+        needs={"wide_loads": wide, "wide_stores": 1},
+        allows={"narrow_loads": 2},
     )
 
 
@@ -168,10 +159,10 @@ BUILDS = [
     for build in sparse_builds(d, k, dtype)
 ]
 BUILDS += [
-    *dense_builds(torch.bfloat16),
-    *dense_builds(torch.float32),
     *(keep_topk_build(q, torch.bfloat16) for q in (1008, 1001, 4096, 16384, 65536)),
     *(keep_topk_build(q, torch.float32) for q in (1008, 16384)),
+    aux_residual_build(512, torch.bfloat16),
+    aux_residual_build(2048, torch.float32),
     adam_build(None, clip=True),
     adam_build(2048, clip=False),
     adam_build(2048, clip=True),

@@ -71,6 +71,23 @@ def decode_error(s: ProblemShape, e: int) -> Cost:
     return both + Cost(s.n * s.d, 4 * s.d - 2 * e * s.n * s.d)
 
 
+def scatter_outer_add(s: ProblemShape, e: int) -> Cost:
+    """`scatter_outer` added to a float32 (M, D): only the rows that a token chose are read and
+    written, 8 bytes per number."""
+    rows = min(s.n * s.k, s.m)
+    return Cost(2 * s.n * s.k * s.d, 8 * rows * s.d + e * s.n * s.d + s.n * s.k * (e + 8))
+
+
+def keep_topk(s: ProblemShape, e: int) -> Cost:
+    """Scores (N, M), read and written in place; each is compared, which is no FLOP."""
+    return Cost(0, 2 * e * s.n * s.m)
+
+
+def aux_residual(s: ProblemShape, e: int) -> Cost:
+    """float32 ê, error and weights → squares (N,) and gradient (N, D): 4 FLOPs per number."""
+    return Cost(4 * s.n * s.d, (4 + 2 * e) * s.n * s.d + 8 * s.n)
+
+
 def adam(s: ProblemShape) -> Cost:
     """One float32 weight (M, D): reads weight, gradient and two moments, writes all but the
     gradient. 28 bytes and about 15 FLOPs per parameter."""
@@ -107,38 +124,15 @@ def step(s: ProblemShape, e: int, dead: int = 0, k_aux: int = 0) -> tuple[Cost, 
     return tuple(parts)
 
 
-def standardize(s: ProblemShape, e: int, x_bytes: int) -> Cost:
-    """x (N, D) → centered (N, D), mean and σ (N,): x of `x_bytes` a number, about 8 FLOPs each."""
-    return Cost(8 * s.n * s.d, (x_bytes + e) * s.n * s.d + 8 * s.n)
-
-
-def decode_error(s: ProblemShape, e: int, x_bytes: int) -> Cost:
-    """values, indices (N, K), rows of W (M, D), x (N, D) → the error (N, D): a `gather_sum` that
-    reads x, mean and σ besides, and about 8 FLOPs a number."""
-    return gather_sum(s, e) + Cost(8 * s.n * s.d, x_bytes * s.n * s.d + 8 * s.n)
-
-
 def csc_by_latent(s: ProblemShape) -> Cost:
     """indices (N, K) → as many selections, sorted by latent, and M + 1 offsets. A sort reads and
     writes several times; this is the least."""
     return Cost(0, 8 * (2 * s.n * s.k + s.m + 1))
 
 
-def scatter_outer_into(s: ProblemShape, e: int) -> Cost:
-    """`scatter_outer` added to a float32 (M, D): the rows that a token chose are read and
-    written."""
-    rows = min(s.n * s.k, s.m)
-    return Cost(2 * s.n * s.k * s.d, 8 * rows * s.d + e * s.n * s.d + s.n * s.k * (e + 8))
-
-
 def sum_by_latent(s: ProblemShape, e: int) -> Cost:
     """values (N, K), sorted by latent → (M,) float32."""
     return Cost(s.n * s.k, s.n * s.k * (e + 8) + 4 * s.m)
-
-
-def keep_topk(s: ProblemShape, e: int) -> Cost:
-    """z (N, M) in place: all but the K largest of a row become 0."""
-    return Cost(0, 2 * e * s.n * s.m)
 
 
 def product(n: int, m: int, d: int, e: int) -> Cost:
@@ -149,11 +143,11 @@ def product(n: int, m: int, d: int, e: int) -> Cost:
 def aux(s: ProblemShape, e: int) -> tuple[Cost, ...]:
     """AuxK among M dead latents, as dense products: scores, the K largest kept, reconstruction,
     what it misses of the error, the codes' gradient, and both weights' gradients."""
-    down, up = product(s.n, s.m, s.d, e), product(s.n, s.d, s.m, e)
-    missed = Cost(3 * s.n * s.d, 3 * e * s.n * s.d)
+    down = product(s.n, s.m, s.d, e)
+    up = product(s.n, s.d, s.m, e) + Cost(0, (4 - e) * s.n * s.d)  # stored in float32
     masked = Cost(s.n * s.m, 3 * e * s.n * s.m)
     weights = product(s.m, s.d, s.n, e)
-    return down, keep_topk(s, e), up, missed, down, masked, weights, weights
+    return down, keep_topk(s, e), up, aux_residual(s, e), down, masked, weights, weights
 
 
 def training_step(t: TrainShape, e: int) -> tuple[Cost, ...]:
@@ -161,8 +155,8 @@ def training_step(t: TrainShape, e: int) -> tuple[Cost, ...]:
     the weights in e bytes, and residuals in e bytes: one part of a batch, then the optimizer."""
     s = t.encode
     copies = Cost(0, 2 * e * s.m * s.d)  # of both weights, written by the optimizer
-    parts = [standardize(s, e, e), topk_encode(s, e), decode_error(s, e, e), gather_dot(s, e)]
-    parts += [csc_by_latent(s), scatter_outer_into(s, e), scatter_outer_into(s, e)]
+    parts = [standardize(s, e), topk_encode(s, e), decode_error(s, e), gather_dot(s, e)]
+    parts += [csc_by_latent(s), scatter_outer_add(s, e), scatter_outer_add(s, e)]
     parts += [sum_by_latent(s, e), adam(s), adam(s), copies]
     if t.dead:
         parts += aux(s._replace(m=t.dead, k=min(t.k_aux, t.dead)), e)

@@ -155,8 +155,7 @@ class Ledger(TorchDispatchMode):
             moved = moved_by_op(name, args, kwargs)
             self._op, self._op_flop = self.line(name), 0.0
             try:
-                with mock.patch.object(FakeTensor, "is_cuda", True, create=True):
-                    return op(*args, **kwargs)
+                return op(*args, **kwargs)
             finally:
                 if self._op_flop:  # by dense products, not by gathering rows
                     moved = Moved(moved.bytes, self._op_flop)
@@ -203,6 +202,7 @@ def counting(n_latents: int = 0, dead: int = 0) -> Iterator[Ledger]:
 
     with (
         _backend_everywhere(backend),
+        mock.patch.object(FakeTensor, "is_cuda", True, create=True),
         mock.patch.object(JITFunction, "run", launch),
         mock.patch.object(InterpretedFunction, "run", launch),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),

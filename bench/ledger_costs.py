@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -64,7 +64,7 @@ def _scatter_outer(a: Arguments) -> Moved:
     x, (n, k) = a["x"], a["values"].shape
     s = _shape(n, k, x.shape[1], len(a["csc"].indptr) - 1)
     into = a.get("out") is not None
-    cost = costs.scatter_outer_into if into else costs.scatter_outer
+    cost = costs.scatter_outer_add if into else costs.scatter_outer
     return _gathers(cost(s, x.element_size()), s, x)
 
 
@@ -85,25 +85,38 @@ def _adam(a: Arguments) -> Moved:
 
 
 def _standardize(a: Arguments) -> Moved:
-    x = a["x"]
+    x, e = a["x"], a["dtype"].itemsize
     s = _shape(x[..., 0].numel(), 0, x.shape[-1], 0)
-    return Moved(costs.standardize(s, a["dtype"].itemsize, x.element_size()).bytes)
+    return Moved(costs.standardize(s, e).bytes + _wider(x, e))
 
 
 def _decode_error(a: Arguments) -> Moved:
     x, W = a["x"], a["W"]
-    s = _shape(x[..., 0].numel(), a["indices"].shape[1], x.shape[-1], len(W))
-    return _gathers(costs.decode_error(s, W.element_size(), x.element_size()), s, W)
+    s, e = _shape(x[..., 0].numel(), a["indices"].shape[1], x.shape[-1], len(W)), W.element_size()
+    moved = _gathers(costs.decode_error(s, e), s, W)
+    return moved._replace(bytes=moved.bytes + _wider(x, e))
 
 
 def _reconstruction_error(a: Arguments) -> Moved:
     x, e = a["x"], a["x_hat"].element_size()
-    return Moved(x.numel() * (x.element_size() + 2 * e) + 8 * x[..., 0].numel())
+    s = _shape(x[..., 0].numel(), 0, x.shape[-1], 0)
+    return Moved(costs.reconstruction_error(s, e).bytes + _wider(x, e))
+
+
+def _wider(x: Tensor, e: int) -> int:
+    """What x takes beyond e bytes a number: costs are of one dtype."""
+    return x.numel() * (x.element_size() - e)
 
 
 def _keep_topk(a: Arguments) -> Moved:
     n, q = a["z"].shape
     return Moved(costs.keep_topk(_shape(n, a["k"], 0, q), a["z"].element_size()).bytes)
+
+
+def _aux_residual(a: Arguments) -> Moved:
+    error = a["error"]
+    s = _shape(len(error), 0, error.shape[1], 0)
+    return Moved(costs.aux_residual(s, error.element_size()).bytes)
 
 
 OPS: dict[str, Callable[[Arguments], Moved]] = {
@@ -118,6 +131,7 @@ OPS: dict[str, Callable[[Arguments], Moved]] = {
     "decode_error": _decode_error,
     "reconstruction_error": _reconstruction_error,
     "keep_topk_": _keep_topk,
+    "aux_residual": _aux_residual,
 }
 """The package's ops, by name."""
 
@@ -135,6 +149,7 @@ def moved_by_op(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mov
 # Torch's own operators, by the last part of their names.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _FREE |= {"lift_fresh", "squeeze_", "unsqueeze_", "detach_", "set_", "_local_scalar_dense"}
+_FREE |= {"scalar_tensor"}  # on the host: the number in where(mask, tensor, 0)
 _OVERWRITE = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_"}
 _GATHER = {"index", "index_select", "embedding", "gather", "_unsafe_index"}
 _SCATTER = {"index_put_", "index_add_", "scatter_", "scatter_add_", "index_copy_", "index_fill_"}
@@ -161,11 +176,9 @@ def moved_by_torch(func: Any, args: Any, kwargs: dict[str, Any], result: Any) ->
     given = tensors(args, kwargs)
     storages = {t.untyped_storage()._cdata for t in given}
     made = [t for t in tensors(result) if t.untyped_storage()._cdata not in storages]
-    changed = list(_changed(func, args, kwargs))
+    read, changed = _read_and_changed(func, args, kwargs)
     if not made and not changed:
         return None
-    out = func._schema.overload_name == "out" or name in _OVERWRITE
-    read = [t for t in given if not (out and any(t is c for c in changed))]
     written = sum(map(size_of, made + changed))
     if name in _GATHER and made:
         read_bytes = min(size_of(read[0]), written) + sum(map(size_of, read[1:]))
@@ -181,8 +194,15 @@ def moved_by_torch(func: Any, args: Any, kwargs: dict[str, Any], result: Any) ->
     return Moved(read_bytes + written, flop)
 
 
-def _changed(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The arguments that a call writes to."""
+def _read_and_changed(
+    func: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors that a call reads, and those of its arguments that it writes to."""
+    read, changed = [], []
     for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from tensors(args[i] if i < len(args) else kwargs.get(argument.name))
+        given = tensors(args[i] if i < len(args) else kwargs.get(argument.name))
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        overwritten = argument.is_out or func._schema.name.split("::")[-1] in _OVERWRITE
+        changed += given if written else []
+        read += [] if written and overwritten else given
+    return read, changed

@@ -52,7 +52,7 @@ def bare_product(shape: ProblemShape, device: torch.device) -> float:
 def encoders(x: Tensor, W: Tensor, k: int) -> dict[str, Callable[[], object]]:
     """Ways to the K largest of each row of x Wᵀ. The others store all N · M scores."""
     ways: dict[str, Callable[[], object]] = {
-        "sparse_topk": lambda: ops.topk_encode(x, W, None, k),
+        "sparse_topk": lambda: ops.topk_encode(x, W, None, k, relu=True),
         "torch.mm + torch.topk": lambda: (x @ W.T).topk(k, sorted=False),
     }
     try:

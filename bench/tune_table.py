@@ -5,7 +5,7 @@ A candidate is what the function would return. It takes the function's place whi
 kernel's launcher needs nothing for this.
 
 Legend: N tokens, D inputs, M latents, K active latents per token, G latents per group, T keys per
-group, R tokens per block.
+group, R tokens per block. For `keep_topk`, M are the dead latents.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
-from sparse_topk import triton_ops
-from sparse_topk.triton_ops import adam, decode, sparse, standardization
+from sparse_topk.triton_ops import adam, decode, keep_topk, residual, sparse, standardization
 from sparse_topk.triton_ops.topk import encode, product, select
 
 from . import compiled, compiled_encode, compiled_residuals
+from . import tune_inputs as inputs
 from .compiled_build import Build
 from .shapes import ENCODES, FEW_TOKENS, ProblemShape
-
-Work = Callable[[], object]
 
 
 class Tunable(NamedTuple):
@@ -41,7 +38,7 @@ class Tunable(NamedTuple):
     shapes: tuple[ProblemShape, ...]
     candidates: Callable[[ProblemShape], list[Any]]
     """What that function might return for a shape."""
-    prepare: Callable[[ProblemShape, torch.device], Work]
+    prepare: Callable[[ProblemShape, torch.device], inputs.Work]
     """Makes inputs of a shape; returns a function that launches the kernel on them."""
     builds: Callable[[ProblemShape, int], list[Build]]
     """The kernel as it would be compiled for a shape and a chip, with the tile of `function`."""
@@ -49,86 +46,6 @@ class Tunable(NamedTuple):
 
 _S1, _S2, _SP, _WK, _LONG = ENCODES["cuda"]
 _HALF = torch.bfloat16
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return _HALF if device.type == "cuda" else torch.float32  # the interpreter misreads bfloat16
-
-
-def _random(*size: int, device: torch.device) -> Tensor:
-    return torch.randn(*size, device=device, dtype=_dtype(device))
-
-
-def _codes(s: ProblemShape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """values and indices (N, K), each latent as likely as another."""
-    starts = torch.randint(s.m // s.k, (s.n, s.k), device=device)
-    return _random(s.n, s.k, device=device), starts + torch.arange(s.k, device=device) * (
-        s.m // s.k
-    )
-
-
-def _encode(s: ProblemShape, device: torch.device) -> Work:
-    x, W = _random(s.n, s.d, device=device), _random(s.m, s.d, device=device)
-    return lambda: triton_ops.topk_encode(x, W, None, s.k, relu=True)
-
-
-def _top_keys(s: ProblemShape, device: torch.device) -> Work:
-    x, W = _random(s.n, s.d, device=device), _random(s.m, s.d, device=device)
-    group, n_keys = encode.group_size(s.m, s.k)
-    return lambda: product.top_keys(x, W, None, n_keys, group, True)
-
-
-def _select(s: ProblemShape, device: torch.device) -> Work:
-    x, W = _random(s.n, s.d, device=device), _random(s.m, s.d, device=device)
-    group, n_keys = encode.group_size(s.m, s.k)
-    keys = product.top_keys(x, W, None, n_keys, group, True)
-    values = x.new_empty(s.n, s.k)
-    indices = torch.empty(s.n, s.k, device=device, dtype=torch.int64)
-    return lambda: select.select(keys, x, W, None, group, True, values, indices)
-
-
-def _gather_sum(s: ProblemShape, device: torch.device) -> Work:
-    (values, indices), W = _codes(s, device), _random(s.m, s.d, device=device)
-    return lambda: sparse.gather_sum(values, indices, W)
-
-
-def _gather_dot(s: ProblemShape, device: torch.device) -> Work:
-    (_, indices), W = _codes(s, device), _random(s.m, s.d, device=device)
-    x = _random(s.n, s.d, device=device)
-    return lambda: sparse.gather_dot(x, indices, W)
-
-
-def _scatter_outer(s: ProblemShape, device: torch.device) -> Work:
-    (values, indices), x = _codes(s, device), _random(s.n, s.d, device=device)
-    csc = sparse.csc_by_latent(indices, s.m)
-    out = torch.zeros(s.m, s.d, device=device)
-    return lambda: sparse.scatter_outer(values, csc, x, out)
-
-
-def _standardize(s: ProblemShape, device: torch.device) -> Work:
-    x, center = _random(1, s.n, s.d, device=device), torch.zeros(s.d, device=device)
-    mask = torch.ones(s.n, device=device, dtype=torch.bool)
-    return lambda: standardization.standardize(x, center, mask, x.dtype, 1e-5)
-
-
-def _decode_error(s: ProblemShape, device: torch.device) -> Work:
-    (values, indices), W = _codes(s, device), _random(s.m, s.d, device=device)
-    x, b = _random(1, s.n, s.d, device=device), torch.zeros(s.d, device=device)
-    mask = torch.ones(s.n, device=device, dtype=torch.bool)
-    _, mean, std, _ = standardization.standardize(x, b, mask, x.dtype, 1e-5)
-    return lambda: decode.decode_error(values, indices, W, b, x, mean, std, mask, 1e-5)
-
-
-def _adam(unit_norm: bool) -> Callable[[ProblemShape, torch.device], Work]:
-    def prepare(s: ProblemShape, device: torch.device) -> Work:
-        weight, grad, m, v = (torch.rand(s.m, s.d, device=device) for _ in range(4))
-        shadow = torch.empty(s.m, s.d, device=device, dtype=_dtype(device))
-        return lambda: adam.adam_unit_norm_(
-            weight, grad, m, v, 1000,
-            lr=1e-4, betas=(0.9, 0.999), eps=1e-8, unit_norm=unit_norm, shadow=shadow,
-        )  # fmt: skip
-
-    return prepare
 
 
 def _product_tiles(s: ProblemShape) -> list[product.Tile]:
@@ -151,13 +68,14 @@ def _product_tiles(s: ProblemShape) -> list[product.Tile]:
 
 
 def _select_tiles(s: ProblemShape) -> list[select.SelectTile]:
-    n_groups = triton.cdiv(s.m, encode.group_size(s.m, s.k)[0])
-    whole, block_k = triton.next_power_of_2(n_groups), max(32, triton.next_power_of_2(s.k))
+    """Of an opened group, `products` a warp at a time."""
+    group, _ = encode.group_size(s.m, s.k)
+    whole, block_k = triton.next_power_of_2(triton.cdiv(s.m, group)), max(32, s.k)
     return [
-        select.SelectTile(block_j, block_k, block_d, warps)
-        for block_j in (whole, whole // 2)
-        for warps in (1, 2, 4, 8)
-        for block_d in (32, 128)
+        select.SelectTile(block_j, block_k, products * warps // group, warps)
+        for block_j, warps, products in combinations(
+            (whole, whole // 2), (1, 2, 4, 8), (256, 512, 1024)
+        )
         if 256 <= block_j // warps <= 2048
     ]
 
@@ -190,6 +108,22 @@ def _decode_tiles(s: ProblemShape) -> list[tuple[int, int, int, int]]:
     ]
 
 
+def _keep_topk_tiles(s: ProblemShape) -> list[tuple[int, int]]:
+    """Scores and warps."""
+    whole = triton.next_power_of_2(s.m)
+    return [
+        (block, warps)
+        for block, warps in combinations(sorted({whole, min(whole, 8192)}), (1, 2, 4, 8, 16))
+        if 8 <= block // (32 * warps) <= 64
+    ]
+
+
+def _residual_tiles(s: ProblemShape) -> list[tuple[int, int]]:
+    """Columns and warps."""
+    tiles = combinations((256, 512, 1024, 2048), (1, 2, 4, 8))
+    return [tile for tile in tiles if tile[0] <= s.d and 4 <= tile[0] // (32 * tile[1]) <= 32]
+
+
 def _adam_row_tiles(s: ProblemShape) -> list[tuple[int, int]]:
     block = triton.next_power_of_2(s.d)
     return [(block, warps) for warps in (1, 2, 4, 8, 16) if 4 <= block // (32 * warps) <= 32]
@@ -215,6 +149,11 @@ def _encode_builds(s: ProblemShape, chip: int) -> list[Build]:
     return _product_builds(s, chip) + _select_builds(s, chip)
 
 
+_DEAD = (
+    ProblemShape("1000 dead", 98304, 512, 1000, 256),
+    ProblemShape("16384 dead", 8192, 2048, 16384, 512),
+)
+_ROWS = tuple(ProblemShape(f"D {d}", 0, d, 2**25 // d, 0) for d in (512, 2048))  # 134 MB each
 _FEW = [s for s in FEW_TOKENS["cuda"] if s.n <= 128]
 _GROUPS = [(64, 2), (64, 3), (64, 4), (32, 2), (32, 3), (32, 4)]
 _SCATTERED = (_S1, _S2, _LONG)
@@ -222,48 +161,62 @@ _SCATTERED = (_S1, _S2, _LONG)
 TUNABLES = (
     Tunable(
         "group_size", encode, "group_size", (_S1, _S2, _WK, _LONG),
-        lambda s: _GROUPS, _encode, _encode_builds,
+        lambda s: _GROUPS, inputs.encode_work, _encode_builds,
     ),
     Tunable(
         "top_keys", product, "product_tile", (_S1, _S2, *_FEW),
-        _product_tiles, _top_keys, _product_builds,
+        _product_tiles, inputs.top_keys_work, _product_builds,
     ),
     Tunable(
         "select", select, "select_tile", (_S1, _S2, _WK, _LONG),
-        _select_tiles, _select, _select_builds,
+        _select_tiles, inputs.select_work, _select_builds,
     ),
     Tunable(
         "gather_sum", sparse, "gather_sum_tile", _SCATTERED, _sparse_tiles((4, 8, 16)),
-        _gather_sum, _sparse_builds("gather_sum"),
+        inputs.gather_sum_work, _sparse_builds("gather_sum"),
     ),
     Tunable(
         "gather_dot", sparse, "gather_dot_tile", (_S2, _LONG), _sparse_tiles((4, 8, 16)),
-        _gather_dot, _sparse_builds("gather_dot"),
+        inputs.gather_dot_work, _sparse_builds("gather_dot"),
     ),
     Tunable(
         "scatter_outer", sparse, "scatter_outer_tile", _SCATTERED, _sparse_tiles((1, 2, 4)),
-        _scatter_outer, _sparse_builds("scatter_outer"),
+        inputs.scatter_outer_work, _sparse_builds("scatter_outer"),
     ),
     Tunable(
         "sum_chunks", sparse, "sum_chunks_tile", (_S2, _LONG), _sparse_tiles((4, 8, 16)),
-        _scatter_outer, _sparse_builds("sum_chunks"),
+        inputs.scatter_outer_work, _sparse_builds("sum_chunks"),
     ),
     Tunable(
-        "standardize", standardization, "standardize_tile", (_S2, _LONG), _row_tiles, _standardize,
+        "chunk_length", sparse, "chunk_length", (_S2, _LONG), lambda s: [64, 128, 256, 512],
+        inputs.scatter_outer_work, lambda s, chip: [],
+    ),
+    Tunable(
+        "standardize", standardization, "standardize_tile", (_S2, _LONG), _row_tiles,
+        inputs.standardize_work,
         lambda s, chip: [compiled_residuals.standardize_build(s.d, _HALF, mask=True)],
     ),
     Tunable(
-        "decode_error", decode, "decode_error_tile", (_S2, _LONG), _decode_tiles, _decode_error,
+        "decode_error", decode, "decode_error_tile", (_S2, _LONG), _decode_tiles,
+        inputs.decode_error_work,
         lambda s, chip: [compiled_residuals.decode_error_build(s.d, s.k, _HALF, mask=True)],
     ),
     Tunable(
-        "adam_rows", adam, "adam_rows_tile", (_S1, _S2), _adam_row_tiles, _adam(unit_norm=True),
-        lambda s, chip: [compiled.adam_build(s.d, clip=True)],
+        "keep_topk", keep_topk, "keep_topk_tile", _DEAD, _keep_topk_tiles, inputs.keep_topk_work,
+        lambda s, chip: [compiled.keep_topk_build(s.m, _HALF)],
     ),
     Tunable(
-        "adam_flat", adam, "adam_flat_tile", (_S2,),
-        lambda s: list(combinations((512, 1024, 2048, 4096), (2, 4, 8))), _adam(unit_norm=False),
-        lambda s, chip: [compiled.adam_build(None, clip=True)],
+        "aux_residual", residual, "aux_residual_tile", (_S2, _LONG), _residual_tiles,
+        inputs.aux_residual_work, lambda s, chip: [compiled.aux_residual_build(s.d, _HALF)],
+    ),
+    Tunable(
+        "adam_rows", adam, "adam_rows_tile", _ROWS, _adam_row_tiles,
+        inputs.adam_work(unit_norm=True), lambda s, chip: [compiled.adam_build(s.d, clip=True)],
+    ),
+    Tunable(
+        "adam_flat", adam, "adam_flat_tile", _ROWS[1:],
+        lambda s: list(combinations((512, 1024, 2048, 4096), (2, 4, 8))),
+        inputs.adam_work(unit_norm=False), lambda s, chip: [compiled.adam_build(None, clip=True)],
     ),
 )  # fmt: skip
 """All of them. Add a kernel here to have it tuned."""

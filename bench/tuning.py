@@ -19,11 +19,12 @@ from .compiled_build import SHARED_LIMIT, Build, Compiled, compile_for
 from .rates import device_seconds
 from .record import Record
 from .shapes import ProblemShape
-from .tune_table import TUNABLES, Tunable, Work
+from .tune_inputs import Work
+from .tune_table import TUNABLES, Tunable
 
 _TINY = ProblemShape("tiny", 4, 256, 512, 8)  # for Triton's interpreter
 _SECONDS = 0.1  # to spend on one tile
-_PROCESSES = 12  # that compile at a time, each with a share of the GPU's memory
+_PROCESSES = 6  # that compile at a time; each takes up to 2 GB of the GPU's memory
 
 
 class Case(NamedTuple):
@@ -92,7 +93,7 @@ def jobs(kernels: tuple[str, ...], chips: tuple[int, ...]) -> list[Job]:
             for tile, b in add:
                 options = b.divisible, b.num_warps, b.num_stages
                 same = f"{b.kernel.fn.__name__} {chip} {b.signature} {b.constexprs} {options}"
-                told = "shipped" if tile is None else str(tuple(tile))
+                told = "shipped" if tile is None else _told(tile)
                 found.setdefault(same, Job(b.name, shape.name, told, chip, b, tile is None))
     return list(found.values())
 
@@ -179,14 +180,14 @@ def _time_case(record: Record, case: Case, device: torch.device, until: float) -
     shipped = shipped_tile(tunable, work)
     base = device_seconds(work, device, _SECONDS)
     row = {"kernel": tunable.kernel, "shape": shape.name, "N": shape.n}
-    record.add("tiles", {**row, "tile": str(tuple(shipped)), "µs": 1e6 * base, "× shipped": 1.0})
+    record.add("tiles", {**row, "tile": _told(shipped), "µs": 1e6 * base, "× shipped": 1.0})
     best, fastest, tried = shipped, base, 0
-    candidates = [tile for tile in case.tiles() if tuple(tile) != tuple(shipped)]
+    candidates = [tile for tile in case.tiles() if _told(tile) != _told(shipped)]
     for tile in candidates:
         if record.time_left() <= until:
             break
         tried += 1
-        told = {**row, "tile": str(tuple(tile))}
+        told = {**row, "tile": _told(tile)}
         try:
             with tiled(tunable, tile):
                 seconds = device_seconds(work, device, _SECONDS)
@@ -198,9 +199,14 @@ def _time_case(record: Record, case: Case, device: torch.device, until: float) -
         record.add("tiles", {**told, "µs": 1e6 * seconds, "× shipped": seconds / base})
         if seconds < fastest:
             best, fastest = tile, seconds
-    summary = {"shipped": str(tuple(shipped)), "µs": 1e6 * base, "best": str(tuple(best))}
+    summary = {"shipped": _told(shipped), "µs": 1e6 * base, "best": _told(best)}
     summary |= {"best, µs": 1e6 * fastest, "gain": f"{base / fastest - 1:.1%}"}
     record.add("best", {**row, **summary, "tried": f"{tried} of {len(candidates)}"})
+
+
+def _told(tile: Any) -> str:
+    """A tile in a table: its numbers, whatever they are called."""
+    return str(tuple(tile)) if isinstance(tile, tuple) else str(tile)
 
 
 def _first_line(error: Exception) -> str:

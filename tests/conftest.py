@@ -41,6 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Leave a GPU's memory to the tests of other processes."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 class Announcer:
     """Prints each failure when it is reported. Under xdist the reports come to the main process,
     and a worker prints nothing."""

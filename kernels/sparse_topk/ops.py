@@ -139,6 +139,19 @@ def _(z: Tensor, k: int) -> None:
     pass
 
 
+@torch.library.custom_op("sparse_topk::aux_residual", mutates_args=())
+def aux_residual(
+    e_hat: Tensor, error: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.aux_residual`."""
+    return backend_for(error).aux_residual(e_hat, error, weight, scale)
+
+
+@aux_residual.register_fake
+def _(e_hat: Tensor, error: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(error)
+
+
 @torch.library.custom_op("sparse_topk::sum_by_latent", mutates_args=())
 def _sum_by_latent(values: Tensor, indices: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
     return backend_for(values).sum_by_latent(values, indices, CSC(perm, indptr))

@@ -35,8 +35,9 @@ class Shadows:
     copy's own memory stays the same, as a CUDA graph wants it, while the weight's shape and device
     do.
 
-    One edit cannot be seen: writing in place to `weight.data`, as in `weight.data.mul_(2)`, which
-    hides it from autograd too. Edit the weight itself under `torch.no_grad()`, or call `clear`.
+    Two edits cannot be seen, as autograd does not see them either: writing in place to
+    `weight.data`, as in `weight.data.mul_(2)`, and the step of a torch optimizer with `fused=True`.
+    Edit the weight itself under `torch.no_grad()`, or call `clear`.
 
     A copy lives as long as its weight. Copies are not saved, pickled, or copied with the rest.
     """

@@ -163,6 +163,20 @@ def keep_topk_(z: Tensor, k: int) -> None:
     z.zero_().scatter_(1, indices[:, :k], values)
 
 
+def aux_residual(
+    e_hat: Tensor, error: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """|r_n|² and weight_n / scale · r_n, where r = ê − error, and 0 where the weight is 0.
+
+    ê and error (N, D), weight (N,), scale () → (N,) in the weight's dtype, (N, D) in the error's.
+    """
+    r = torch.sub(e_hat.to(weight.dtype), error)
+    dropped = (weight == 0)[:, None]
+    r.masked_fill_(dropped, 0)
+    sq_error = torch.linalg.vector_norm(r, dim=1).square()
+    return sq_error, r.mul_((weight[:, None] / scale).masked_fill_(dropped, 0)).to(error.dtype)
+
+
 @torch.no_grad()
 def adam_unit_norm_(
     weight: Tensor,
@@ -217,6 +231,8 @@ def adam_unit_norm_(
             _normalize_rows_(w)
         if shadow is not None:
             copy.copy_(w)
+    for written in (weight, exp_avg, exp_avg_sq):  # torch's fused Adam does not count its writes
+        torch.autograd.graph.increment_version(written)
 
 
 def _normalize_rows_(w: Tensor) -> None:

@@ -33,6 +33,10 @@ def test_costs_are_those_counted_by_hand():
     # With K = 4 they name 8 rows, of which only 5 exist.
     assert costs.gather_sum(TINY._replace(k=4), 2) == (2 * 8 * 3, 2 * (15 + 6) + 8 * (2 + 8))
     assert costs.scatter_outer(TINY, 4) == (2 * 2 * 3, 4 * (15 + 6) + 2 * (4 + 8))
+    # The two rows chosen, read and written in float32, instead of all five written.
+    assert costs.scatter_outer_add(TINY, 2) == (2 * 2 * 3, 8 * 6 + 2 * 6 + 2 * (2 + 8))
+    assert costs.keep_topk(TINY, 2) == (0, 2 * 2 * 10)
+    assert costs.aux_residual(TINY, 2) == (4 * 6, 4 * 6 + 2 * (6 + 6) + 2 * (4 + 4))
     assert costs.adam(TINY) == (15 * 15, 28 * 15)
     # 6 numbers in and out; 8 bytes for each of 2 tokens; 20 for each of 3 dimensions.
     assert costs.standardize(TINY, 2) == (60, 2 * (6 + 6) + 2 * 8 + 3 * 20)

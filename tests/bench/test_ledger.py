@@ -49,7 +49,8 @@ def test_torch_reads_its_inputs_and_writes_its_outputs():
     assert bytes_of(lambda a, b: a + b, a, b) == (2400, 1)
     assert bytes_of(lambda a, b: a.add_(b), a, b) == (2400, 1)
     assert bytes_of(lambda a, b: a.copy_(b), a, b) == (1600, 1)
-    assert bytes_of(lambda a, b: torch.add(a, b, out=b), a, b) == (2 * 800, 1)
+    assert bytes_of(lambda a, b: torch.add(a, b, out=b), a, b) == (2400, 1)
+    assert bytes_of(lambda a, b: torch.neg(a, out=b), a, b) == (1600, 1)
     assert bytes_of(lambda a, b: a @ b.T, a, b) == (1600 + 400, 1)
     assert bytes_of(lambda a, b: a + b[0], a, b) == (1600 + 80, 1)
     assert bytes_of(lambda a: a.bfloat16(), a) == (1200, 1)
@@ -149,7 +150,9 @@ def test_what_a_step_must_move_is_counted_by_hand():
     tiny = TrainShape("", 1, 2, 3, 5, 1)
     x, W, codes = 2 * 2 * 3, 2 * 5 * 3, 2 * (2 + 8)
     chosen = 2 * 2 * 3  # 2 of the 5 rows
-    parts = [x + x + 16, x + W + codes, chosen + x + codes + x + 16, chosen + x + codes]
+    center, moments = 4 * 3, 2 * 8 * 3
+    parts = [x + x + 16 + center + moments, x + W + codes, chosen + x + codes]
+    parts += [chosen + x + codes + x + 16 + center + moments]
     parts += [8 * (2 + 2 + 6), *2 * [4 * chosen + x + codes], codes + 20, *2 * [28 * 15], 2 * W]
     assert must_move(tiny) == sum(parts)
 

@@ -109,6 +109,35 @@ def test_an_unknown_kernel_is_named():
     assert "--kernel must be of group_size, top_keys" in refused.stderr
 
 
+STUB = """#!/bin/bash
+# A Python that has a GPU: it writes down what it is asked to run, and fails in the tests.
+echo "$*" >>"$CALLS"
+echo "ran $2 $3"
+[ "$2" != pytest ]
+"""
+
+
+def test_make_gpu_runs_the_tests_then_both_programs(tmp_path):
+    """All that they print is kept, and it ends as the tests do."""
+    stub, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    env = os.environ | {"PYTHON": str(stub), "CALLS": str(calls), "OUT": str(out)}
+    made = subprocess.run(
+        ["bash", "bench/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert made.returncode == 1
+    lines = [line for line in calls.read_text().splitlines() if line.startswith("-m bench")]
+    assert lines[0] == "-m bench.tune --compile"
+    assert lines[1] == f"-m bench.step --seconds 55 --out {out}"
+    assert lines[2] == f"-m bench.tune --timed-only --seconds 55 --out {out}"
+    assert "ran pytest tests/sparse_topk" in (out / "gpu-tests.log").read_text()
+    assert "ran bench.step" in (out / "gpu-step.log").read_text()
+    assert "ran bench.tune" in (out / "gpu-tune.log").read_text()
+    order = [made.stdout.index(f"ran {name}") for name in ("pytest", "bench.step", "bench.tune")]
+    assert order == sorted(order)
+
+
 def test_make_gpu_needs_a_gpu():
     env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     refused = subprocess.run(["make", "gpu"], cwd=ROOT, env=env, capture_output=True, text=True)

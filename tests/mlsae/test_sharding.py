@@ -9,6 +9,8 @@ import torch
 from mlsae.distributed import Group, make_mesh
 from mlsae.sharding import Selection, ShardedSAE
 from sparse_topk import SparseTopKSAE
+from sparse_topk import auxk as auxk_module
+from sparse_topk.auxk import auxk
 
 N, D, M, K = 37, 12, 42, 5  # M is no multiple of 4
 
@@ -124,6 +126,43 @@ def test_ties_go_to_the_smaller_id_and_nan_is_kept(team):
     )
     kept = torch.cat(team.run(selected, values), dim=1)
     torch.testing.assert_close(kept, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def dead_latents(kind, sae):
+    """AuxK's arguments for the dead latents among the rows of an SAE; the second of four shards has
+    none."""
+    rows = getattr(sae, "rows", slice(0, M))
+    ids = torch.arange(M)[rows]
+    dead = ((ids < 9) | (ids > 24)).nonzero()[:, 0]
+    x = inputs(kind)
+    weight = torch.linspace(1, 2, N, dtype=torch.float64).masked_fill(torch.arange(N) % 4 == 0, 0)
+    return x, x.flip(0), weight, sae.W_enc.detach()[dead], None, sae.W_dec.detach()[dead], 7
+
+
+def auxk_of_shard(world, shards, kind, few, piece_bytes):
+    mesh = mesh_of(world, shards)
+    arguments = dead_latents(kind, make(ShardedSAE, mesh.latents, kind=kind))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auxk_module, "latents_are_few", lambda *sizes: few)
+        patch.setattr(auxk_module, "_PIECE_BYTES", piece_bytes)
+        result = auxk(*arguments, shards=Selection(mesh.latents, 7), max_latents=21)
+    return (*result, (mesh.data.rank, mesh.latents.rank))
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "negative"])
+@pytest.mark.parametrize("shards", [2, 4])
+def test_auxk_of_shards_equals_that_of_the_whole(team, shards, kind):
+    """By dense products, in one piece or several, and by the sparse ops."""
+    sq_error, *grads = auxk(*dead_latents(kind, make(SparseTopKSAE, kind=kind)))
+    for few, piece_bytes in ((True, 2**20), (True, 5 * 8 * (2 * 24 + 3 * D)), (False, 0)):
+        results = team.run(auxk_of_shard, shards, kind, few, piece_bytes)
+        one_per_shard = [r for r in results if r[-1][0] == 0]
+        for r in results:
+            torch.testing.assert_close(r[0], sq_error)
+        for i, whole in enumerate(grads, 1):
+            if whole is None:  # there is no bias
+                continue
+            torch.testing.assert_close(torch.cat([r[i] for r in one_per_shard]), whole)
 
 
 def traffic(world, n_latents, n):

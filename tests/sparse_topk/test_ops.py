@@ -20,7 +20,6 @@ from sparse_topk import (
     training_ops,
     triton_ops,
 )
-from sparse_topk.triton_ops import sparse
 
 N, D, M, K = 7, 12, 40, 5
 CPU = torch.zeros(1)
@@ -179,13 +178,10 @@ def test_fake_results_have_the_real_shapes_and_dtypes():
             torch.library.opcheck(operator.default, arguments)
 
 
-@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_triton_gives_the_gradients_of_dense_autograd(monkeypatch, bias, few):
-    """The whole module on the kernels, in Triton's interpreter if there is no GPU; the sparse
-    products by rows, and dense as for few latents."""
+def test_triton_gives_the_gradients_of_dense_autograd(monkeypatch, bias):
+    """The whole module on the kernels, in Triton's interpreter if there is no GPU."""
     monkeypatch.setenv("SPARSE_TOPK_BACKEND", "triton")
-    monkeypatch.setattr(sparse, "latents_are_few", lambda *shape: few)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sae, x = case(bias)
     sae = sae.to(device)

@@ -102,6 +102,7 @@ def test_sparse_products_of_many_tokens(m, k):
         assert (by_latent[latent] - chosen.sum()).abs() <= 1e-5 * chosen.abs().sum()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_is_the_same_bits_twice():
     """Forward, backward and optimizer, with one latent active on every token. After the first step,
     which compiles, nothing waits for the device."""

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_topk import torch_ops
-from sparse_topk.triton_ops import few_latents
 from sparse_topk.triton_ops import sparse as ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,17 +26,6 @@ def _poison():
     assert torch.empty(1, device=DEVICE).isnan()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def _gather(monkeypatch):
-    """Rows are gathered, unless a test asks for the dense products."""
-    monkeypatch.setattr(ops, "latents_are_few", lambda *shape: False)
-
-
-def go_dense(patch):
-    """Take the dense products, which do not exist in float64."""
-    patch.setattr(ops, "latents_are_few", lambda n, d, m, k, dtype: dtype != torch.float64)
 
 
 def random_case(n, d, m, k, seed=0, dtype=torch.float32):
@@ -67,14 +55,7 @@ def assert_rounds_only(ours, truth, magnitude, terms):
 
 
 def assert_equal_dense(x, W, values, indices):
-    """All three products, computed both ways, against their dense equivalents in float64."""
-    assert_products(x, W, values, indices)
-    with pytest.MonkeyPatch.context() as patch:
-        go_dense(patch)
-        assert_products(x, W, values, indices)
-
-
-def assert_products(x, W, values, indices):
+    """All three products against their dense equivalents in float64."""
     n, k = indices.shape
     m, d = W.shape
     codes, rows, tokens = dense(values, indices, m), W.cpu().double(), x.cpu().double()
@@ -150,58 +131,6 @@ def test_any_runs_in_any_chunks(choices, chunk):
 def test_a_chunk_of_the_default_length():
     x, W, values, indices = random_case(3 * ops.CHUNK, 4, 3, 2)
     assert_equal_dense(x, W, values, indices)
-
-
-@given(
-    choices=st.lists(st.lists(st.integers(0, 5), min_size=70, max_size=70), min_size=1, max_size=3),
-    bytes_=st.sampled_from([1, 2**20]),
-)
-@settings(deadline=None, max_examples=10)
-def test_a_latent_chosen_again_and_again(choices, bytes_):
-    """Within what a program writes at a time, and beyond it. Integers, so that sums are exact."""
-    indices = torch.tensor(choices, device=DEVICE)
-    n, k = indices.shape
-    values = torch.arange(1.0, n * k + 1, device=DEVICE).view(n, k)
-    x, W = torch.arange(1.0, n + 1, device=DEVICE)[:, None], torch.arange(6.0, device=DEVICE)
-    codes = dense(values, indices, 6)
-    with pytest.MonkeyPatch.context() as patch:
-        go_dense(patch)
-        patch.setattr(few_latents, "_BYTES", bytes_)
-        summed = ops.gather_sum(values, indices, W[:, None])
-        outer = ops.scatter_outer(values, ops.csc_by_latent(indices, 6), x)
-    assert torch.equal(summed.cpu().double(), codes @ W.cpu().double()[:, None])
-    assert torch.equal(outer.cpu().double(), codes.T @ x.cpu().double())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_dense_products_in_segments(monkeypatch, dtype):
-    """More tokens and latents than a segment holds; in bfloat16 too, which is only moved here."""
-    go_dense(monkeypatch)
-    monkeypatch.setattr(few_latents, "_BYTES", 3 * 40 * 4)
-    assert_products(*random_case(11, 9, 40, 6, dtype=dtype))
-
-
-def test_an_index_out_of_range_writes_nothing(monkeypatch):
-    """The result is undefined, but it never changes another token's codes."""
-    go_dense(monkeypatch)
-    indices = torch.tensor([[0, 5], [-1, 2]], device=DEVICE)
-    out = ops.gather_sum(torch.ones(2, 2, device=DEVICE), indices, torch.eye(5, device=DEVICE))
-    assert out.tolist() == [[1, 0, 0, 0, 0], [0, 0, 1, 0, 0]]
-
-
-def test_when_latents_are_few():
-    """AuxK's latents are few, the whole dictionary's are not."""
-    few, half = few_latents.latents_are_few, torch.bfloat16
-    assert few(8192, 2048, 13107, 512, half)
-    assert few(8192, 512, 3276, 256, half)
-    assert not few(8192, 2048, 131072, 512, half)
-    assert not few(8192, 2048, 131072, 32, half)
-    assert not few(8192, 512, 32768, 32, torch.float32)
-    assert few(8192, 2048, 4096, 512, torch.float32)
-    assert not few(8192, 2048, 13107, 512, torch.float32)  # no tensor cores
-    assert not few(8192, 2048, 4096, 512, torch.float64)  # no dense way
-    assert not few(1, 2048, 4096, 512, half)  # one token would stream all of W
-    assert not few(0, 2048, 4096, 512, half)
 
 
 def test_many_selections_make_longer_chunks_not_more_memory():

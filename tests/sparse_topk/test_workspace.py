@@ -15,8 +15,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparse_topk import UnitNormAdam, ops, triton_ops
-from sparse_topk.triton_ops import adam, decode, few_latents, moments, sparse, standardization
+from sparse_topk import UnitNormAdam, auxk, matmul, ops, triton_ops
+from sparse_topk.triton_ops import (
+    adam,
+    decode,
+    keep_topk,
+    moments,
+    residual,
+    sparse,
+    standardization,
+)
 from sparse_topk.triton_ops.topk import product, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -69,7 +77,7 @@ class NoKernel:
 @pytest.fixture
 def memory(monkeypatch):
     for module in (
-        adam, decode, few_latents, moments, sparse, standardization, product, select,
+        adam, decode, keep_topk, moments, residual, sparse, standardization, product, select,
     ):  # fmt: skip
         for name in vars(module):
             if name.endswith("_kernel"):
@@ -78,7 +86,8 @@ def memory(monkeypatch):
     def fake_product(a, b):  # as on CUDA, where nothing is converted first
         return torch.empty(len(a), b.shape[1])
 
-    monkeypatch.setattr(few_latents, "product", fake_product)
+    monkeypatch.setattr(auxk, "product", fake_product)
+    monkeypatch.setattr(matmul, "product", fake_product)
     # Not by the environment, which refuses tensors on a CPU where there is a GPU.
     monkeypatch.setattr(ops, "backend_for", lambda tensor: triton_ops)
     with FakeTensorMode(), Memory() as counted:
@@ -107,7 +116,7 @@ def test_encode(memory, dtype, k):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("m", "k"), [(M, 32), (M, 1024), (13107, 512), (4096, 512)])
 def test_sparse_products(memory, m, k, dtype):
-    """With all latents, and with AuxK's, by rows or densely."""
+    """With all latents, and with AuxK's."""
     x, W = torch.empty(N, D, dtype=dtype), torch.empty(m, D, dtype=dtype)
     values, indices = torch.empty(N, k, dtype=dtype), torch.empty(N, k, dtype=torch.int64)
     assert memory.extra(triton_ops.gather_sum, values, indices, W)[0] <= LIMIT
@@ -115,6 +124,8 @@ def test_sparse_products(memory, m, k, dtype):
     extra, csc = memory.extra(triton_ops.csc_by_latent, indices, m)
     assert extra <= LIMIT
     assert memory.extra(triton_ops.scatter_outer, values, csc, x)[0] <= LIMIT
+    out = torch.empty(m, D)
+    assert memory.extra(triton_ops.scatter_outer, values, csc, x, out)[0] <= LIMIT - out.nbytes
     assert memory.extra(triton_ops.sum_by_latent, values, indices, csc)[0] <= LIMIT
 
 
@@ -131,6 +142,17 @@ def test_standardize_and_decode_error(memory, dtype):
     values, indices = torch.empty(N, 32, dtype=dtype), torch.empty(N, 32, dtype=torch.int64)
     codes = (values, indices, W, W[0])
     assert memory.extra(triton_ops.decode_error, *codes, x, mean, std, mask, 1e-5)[0] <= limit
+
+
+@pytest.mark.parametrize(("q", "k"), [(4096, 512), (13107, 512)])
+def test_auxk_by_dense_products(memory, monkeypatch, q, k):
+    """No (N, Q) matrix is stored whole: pieces of the tokens take 1 GiB, beside copies of the
+    weights and a product in float32 that is still to be added."""
+    monkeypatch.setattr(auxk, "latents_are_few", lambda *sizes: True)
+    x, error = (torch.empty(N, D, dtype=torch.float16) for _ in range(2))
+    W_enc, W_dec = (torch.empty(q, D, dtype=torch.float16) for _ in range(2))
+    extra, _ = memory.extra(auxk.auxk, x, error, torch.empty(N), W_enc, W_enc[:, 0], W_dec, k)
+    assert extra <= 2**30 + 8 * q * D + 8 * N
 
 
 def test_the_optimizer_clips_without_asking(memory):

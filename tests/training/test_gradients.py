@@ -128,7 +128,10 @@ def test_masked_tokens_are_as_if_they_were_not_there(junk, bias):
     )
     for name in ("loss", "aux", "sq_error"):
         torch.testing.assert_close(getattr(step.metrics, name), getattr(other.metrics, name))
-    for one, two in ((step.metrics.moments, other.metrics.moments), (step.metrics.errors, other.metrics.errors)):
+    for one, two in (
+        (step.metrics.moments, other.metrics.moments),
+        (step.metrics.errors, other.metrics.errors),
+    ):
         for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b)
     assert torch.equal(masked.last_active, dropped.last_active)

@@ -3,9 +3,7 @@
 All are bound by memory: a thread reads 16 bytes of a row at a time, with several rows under way.
 Sums are in float32 (in float64 if an argument is), in a fixed order and without atomics, so a
 result is the same bits every time. Nothing here waits for the device. K is an argument and not a
-constant of the kernels: AuxK's K is the number of dead latents while they are few, and each value
-of a constant would be compiled anew. If K rows per token cost more than all latents at once, the
-products are dense ones (`few_latents.py`).
+constant of the kernels, since each value of a constant would be compiled anew.
 
 In half precision the tiles of `gather_sum` and `scatter_outer` are those that were fastest on one
 H100 (2026-11-26, torch 2.11, Triton 3.6, commit ec756b1, in bf16). All others are from the cost
@@ -22,8 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..torch_ops import CSC, csc_by_latent
-from . import few_latents
-from .few_latents import latents_are_few
 from .precision import sum_type
 
 __all__ = ["CSC", "csc_by_latent", "gather_dot", "gather_sum", "scatter_outer", "sum_by_latent"]
@@ -188,8 +184,6 @@ def gather_sum(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """out[n] = Σ_k values[n, k] · W[indices[n, k]]. (N, K), (N, K), (M, D) → (N, D)."""
     (n, k), d = indices.shape, W.shape[1]
     values, indices, W = values.contiguous(), indices.contiguous(), W.contiguous()
-    if values.dtype == W.dtype and latents_are_few(n, d, len(W), k, W.dtype):
-        return few_latents.gather_sum(values, indices, W)
     out = W.new_empty(n, d)
     block, rows, warps = gather_sum_tile(d, k, W.element_size())
     with torch.cuda.device_of(W):
@@ -203,8 +197,6 @@ def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """out[n, k] = x[n] · W[indices[n, k]]. (N, D), (N, K), (M, D) → (N, K)."""
     (n, k), d = indices.shape, W.shape[1]
     x, indices, W = x.contiguous(), indices.contiguous(), W.contiguous()
-    if x.dtype == W.dtype and latents_are_few(n, d, len(W), k, W.dtype):
-        return few_latents.gather_dot(x, indices, W)
     out = x.new_empty(n, k)
     block, rows, warps = gather_dot_tile(W.element_size())
     with torch.cuda.device_of(W):
@@ -233,13 +225,6 @@ def scatter_outer(
     """
     (n, k), d, m = values.shape, x.shape[1], len(csc.indptr) - 1
     values, x = values.contiguous(), x.contiguous()
-    if (
-        dtype is None
-        and out is None
-        and values.dtype == x.dtype
-        and latents_are_few(n, d, m, k, x.dtype)
-    ):
-        return few_latents.scatter_outer(values, csc, x)
     add = out is not None
     if out is None:
         out = x.new_empty(m, d, dtype=dtype)
