@@ -155,8 +155,9 @@ def training_step(t: TrainShape, e: int) -> tuple[Cost, ...]:
     the weights in e bytes, and residuals in e bytes: one part of a batch, then the optimizer."""
     s = t.encode
     copies = Cost(0, 2 * e * s.m * s.d)  # of both weights, written by the optimizer
+    wide = Cost(0, (4 - e) * s.m * s.d)  # gradients are in float32
     parts = [standardize(s, e), topk_encode(s, e), decode_error(s, e), gather_dot(s, e)]
-    parts += [csc_by_latent(s), scatter_outer_add(s, e), scatter_outer_add(s, e)]
+    parts += [csc_by_latent(s), scatter_outer(s, e) + wide, scatter_outer(s, e) + wide]
     parts += [sum_by_latent(s, e), adam(s), adam(s), copies]
     if t.dead:
         parts += aux(s._replace(m=t.dead, k=min(t.k_aux, t.dead)), e)

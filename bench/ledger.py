@@ -76,6 +76,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.lines: dict[str, Line] = {}
         self.n_latents, self.dead = n_latents, dead
+        self._asked: int | None = None  # the storage of the last element that was asked for
         self._op: Line | None = None  # the op of this package that is running
         self._op_flop = 0.0  # of the matrix products that torch does for it
 
@@ -127,7 +128,9 @@ class Ledger(TorchDispatchMode):
         if name == "aten::_local_scalar_dense":
             if not args[0].is_floating_point():
                 raise NotImplementedError(f"a step asked the device for a {args[0].dtype}")
-            line.waits += 1
+            storage = args[0].untyped_storage()._cdata
+            line.waits += storage != self._asked  # `tolist` waits once for all elements
+            self._asked = storage
             return 1.0
         if name == "aten::nonzero":
             line.waits += 1

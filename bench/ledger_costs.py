@@ -64,8 +64,11 @@ def _scatter_outer(a: Arguments) -> Moved:
     x, (n, k) = a["x"], a["values"].shape
     s = _shape(n, k, x.shape[1], len(a["csc"].indptr) - 1)
     into = a.get("out") is not None
-    cost = costs.scatter_outer_add if into else costs.scatter_outer
-    return _gathers(cost(s, x.element_size()), s, x)
+    e = x.element_size()
+    if into:
+        return _gathers(costs.scatter_outer_add(s, e), s, x)
+    wide = (a["dtype"].itemsize - e if a.get("dtype") else 0) * s.m * s.d
+    return _gathers(costs.scatter_outer(s, e) + Cost(0, wide), s, x)
 
 
 def _csc_by_latent(a: Arguments) -> Moved:
@@ -108,6 +111,22 @@ def _wider(x: Tensor, e: int) -> int:
     return x.numel() * (x.element_size() - e)
 
 
+def _decode_backward(a: Arguments) -> Moved:
+    W, (n, k) = a["W"], a["indices"].shape
+    s, e = _shape(n, k, W.shape[1], len(W)), W.element_size()
+    epilogue = Cost(0, 2 * e * n * k + (4 + e) * n)  # values and σ in, scaled values and scale out
+    return _gathers(costs.gather_dot(s, e) + epilogue, s, W)
+
+
+def _note_active(a: Arguments) -> Moved:
+    (n, k), e = a["values"].shape, a["values"].element_size()
+    return Moved(n * k * (e + 8) + 8 * len(a["last_active"]))
+
+
+def _merge_moments(a: Arguments) -> Moved:
+    return Moved(6 * a["a"].mean.numel() * 8)
+
+
 def _keep_topk(a: Arguments) -> Moved:
     n, q = a["z"].shape
     return Moved(costs.keep_topk(_shape(n, a["k"], 0, q), a["z"].element_size()).bytes)
@@ -128,7 +147,10 @@ OPS: dict[str, Callable[[Arguments], Moved]] = {
     "sum_by_latent": _sum_by_latent,
     "adam_unit_norm_": _adam,
     "standardize": _standardize,
+    "decode_backward": _decode_backward,
     "decode_error": _decode_error,
+    "merge_moments": _merge_moments,
+    "note_active_": _note_active,
     "reconstruction_error": _reconstruction_error,
     "keep_topk_": _keep_topk,
     "aux_residual": _aux_residual,

@@ -28,9 +28,15 @@ class Moments:
     """
 
     def __init__(self, n_layers: int, d_in: int, device: torch.device | str = "cpu") -> None:
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        self._state = TokenMoments(zero, zero.expand(n_layers, d_in), zero.expand(n_layers, d_in))
-        self._is_empty = True
+        self._shape, self._device = (n_layers, d_in), torch.device(device)
+        self._merged: TokenMoments | None = None  # none yet: no launch, and none to merge with
+
+    @property
+    def _state(self) -> TokenMoments:
+        if self._merged is None:
+            zero = torch.zeros((), dtype=torch.float64, device=self._device)
+            self._merged = TokenMoments(zero, zero.expand(self._shape), zero.expand(self._shape))
+        return self._merged
 
     @property
     def n_tokens(self) -> Tensor:
@@ -58,13 +64,10 @@ class Moments:
 
     def merge(self, other: Moments | TokenMoments) -> None:
         """Update with the tokens of `other`."""
-        state = other._state if isinstance(other, Moments) else other
-        if isinstance(other, Moments) and other._is_empty:
-            return
-        self._set(state if self._is_empty else merge_moments(self._state, state))
-
-    def _set(self, state: TokenMoments) -> None:
-        self._state, self._is_empty = state, False
+        added = other._merged if isinstance(other, Moments) else other
+        if added is not None:
+            own = self._merged
+            self._merged = added if own is None else merge_moments(own, added)
 
     def state_dict(self) -> dict[str, Any]:
         """The state to save."""
@@ -72,9 +75,9 @@ class Moments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state."""
-        device = self.mean.device
+        device = self._device
         n_tokens = torch.tensor(float(state["count"]), dtype=torch.float64, device=device)
-        self._set(TokenMoments(n_tokens, state["mean"].to(device), state["sq_dev"].to(device)))
+        self._merged = TokenMoments(n_tokens, state["mean"].to(device), state["sq_dev"].to(device))
 
     def variance(self) -> Tensor:
         """Σ_d Var_n(x[ℓ, n, d]): the mean squared distance from the layer's mean vector, (L,)."""
@@ -109,7 +112,7 @@ def reduce(moments: Sequence[Moments], sums: Sequence[Tensor], group: Group) -> 
         for m, mean in zip(moments, means, strict=True)
     ]
     for m, count, mean, sq_dev in zip(moments, counts, means, _sum_all(spread, group), strict=True):
-        m._set(TokenMoments(count, mean, sq_dev))
+        m._merged = TokenMoments(count, mean, sq_dev)
 
 
 def _sum_all(parts: Sequence[Tensor], group: Group) -> list[Tensor]:

@@ -147,7 +147,8 @@ def _add_aux(
     )  # fmt: skip
     of_dead = (sae.W_enc, result.W_enc), (sae.W_dec, result.W_dec), (sae.b_enc, result.b_enc)
     for parameter, grad in of_dead:
-        if parameter is not None and parameter.grad is not None:  # the loss has begun it
+        # The loss has begun all gradients; a missing bias has none.
+        if parameter is not None and parameter.grad is not None and grad is not None:
             parameter.grad.index_add_(0, dead, grad.to(parameter.dtype))
     return weight.double() @ result.sq_error.double()
 

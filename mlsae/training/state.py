@@ -118,7 +118,8 @@ class TrainState:
         if self.n_dead_anywhere:  # a sort, as torch's nonzero waits for the device
             dead = self.dead().sort(descending=True, stable=True).indices[: self.n_dead]
         n_layers, d_in = self.moments.mean.shape
-        factor = 1 / (n_layers * n_tokens) / self.moments.variance()
+        # 1 / (L · n_tokens · variance)
+        factor = self.moments.n_tokens / (n_layers * n_tokens) / self.moments.sq_dev.sum(1)
         return Step(n_tokens, factor, dead, d_in)
 
     def fetch(self, step: Step) -> float:

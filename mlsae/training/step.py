@@ -15,22 +15,35 @@ from sparse_topk.torch_residuals import TokenMoments
 from .. import metrics
 from ..distributed import Group
 
+_SUMS = ("loss", "aux", "sq_error")
+
 
 class StepMetrics:
     """Losses and moments, summed over the parts of a step or over several steps."""
 
     def __init__(self, n_layers: int, d_in: int, device: torch.device) -> None:
         self.steps = 0
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.aux = self.loss
-        """() exactly 0 with no dead latents."""
-        self.sq_error = self.loss.expand(n_layers)
-        """(L,) Σ_n |x − x̂|² in the units of x."""
+        self._shape, self._device = (n_layers,), device
+        self._sums: dict[str, Tensor] = {}  # those that are not 0: a sum with 0 would be a launch
         self.moments = metrics.Moments(n_layers, d_in, device)
         """Of x."""
         self.errors = metrics.Moments(n_layers, d_in, device)
         """Of (x − x̂) / (σ + ε); of one step only."""
-        self._is_empty = True
+
+    @property
+    def loss(self) -> Tensor:
+        """() float64."""
+        return self._sum("loss", ())
+
+    @property
+    def aux(self) -> Tensor:
+        """() float64, the AuxK loss; exactly 0 with no dead latents."""
+        return self._sum("aux", ())
+
+    @property
+    def sq_error(self) -> Tensor:
+        """(L,) float64, Σ_n |x − x̂|² in the units of x."""
+        return self._sum("sq_error", self._shape)
 
     def fvu(self) -> Tensor:
         """(L,) of the tokens summed over; see `metrics.fvu`."""
@@ -44,30 +57,33 @@ class StepMetrics:
         moments: TokenMoments,
         errors: TokenMoments,
     ) -> None:
-        """Add what a part of a step has. The first one is taken as it is: a sum with zeros would
-        be one more launch."""
-        self._add(loss, aux, sq_error)
+        """Add what a part of a step has."""
+        self._add(loss=loss, aux=aux, sq_error=sq_error)
         self.moments.merge(moments)
         self.errors.merge(errors)
 
     def add(self, other: StepMetrics) -> None:
         """Add a step's."""
         self.steps += other.steps
-        self._add(other.loss, other.aux, other.sq_error)
+        self._add(**other._sums)
         self.moments.merge(other.moments)
-
-    def _add(self, loss: Tensor, aux: Tensor | None, sq_error: Tensor) -> None:
-        first, self._is_empty = self._is_empty, False
-        self.loss = loss if first else self.loss + loss
-        self.sq_error = sq_error if first else self.sq_error + sq_error
-        if aux is not None:
-            self.aux = self.aux + aux
 
     def all_reduce_(self, data: Group) -> None:
         """Add up what the processes of the group `data` have: the same in all of them."""
-        sums = [t.clone() for t in (self.loss, self.aux, self.sq_error)]
-        metrics.reduce([self.moments, self.errors], sums, data)
-        self.loss, self.aux, self.sq_error = sums
+        sums = {name: getattr(self, name).clone() for name in _SUMS}
+        metrics.reduce([self.moments, self.errors], list(sums.values()), data)
+        self._sums = sums
+
+    def _sum(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name in self._sums:
+            return self._sums[name]
+        return torch.zeros(shape, dtype=torch.float64, device=self._device)
+
+    def _add(self, **sums: Tensor | None) -> None:
+        for name, value in sums.items():
+            if value is not None:
+                own = self._sums.get(name)
+                self._sums[name] = value if own is None else own + value
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, to be saved."""
@@ -81,9 +97,8 @@ class StepMetrics:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore saved sums."""
-        self.steps, self._is_empty = state["steps"], False
-        for name in ("loss", "aux", "sq_error"):
-            setattr(self, name, state[name].to(getattr(self, name)))
+        self.steps = state["steps"]
+        self._sums = {name: state[name].double().to(self._device) for name in _SUMS}
         self.moments.load_state_dict(state["moments"])
 
 

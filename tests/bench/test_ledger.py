@@ -153,7 +153,7 @@ def test_what_a_step_must_move_is_counted_by_hand():
     center, moments = 4 * 3, 2 * 8 * 3
     parts = [x + x + 16 + center + moments, x + W + codes, chosen + x + codes]
     parts += [chosen + x + codes + x + 16 + center + moments]
-    parts += [8 * (2 + 2 + 6), *2 * [4 * chosen + x + codes], codes + 20, *2 * [28 * 15], 2 * W]
+    parts += [8 * (2 + 2 + 6), *2 * [4 * 15 + x + codes], codes + 20, *2 * [28 * 15], 2 * W]
     assert must_move(tiny) == sum(parts)
 
 
