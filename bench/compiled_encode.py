@@ -93,5 +93,6 @@ BUILDS = [
     *[select_build(m, k, _BF16) for m, k in [(2**15, 32), (2**17, 32), (2**16, 256)]],
     select_build(2**20, 32, _BF16),
     select_build(2**20, 1024, _FP32, relu=False),
+    select_build(2**21, 1024, _BF16),
     select_build(2**15, 4096, _BF16, relu=False),
 ]

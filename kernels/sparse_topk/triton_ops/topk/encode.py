@@ -1,6 +1,5 @@
-"""`topk_encode` in Triton: a product that keeps a few keys per group, and a selection from them.
-
-    T    enough keys per group that few groups hide one of the K largest (`group_size`)
+"""`topk_encode` in Triton, in two launches: a product that keeps the keys of each group's T largest
+scores, and a selection of the K largest from them. T is such that few groups hide one of those.
 
 Legend: N tokens, D inputs, M latents, K active latents per token, G latents per group, J groups, T
 keys per group.

@@ -74,20 +74,23 @@ def select(
 
 
 def select_tile(n_groups: int, k: int, group: int) -> SelectTile:
-    """At most 32 bests and 16 picked keys per thread, and 16 products where a group is opened; one
-    warp if that holds a row, because its threads then wait for no others. From compiled code (80
-    registers at J = 512: 25 programs fit a processor of an H100), not from timings."""
-    block_j = min(8192, max(32, triton.next_power_of_2(n_groups)))
-    block_k = min(1024, max(32, triton.next_power_of_2(k)))
+    """At most 32 bests and 32 picked keys per thread, and 16 products where a group is opened; one
+    warp if that holds a row, because its threads then wait for no others. What 16 warps do not hold
+    is read again for each step of a search, by 8. From compiled code (64 registers at J = 512, so
+    that 32 programs fit a processor), not from timings."""
+    block_j = max(32, triton.next_power_of_2(n_groups))
+    block_k = max(32, triton.next_power_of_2(k))
+    if block_j > 16384 or block_k > 1024:
+        return SelectTile(min(8192, block_j), block_k if block_k <= 1024 else 512, 128, 8)
     warps = max(1, block_j // 1024, block_k // 128)
     return SelectTile(block_j, block_k, min(128, 512 * warps // group), warps)
 
 
 def blocks(tile: SelectTile, n_groups: int, k: int) -> dict[str, int]:
-    """The block sizes of `select_kernel`. Positions are found for 16 bests and 1 picked group per
+    """The block sizes of `select_kernel`. Positions are found for 8 bests and 1 picked group per
     thread at a time, since they take many registers."""
     return {
-        "BLOCK_J": tile.block_j, "STORE_J": min(tile.block_j, 512 * tile.warps),
+        "BLOCK_J": tile.block_j, "STORE_J": min(tile.block_j, 256 * tile.warps),
         "BLOCK_K": tile.block_k, "STORE_K": min(tile.block_k, 32 * tile.warps),
         "BLOCK_D": tile.block_d,
         "WHOLE": n_groups <= tile.block_j and min(k, n_groups) <= tile.block_k,
