@@ -16,7 +16,7 @@ from .errors import InputError
 from .model import MLSAEConfig
 
 _KEY_BYTES = 512 * 2**20  # the encoder kernel's limit on keys held at a time
-_AUX_BYTES = 3 * 256 * 2**20  # of AuxK's scores, codes and gradients, held a piece at a time
+_AUX_BYTES = 2**30  # the limit on what AuxK holds at a time
 
 
 def estimate(
@@ -39,7 +39,7 @@ def estimate(
     vectors = len(configs[0].layers) * micro_tokens
     n_latents, k = max(c.n_latents for c in configs), max(c.k for c in configs)
     scores = vectors * n_latents / shards
-    workspace = min(_KEY_BYTES, scores / 4) + min(_AUX_BYTES, 3 * dtype.itemsize * scores)
+    workspace = min(_KEY_BYTES, scores / 4) + min(_AUX_BYTES, 2 * dtype.itemsize * scores)
     selection = 60 if shards == 1 else 100
     activations = vectors * (48 * configs[0].d_in + selection * k)
     running = per_parameter * sum(parameters) + activations + workspace

@@ -111,7 +111,7 @@ def latents_are_few(n_latents: int, k: int, like: Tensor) -> bool:
     product 2 Q D flop at 790 TF/s and 2 Q numbers through memory at 4.3 TB/s: published rates, not
     timed here. In float32, without TF32, a product is 12 times as long. The CPU's is timed.
     """
-    if like.device.type == "cpu":
+    if not like.is_cuda:
         return n_latents <= 16 * k
     return n_latents <= (130 if like.element_size() == 2 else 20) * k
 

@@ -143,7 +143,7 @@ def _add_aux(
         centered, error, weight * state.aux_weight,
         weights.W_enc[dead], b_enc, weights.W_dec[dead], state.k_aux,
         shards=None if group.size == 1 else Selection(group, state.k_aux),
-        max_latents=math.ceil(sae.n_latents / group.size),
+        max_latents=None if group.size == 1 else math.ceil(sae.n_latents / group.size),
     )  # fmt: skip
     of_dead = (sae.W_enc, result.W_enc), (sae.W_dec, result.W_dec), (sae.b_enc, result.b_enc)
     for parameter, grad in of_dead:

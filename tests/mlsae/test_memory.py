@@ -58,7 +58,7 @@ def test_the_workspaces_are_those_of_the_kernels():
     from sparse_topk.triton_ops.topk import encode
 
     assert memory._KEY_BYTES == encode._KEY_BYTES
-    assert 3 * auxk._BYTES["cuda"] == memory._AUX_BYTES
+    assert auxk._PIECE_BYTES == memory._AUX_BYTES
 
 
 def test_free_and_peak_memory_of_this_machine_are_plausible():
