@@ -1,4 +1,4 @@
-"""The builds of `standardize` and `decode_error` that `bench.compiled` compiles.
+"""The builds that `bench.compiled` compiles of a training step's ops beside its sparse products.
 
 Legend: D inputs, K active latents per token, R tokens per block.
 """
@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from sparse_topk.triton_ops import decode, moments, precision, standardization
+from sparse_topk.triton_ops import (
+    backward,
+    bookkeeping,
+    decode,
+    moments,
+    precision,
+    sparse,
+    standardization,
+)
 
 from .compiled_build import Build
 
@@ -97,6 +105,46 @@ def merge_build(mask: bool, sq_errors: bool) -> Build:
     )
 
 
+def decode_backward_build(d: int, k: int, dtype: torch.dtype) -> Build:
+    """Everything as wide as `gather_dot` has it."""
+    data = TYPES[dtype]
+    block, rows, warps = sparse.gather_dot_tile(dtype.itemsize)
+    arguments = dict.fromkeys(("error_ptr", "W_ptr", "values_ptr"), data)
+    arguments |= dict.fromkeys(("d_scores_ptr", "scaled_ptr", "scale_ptr"), data)
+    arguments |= {"indices_ptr": "*i64", "std_ptr": "*fp32", "factor_ptr": "*fp64"}
+    arguments |= dict.fromkeys(("N", "D", "K"), "i32")
+    return Build(
+        f"decode_backward {data[1:]} D={d} K={k}",
+        backward.decode_backward_kernel,
+        arguments,
+        {"EPS": 1e-5, "BLOCK_D": block, "ROWS": rows}
+        | {"ACC_DTYPE": precision.sum_type(torch.empty(0, dtype=dtype))},
+        num_warps=warps,
+        divisible=("D",) if d % 16 == 0 else (),
+        needs={"wide_loads": rows + 1} if d % 16 == 0 else {},
+    )
+
+
+def note_active_build(dtype: torch.dtype) -> Build:
+    """With a mask."""
+    block, warps = bookkeeping.note_active_tile()
+    arguments = {"last_active_ptr": "*i64", "values_ptr": TYPES[dtype], "indices_ptr": "*i64"}
+    arguments |= {"mask_ptr": "*i1", "threshold": "fp32", "now": "i64"}
+    arguments |= dict.fromkeys(("size", "N", "K"), "i32")
+    kernel = bookkeeping.note_active_kernel
+    return Build("note_active", kernel, arguments, {"BLOCK": block}, num_warps=warps)
+
+
+def merge_moments_build() -> Build:
+    """Of two moments."""
+    block, warps = bookkeeping.merge_moments_tile()
+    names = [f"{n}_{of}_ptr" for of in "ab" for n in ("n", "mean", "sq_dev")]
+    arguments = dict.fromkeys((*names, "n_ptr", "mean_ptr", "sq_dev_ptr"), "*fp64")
+    kernel = bookkeeping.merge_moments_kernel
+    arguments |= {"size": "i32"}
+    return Build("merge_moments", kernel, arguments, {"BLOCK": block}, num_warps=warps)
+
+
 BUILDS = [
     *(standardize_build(d, torch.bfloat16, mask=True) for d in (512, 2048, 4096, 8192, 770)),
     standardize_build(512, torch.float32, mask=False),
@@ -107,4 +155,8 @@ BUILDS = [
     given_build(2048, torch.bfloat16),
     merge_build(mask=True, sq_errors=True),
     merge_build(mask=False, sq_errors=False),
+    *(decode_backward_build(d, 32, torch.bfloat16) for d in (512, 2048, 770)),
+    decode_backward_build(512, 32, torch.float32),
+    note_active_build(torch.bfloat16),
+    merge_moments_build(),
 ]

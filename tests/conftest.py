@@ -6,6 +6,11 @@ import os
 # Read when CUDA starts: deterministic algorithms, which some tests ask for, need it in cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Processes that share the cores take their share of threads: more of them wait for one another.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
+
 import pytest
 import torch
 
