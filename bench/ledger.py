@@ -35,7 +35,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_topk import ops
+from sparse_topk import auxk, ops
 
 from . import costs
 from .ledger_costs import Moved, moved_by_op, moved_by_torch
@@ -200,12 +200,19 @@ def counting(n_latents: int = 0, dead: int = 0) -> Iterator[Ledger]:
     backend = ledger.backend()
     chip = SimpleNamespace(multi_processor_count=132)
 
+    choose = auxk.latents_are_few
+
+    def latents_are_few(n_latents: int, k: int, like: Tensor) -> bool:
+        size = SimpleNamespace(device=torch.device("cuda"), element_size=like.element_size)
+        return choose(n_latents, k, size)  # type: ignore[arg-type]
+
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         ledger.launch(kernel, *args, **kwargs)
 
     with (
         _backend_everywhere(backend),
         mock.patch.object(FakeTensor, "is_cuda", True, create=True),
+        mock.patch.object(auxk, "latents_are_few", latents_are_few),
         mock.patch.object(JITFunction, "run", launch),
         mock.patch.object(InterpretedFunction, "run", launch),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),

@@ -7,7 +7,8 @@ x_hat = sae(x)  # differentiable; the (tokens, latents) matrix is never stored
 """
 
 from .allocator import keep_freed_memory
-from .functional import SAEOutput, Shards, TopK, sparse_decode, topk_encode, topk_sae
+from .codes import SAEOutput, Shards, TopK
+from .functional import sparse_decode, topk_encode, topk_sae
 from .module import SparseTopKSAE
 from .ops import backend_name
 from .optim import UnitNormAdam

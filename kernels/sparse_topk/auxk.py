@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .functional import Shards
+from .codes import Shards
 from .matmul import add_product_, product, segments
 
 _PIECE_BYTES = 2**30  # of what is stored of a piece of the tokens
@@ -111,7 +111,7 @@ def latents_are_few(n_latents: int, k: int, like: Tensor) -> bool:
     product 2 Q D flop at 790 TF/s and 2 Q numbers through memory at 4.3 TB/s: published rates, not
     timed here. In float32, without TF32, a product is 12 times as long. The CPU's is timed.
     """
-    if not like.is_cuda:
+    if like.device.type == "cpu":
         return n_latents <= 16 * k
     return n_latents <= (130 if like.element_size() == 2 else 20) * k
 

@@ -10,51 +10,14 @@ Legend: N tokens, D inputs, M latents, K active latents per token; "…" any lea
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .codes import SAEOutput, Shards, TopK
 from .derivatives import gather_dot, gather_sum, once_differentiable, transformed
-
-
-class TopK(NamedTuple):
-    """The active latents of each token."""
-
-    values: Tensor
-    """(…, K) activations, ≥ 0."""
-    indices: Tensor
-    """(…, K) int64 ids of the latents, ascending within a token."""
-
-
-class SAEOutput(NamedTuple):
-    """The output of an SAE, and the active latents that it comes from.
-
-    The order is that of sparsify's `sae_out, latent_acts, latent_indices`.
-    """
-
-    x_hat: Tensor
-    """(…, D) the reconstruction."""
-    values: Tensor
-    """(…, K) activations, ≥ 0."""
-    indices: Tensor
-    """(…, K) int64 ids of the latents, ascending within a token."""
-
-    @property
-    def codes(self) -> TopK:
-        """The active latents, as `sparse_decode` takes them."""
-        return TopK(self.values, self.indices)
-
-
-class Shards(Protocol):
-    """Processes that each hold some of the latents, and all see the same tokens."""
-
-    def keep(self, values: Tensor) -> Tensor:
-        """This shard's candidates (N, K) ≥ 0, with 0 for those that are not selected."""
-
-    def sum(self, partial: Tensor) -> Tensor:
-        """Σ over the shards, the same in each."""
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> TopK:

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from .functional import SAEOutput, TopK, check_k, sparse_decode, topk_encode, topk_sae
+from .codes import SAEOutput, TopK
+from .functional import check_k, sparse_decode, topk_encode, topk_sae
 from .loading import parse_dtype, refuse_unknown
 
 _CARD = """---

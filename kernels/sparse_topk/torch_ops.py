@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
+from .torch_residuals import aux_residual as aux_residual
 from .torch_residuals import decode_error as decode_error
 from .torch_residuals import merge_moments as merge_moments
 from .torch_residuals import note_active_ as note_active_
@@ -161,20 +162,6 @@ def keep_topk_(z: Tensor, k: int) -> None:
         indices[tied, :k] = _top_positions(z[tied], k)
     values = z.gather(1, indices[:, :k]).relu_()
     z.zero_().scatter_(1, indices[:, :k], values)
-
-
-def aux_residual(
-    e_hat: Tensor, error: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """|r_n|² and weight_n / scale · r_n, where r = ê − error, and 0 where the weight is 0.
-
-    ê and error (N, D), weight (N,), scale () → (N,) in the weight's dtype, (N, D) in the error's.
-    """
-    r = torch.sub(e_hat.to(weight.dtype), error)
-    dropped = (weight == 0)[:, None]
-    r.masked_fill_(dropped, 0)
-    sq_error = torch.linalg.vector_norm(r, dim=1).square()
-    return sq_error, r.mul_((weight[:, None] / scale).masked_fill_(dropped, 0)).to(error.dtype)
 
 
 @torch.no_grad()

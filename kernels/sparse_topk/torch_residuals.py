@@ -158,6 +158,20 @@ def _error(
     return error, sq_errors.square_().view(n_layers, n).sum(1), columns.total()
 
 
+def aux_residual(
+    e_hat: Tensor, error: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """|r_n|² and weight_n / scale · r_n, where r = ê − error, and 0 where the weight is 0.
+
+    ê and error (N, D), weight (N,), scale () → (N,) in the weight's dtype, (N, D) in the error's.
+    """
+    r = torch.sub(e_hat.to(weight.dtype), error)
+    dropped = (weight == 0)[:, None]
+    r.masked_fill_(dropped, 0)
+    sq_error = torch.linalg.vector_norm(r, dim=1).square()
+    return sq_error, r.mul_((weight[:, None] / scale).masked_fill_(dropped, 0)).to(error.dtype)
+
+
 @torch.no_grad()
 def note_active_(
     last_active: Tensor,

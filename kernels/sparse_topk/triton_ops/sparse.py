@@ -5,9 +5,8 @@ Sums are in float32 (in float64 if an argument is), in a fixed order and without
 result is the same bits every time. Nothing here waits for the device. K is an argument and not a
 constant of the kernels, since each value of a constant would be compiled anew.
 
-In half precision the tiles of `gather_sum` and `scatter_outer` are those that were fastest on one
-H100 (2026-11-26, torch 2.11, Triton 3.6, commit ec756b1, in bf16). All others are from the cost
-model and compiled code, not timed.
+In half precision the tiles of `gather_sum` and `scatter_outer` were the fastest on one H100
+(2026-11-26, torch 2.11, Triton 3.6, ec756b1, bf16). All others are from the cost model, not timed.
 
 Legend: N tokens, D inputs, M latents, K active latents per token, C selections per chunk.
 """
@@ -215,9 +214,8 @@ def scatter_outer(
 ) -> Tensor:
     """out[m] = Σ values[n, k] · x[n] over the (n, k) that chose m; in a fixed order.
 
-    values (N, K), x (N, D) → (M, D) in `dtype`, or x's; zero where no token chose m. If `out`
-    (M, D) is given, in float32 at least, the sums are added to it; rows that no token chose are
-    not touched.
+    values (N, K), x (N, D) → (M, D) in `dtype`, or x's; zero where no token chose m. If `out` is
+    given, in float32 at least, the sums are added to it; rows that no token chose are not touched.
 
     A latent that many tokens chose is summed by several programs, a chunk of C selections each. The
     sums of chunks that lie within one latent are stored in float32 (in float64 if the sum is),
