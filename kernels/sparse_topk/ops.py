@@ -108,7 +108,7 @@ def _(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("sparse_topk::scatter_outer", mutates_args=())
 def _scatter_outer(
-    values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor, dtype: torch.dtype | None
+    values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     return backend_for(x).scatter_outer(values, CSC(perm, indptr), x, dtype=dtype)
 

@@ -137,14 +137,14 @@ def test_a_sweep_resumes_to_the_same_bits(sweep, tmp_path, monkeypatch):
 
 
 def test_a_signal_leaves_a_checkpoint_and_a_model_of_each(tmp_path, monkeypatch, capsys):
-    residuals = DataStream.residuals
+    residuals = DataStream.masked_residuals
 
     def signalled(*arguments):
         signal.raise_signal(signal.SIGTERM)
         return residuals(*arguments)
 
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while the first batch is measured
-    monkeypatch.setattr(DataStream, "residuals", signalled)
+    monkeypatch.setattr(DataStream, "masked_residuals", signalled)
     try:
         with pytest.raises(SystemExit) as stopped:
             train(*settings(tmp_path / "run"))
