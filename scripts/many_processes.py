@@ -52,7 +52,7 @@ def compare_trainers(steps):
     for processes, shards in LAYOUTS:
         with Team(processes, patience=900) as team:
             team_metrics, team_state, _ = team.run(train_in_float64, shards, steps)[0]
-        errors = largest_errors(parallel.flat(team_state), parallel.flat(state))
+        errors = largest_errors(*(parallel.flat(s["trainer"]) for s in (team_state, state)))
         weights = max(error for name, error in errors.items() if name.startswith("weights"))
         adam = max(error for name, error in errors.items() if name.startswith("optimizer"))
         of_metrics = max(largest_errors(team_metrics, metrics).values())

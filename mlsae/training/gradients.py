@@ -135,7 +135,8 @@ def _add_aux(
     if dead is None or variance is None:
         return None
     n_layers = len(variance)
-    factor = (1 / (n_layers * step.n_tokens) / variance).float()  # (L,)
+    wide = torch.promote_types(error.dtype, torch.float32)
+    factor = (1 / (n_layers * step.n_tokens) / variance).to(wide)  # (L,)
     weight = factor[:, None].expand(-1, len(error) // n_layers)
     weight = (weight if mask is None else weight * mask).flatten()  # (L·N,)
     b_enc = None if weights.b_enc is None else weights.b_enc[dead]
