@@ -114,7 +114,9 @@ def _scatter_outer(
 
 
 @_scatter_outer.register_fake
-def _(values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _(
+    values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     return x.new_empty(len(indptr) - 1, x.shape[1], dtype=dtype)
 
 
