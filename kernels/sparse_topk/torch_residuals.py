@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK_BYTES = 2**20  # of one array of a block: several are in use at a time
+_BLOCK_BYTES = 2**20  # of one array of a block; with 2**22, D = 512 measured 1.25 times slower
 
 
 class TokenMoments(NamedTuple):
