@@ -56,7 +56,7 @@ def decode_error_kernel(
     sq_sum = tl.zeros([BLOCK_D], ACC_DTYPE)
     sq_error = tl.zeros([BLOCK_D], ACC_DTYPE)
     for n in range(pid_b * R, tl.minimum(pid_b * R + R, N)):
-        keep = True
+        keep = n < N
         if mask_ptr is not None:
             keep = tl.load(mask_ptr + n).to(tl.int1)
         row = pid_l * N + n
