@@ -60,11 +60,12 @@ def decode_error_kernel(
         if mask_ptr is not None:
             keep = tl.load(mask_ptr + n).to(tl.int1)
         row = pid_l * N + n
-        x = tl.load(x_ptr + row * D + offs_d, mask_d & keep, other=0.0).to(ACC_DTYPE)
+        in_row = offs_d < tl.where(keep, D, 0)  # none, where the token is not kept
+        x = tl.load(x_ptr + row * D + offs_d, in_row, other=0.0).to(ACC_DTYPE)
         mean = tl.load(mean_ptr + row).to(ACC_DTYPE)
         std = tl.load(std_ptr + row).to(ACC_DTYPE)
         if values_ptr is None:
-            x_hat = tl.load(W_ptr + row * D + offs_d, mask_d & keep, other=0.0).to(ACC_DTYPE)
+            x_hat = tl.load(W_ptr + row * D + offs_d, in_row, other=0.0).to(ACC_DTYPE)
         else:
             x_hat = tl.zeros([BLOCK_D], ACC_DTYPE)
             for start_k in range(0, tl.where(keep, K, 0), ROWS):
@@ -78,7 +79,7 @@ def decode_error_kernel(
         if b_ptr is not None:
             x_hat += tl.load(b_ptr + offs_d, mask_d, other=0.0).to(ACC_DTYPE)
         # x − μ first: it is exactly 0 for a constant vector
-        missed = tl.where(mask_d & keep, (x - mean) - x_hat * std, 0.0)
+        missed = tl.where(in_row, (x - mean) - x_hat * std, 0.0)
         sq_error += missed * missed
         error = missed
         if EPS is not None:
