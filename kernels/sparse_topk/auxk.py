@@ -159,8 +159,8 @@ def _keep_of_all_(codes: Tensor, k: int, shards: Shards) -> None:
 def _by_sparse_ops(inputs: _Inputs) -> AuxK:
     _, error, weight, scale, W_enc, b_enc, W_dec, k, shards = inputs
     sums, x = _zeros(inputs), inputs.centered.masked_fill((weight == 0)[:, None], 0)
-    scores, indices = ops.topk_encode(x, W_enc, b_enc, min(k, len(W_enc)))
-    values = scores.relu_() if shards is None else shards.keep(scores.relu_())
+    values, indices = ops.topk_encode(x, W_enc, b_enc, min(k, len(W_enc)), relu=True)
+    values = values if shards is None else shards.keep(values)
     e_hat = ops.gather_sum(values, indices, W_dec)
     if shards is not None:
         e_hat = shards.sum(e_hat)

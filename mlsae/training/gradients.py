@@ -129,10 +129,12 @@ def _add_aux(
     mask: Tensor | None,
 ) -> Tensor | None:
     """Add the gradients of aux, times its weight; the value of aux (). None with no dead latents,
-    and in the first step, which has no variance of errors to divide by."""
-    sae, group = state.mlsae.sae, state.mlsae.shards
-    dead, variance = step.dead, state.error_variance if step.dead is not None else None
-    if dead is None or variance is None:
+    with a weight of 0, and in the first step, which has no variance of errors to divide by."""
+    sae, group, dead = state.mlsae.sae, state.mlsae.shards, step.dead
+    if dead is None or state.aux_weight == 0:
+        return None
+    variance = state.error_variance
+    if variance is None:
         return None
     n_layers = len(variance)
     wide = torch.promote_types(error.dtype, torch.float32)

@@ -48,6 +48,20 @@ def test_what_was_there_stays_in_the_sum(monkeypatch, backend, dtype, d, chunk):
     assert ((out.cpu().double() - truth).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_a_gradient_begins_in_the_dtype_asked_for(monkeypatch, backend, dtype):
+    """Its sums are not rounded to the factors' dtype, and rows that no token chose are 0."""
+    monkeypatch.setenv("SPARSE_TOPK_BACKEND", backend)
+    values, indices, x = case(12, 40, 9, 3, dtype)
+    out = ops.scatter_outer(values, ops.csc_by_latent(indices, 11), x, dtype=torch.float32)
+    truth, magnitude = dense(values, indices, x, 11)
+    assert out.dtype == torch.float32
+    bound = 14 * torch.finfo(torch.float32).eps * magnitude
+    assert ((out.cpu().double() - truth).abs() <= bound).all()
+    assert not out[9:].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk", [2, 128])
 def test_micro_batches_add_up_to_the_whole(monkeypatch, backend, chunk):

@@ -11,29 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_topk import training_ops
 from sparse_topk.torch_residuals import TokenMoments
+from tests.helpers.precision import low_precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L, N, D, M, K = 3, 7, 20, 30, 5
-low_precision = pytest.mark.parametrize(
-    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _poison():
-    """An element that nobody writes is NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1, device=DEVICE).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True, params=["torch", "triton"], scope="module")
-def backend(request):
-    """Both."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARSE_TOPK_BACKEND", request.param)
-        yield request.param
+pytestmark = pytest.mark.usefixtures("poison", "backend")
 
 
 def inputs(k=K, d=D, dtype=torch.float32, seed=0):

@@ -19,13 +19,7 @@ from sparse_topk.triton_ops import sparse as ops
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _poison():
-    """An element that a kernel leaves unwritten is NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1, device=DEVICE).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def random_case(n, d, m, k, seed=0, dtype=torch.float32):

@@ -140,6 +140,32 @@ def test_masked_tokens_are_as_if_they_were_not_there(junk, bias):
         torch.testing.assert_close(gradients(masked)[name], grad)
 
 
+def test_a_latent_that_only_masked_tokens_have_is_not_active():
+    """A masked token is 0 to the encoder, which a bias answers to."""
+    state, x = make(bias=True), residuals()
+    with torch.no_grad():
+        state.mlsae.sae.W_enc.mul_(100)[:K] = 0
+        state.mlsae.sae.b_enc.fill_(-1)[:K] = 0.002
+    mask = torch.arange(N) < N - 1
+    steps(state, [(x, mask)])
+    assert (state.last_active[:K] == 0).all()
+    x[:, -1] = 7.0  # a constant vector: kept, it is the same to the encoder, but for b_pre
+    with torch.no_grad():
+        state.mlsae.sae.b_dec.zero_()
+    steps(state, everything(x))
+    assert (state.last_active[:K] > 0).all()
+
+
+def test_aux_of_no_weight_is_not_computed(monkeypatch):
+    some, none = make(), make()
+    some.aux_weight = 0.0
+    monkeypatch.delattr("mlsae.training.gradients.auxk")
+    assert steps(some, everything(residuals()), DEAD).metrics.aux == 0
+    steps(none, everything(residuals()))
+    for name, grad in gradients(some).items():
+        assert torch.equal(grad, gradients(none)[name])
+
+
 @pytest.mark.parametrize("parts", [2, 3, 7])
 def test_parts_add_up_to_the_whole(parts):
     x, mask = residuals(), torch.arange(N) % 5 > 0

@@ -111,6 +111,10 @@ def test_dead_latents_are_counted_in_tokens():
     for step in range(4):
         assert state.inactive_tokens[7] == step * N
         assert bool(state.dead()[7]) == (step >= 3)
+        dead = state.dead().nonzero().flatten()
+        assert state.n_dead == state.n_dead_anywhere == len(dead)
+        ids = state.begin_step(N).dead
+        assert ids is None if step < 3 else torch.equal(ids, dead)
         take(state, [residuals(0)], lr=0.0)
     firing = state.mlsae.encode(residuals(0))
     fired = torch.zeros(M, dtype=torch.bool)

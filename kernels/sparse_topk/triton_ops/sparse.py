@@ -24,8 +24,7 @@ from .precision import sum_type
 __all__ = ["CSC", "csc_by_latent", "gather_dot", "gather_sum", "scatter_outer", "sum_by_latent"]
 
 CHUNK = 128
-"""Selections per chunk, at least (C); a power of two. If a latent has many selections, each program
-sums one chunk of them."""
+"""Selections per chunk, at least (C); a power of two. Of many, a program sums one chunk."""
 
 _PARTIAL_BYTES = 256 * 2**20  # of the chunks' sums
 
