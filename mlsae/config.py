@@ -28,7 +28,7 @@ class SAEOptions:
     standardize: bool = True
     """Whether each vector is standardized before encoding."""
     aux_weight: float = 1 / 32
-    """Weight of the AuxK loss, which revives dead latents."""
+    """Weight of the AuxK loss, which revives dead latents. 0: it is not computed."""
     k_aux: int | None = None
     """Dead latents that AuxK activates per token. None: the power of two nearest to d_model / 2."""
     dead_tokens: int | None = None
