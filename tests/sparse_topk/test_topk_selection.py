@@ -6,13 +6,17 @@ Kernels are interpreted if there is no GPU, so sizes are small.
 Legend: N tokens, M latents, K active latents per token, G latents per group, T keys per group.
 """
 
+import itertools
 import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_topk.triton_ops.topk import product
 from sparse_topk.triton_ops.topk import select as selection
 from sparse_topk.triton_ops.topk.encode import expected_opened, group_size
 from sparse_topk.triton_ops.topk.select import SelectTile, select
@@ -202,3 +206,42 @@ def test_the_keys_always_hold_k_latents(m, share):
     tile = selection.select_tile(-(-m // group), k, group)
     assert n_keys == group or tile.block_k >= k
     assert expected_opened(m, k, group, n_keys) <= 1.5
+
+
+@triton.jit
+def merge_kernel(a_ptr, b_ptr, out_ptr, N, merge: tl.constexpr, T: tl.constexpr):
+    """One program merges the lists a and b (T, N) into their T largest, out (T, N)."""
+    offs = tl.arange(0, 128)
+    lists = ()
+    for t in tl.static_range(T):
+        lists += (tl.load(a_ptr + t * N + offs, offs < N, other=0),)
+    for t in tl.static_range(T):
+        lists += (tl.load(b_ptr + t * N + offs, offs < N, other=0),)
+    if T == 2:
+        merged = merge(lists[0], lists[1], lists[2], lists[3])
+    elif T == 3:
+        merged = merge(lists[0], lists[1], lists[2], lists[3], lists[4], lists[5])
+    else:
+        merged = merge(
+            lists[0], lists[1], lists[2], lists[3], lists[4], lists[5], lists[6], lists[7]
+        )
+    for t in tl.static_range(T):
+        tl.store(out_ptr + t * N + offs, merged[t], offs < N)
+
+
+@pytest.mark.parametrize(
+    "merge", [product._largest_2, product._largest_3, product._largest_4], ids=["2", "3", "4"]
+)
+def test_lists_merge_into_their_largest_however_they_interleave(merge):
+    """On a GPU a reduction is a tree, which merges whole lists; the interpreter merges each key
+    into a list by itself, so what it sums says nothing of that."""
+    n_keys = {product._largest_2: 2, product._largest_3: 3, product._largest_4: 4}[merge]
+    ranks = set(range(2 * n_keys))
+    chosen = list(itertools.combinations(sorted(ranks, reverse=True), n_keys))
+    a = torch.tensor(chosen, dtype=torch.int32, device=DEVICE).T.contiguous()
+    others = [sorted(ranks - set(c), reverse=True) for c in chosen]
+    b = torch.tensor(others, dtype=torch.int32, device=DEVICE).T.contiguous()
+    out = torch.full_like(a, -1)
+    merge_kernel[(1,)](a, b, out, a.shape[1], merge, n_keys)
+    expected = torch.arange(2 * n_keys - 1, n_keys - 1, -1, dtype=torch.int32, device=DEVICE)
+    assert torch.equal(out, expected[:, None].expand_as(out))
