@@ -34,6 +34,10 @@ class SAEOptions:
     dead_tokens: int | None = None
     """A latent is dead once inactive for this many tokens. None: 10 million, or a tenth of the
     run if that is less."""
+    init: Literal["fitted", "unit", "linear"] = "fitted"
+    """The first encoder. unit: equal to the decoder, whose rows are random, of norm 1. fitted:
+    that, scaled to reconstruct the first batch best. linear: as torch.nn.Linear draws it, and the
+    decoder with it, its rows then of norm 1; the paper's."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,15 @@ class TrainSettings:
     """Tokens held in memory at a time; bounds memory and changes nothing else. None: a whole
     batch."""
     lr: float | None = None
-    """Peak learning rate of Adam. None: 2e-4 / √(n_latents / 2¹⁴), times (10⁹ / tokens)^0.32."""
+    """Peak learning rate. None: 2e-4 / √(n_latents / 2¹⁴), times (10⁹ / tokens)^0.32; twice that
+    with NorMuon."""
+    optimizer: Literal["adam", "normuon"] = "normuon"
+    """What trains both weights. adam: Adam. normuon: its updates are orthogonalized and have one
+    size for every latent; it needs one moment instead of two. Biases always have Adam."""
+    decoder_optimizer: Literal["adam", "normuon"] | None = None
+    """What trains the decoder, if it is another. None: `--optimizer`."""
+    betas: tuple[float, float] = (0.7, 0.95)
+    """Decay per step of the running averages of gradients and of their squares."""
     warmup: float = 0.01
     """Share of the tokens over which the learning rate rises from 0."""
     decay: float = 0.2
@@ -204,10 +216,12 @@ PRESETS = {
     "default": TrainConfig(),
     "paper": TrainConfig(
         data=DataConfig(drop_norm="off"),
-        sae=SAEConfig(expansion=64, k=32, aux_weight=1 / 32, dead_tokens=10_000_000),
+        sae=SAEConfig(expansion=64, k=32, aux_weight=1 / 32, dead_tokens=10_000_000, init="linear"),
         tokens=1_000_000_000,
         batch_tokens=131_072,
         lr=1e-4,
+        optimizer="adam",
+        betas=(0.9, 0.999),
         warmup=0.0,
         decay=0.0,
         preset="paper",
@@ -266,6 +280,8 @@ def learning_rate(
     """
     first_tokens = first_tokens or config.tokens
     law = 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / first_tokens) ** 0.32
+    if config.optimizer == "normuon":
+        law *= 2
     peak = config.lr if config.lr is not None else law
     middle = tokens + config.batch_tokens / 2  # of the step
     up = middle / first_tokens / config.warmup if config.warmup else 1.0

@@ -102,6 +102,11 @@ class ShardedSAE(SparseTopKSAE):
         selection = Selection(self.group, self.k)
         return topk_sae(x, self.W_enc, None, self.W_dec, self.b_dec, k, selection)
 
+    def sum_over_rows(self, partial: Tensor) -> Tensor:
+        """Add up, in place, what each shard has summed over its rows. Collective: every shard must
+        call it."""
+        return self.group.sum_(partial)
+
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         """The norm of the gradients of all shards together. A vector's gradient is the same in all
         of them, and counts once. Collective: every shard must call it."""

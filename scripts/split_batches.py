@@ -100,7 +100,7 @@ def compare(steps: int, splits: Sequence[int]) -> tuple[dict[str, dict[str, floa
     for number in range(steps):
         input_ids = next(batches)
         if number == 0:
-            state.initialize(*init_stats(mlsae, stream.residuals(input_ids)))
+            state.initialize(*init_stats(mlsae, stream.residuals(input_ids))[:2])
         n_tokens, (whole,) = stream.count(input_ids), stream.masked_residuals(input_ids)
         parts = {f"{n} parts": _split(whole, n) for n in splits}
         parts["reordered"] = [Residuals(whole.x.flip(1), whole.mask.flip(0))]

@@ -10,10 +10,12 @@ from .allocator import keep_freed_memory
 from .codes import SAEOutput, Shards, TopK
 from .functional import sparse_decode, topk_encode, topk_sae
 from .module import SparseTopKSAE
+from .normuon import NorMuon
 from .ops import backend_name
 from .optim import UnitNormAdam
 
 __all__ = [
+    "NorMuon",
     "SAEOutput",
     "Shards",
     "SparseTopKSAE",

@@ -7,6 +7,7 @@ shape.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,6 +125,11 @@ class SparseTopKSAE(
         """This process's rows of `whole` (M, …), a tensor with one row per latent; here, all."""
         return whole
 
+    def sum_over_rows(self, partial: Tensor) -> Tensor:
+        """Add up, in place, what has been summed over this process's rows, as `NorMuon` asks for
+        it; here they are all."""
+        return partial
+
     def total_norm(self, grads: list[Tensor]) -> Tensor:
         """The norm of the gradients of all parameters together, as `UnitNormAdam` asks for it."""
         return get_total_norm(grads)
@@ -238,6 +244,39 @@ class SparseTopKSAE(
         self.W_enc.mul_(norms)
         if self.b_enc is not None:
             self.b_enc.mul_(norms[:, 0])
+        return self
+
+    @torch.no_grad()
+    def fit_scale_(self, x: Tensor) -> Self:
+        """Scale the encoder for the first batch of data x (…, D), before training: with x̂ = forward
+        and centered c = x − b_dec, ĉ = x̂ − b_dec,
+
+            s = ⟨ĉ, c⟩ / ⟨ĉ, ĉ⟩,   W_enc ← s W_enc,   b_enc ← s b_enc
+
+        which of all factors reconstructs x best, since the same latents stay active. Without it,
+        rows of norm 1 give an x̂ that is far too large: the K largest of many scores are large by
+        chance too. Returns the SAE; it stays as it is where ĉ is 0. Set b_dec before.
+
+        Raises ValueError if x or x̂ is not finite.
+        """
+        return self.scale_encoder_(self.scale_sums(x))
+
+    @torch.no_grad()
+    def scale_sums(self, x: Tensor) -> Tensor:
+        """⟨ĉ, c⟩ and ⟨ĉ, ĉ⟩ of `fit_scale_`, (2,) float64: sums over the tokens of x (…, D)."""
+        centered, fitted = (x - self.b_dec).double(), (self(x) - self.b_dec).double()
+        return torch.stack([(fitted * centered).sum(), fitted.square().sum()])
+
+    @torch.no_grad()
+    def scale_encoder_(self, sums: Tensor) -> Self:
+        """Scale the encoder by ⟨ĉ, c⟩ / ⟨ĉ, ĉ⟩, given both; see `fit_scale_`."""
+        dot, sq = sums.tolist()
+        if not (math.isfinite(dot) and math.isfinite(sq)):
+            raise ValueError(f"x and its reconstruction must be finite, got the sums {dot}, {sq}")
+        scale = dot / sq if sq > 0 and dot > 0 else 1.0
+        self.W_enc.mul_(scale)
+        if self.b_enc is not None:
+            self.b_enc.mul_(scale)
         return self
 
     def extra_repr(self) -> str:

@@ -257,3 +257,40 @@ def adam_unit_norm_(
         weight, grad, exp_avg, exp_avg_sq, step,
         lr=lr, betas=betas, eps=eps, unit_norm=unit_norm, grad_scale=grad_scale, shadow=shadow,
     )  # fmt: skip
+
+
+def tangent_momentum_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    beta: float,
+    unit_norm: bool,
+    dtype: torch.dtype,
+    grad_scale: Tensor | None = None,
+) -> Tensor:
+    """See `torch_optim.tangent_momentum_`."""
+    direction: Tensor = backend_for(weight).tangent_momentum_(
+        weight, grad, exp_avg,
+        beta=beta, unit_norm=unit_norm, dtype=dtype, grad_scale=grad_scale,
+    )  # fmt: skip
+    return direction
+
+
+def apply_rows_(
+    weight: Tensor,
+    update: Tensor,
+    row_sq: Tensor,
+    *,
+    lr: float,
+    beta: float,
+    bias_correction: float,
+    eps: float,
+    unit_norm: bool,
+    shadow: Tensor | None = None,
+) -> None:
+    """See `torch_optim.apply_rows_`."""
+    backend_for(weight).apply_rows_(
+        weight, update, row_sq, lr=lr, beta=beta, bias_correction=bias_correction, eps=eps,
+        unit_norm=unit_norm, shadow=shadow,
+    )  # fmt: skip

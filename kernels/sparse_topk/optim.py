@@ -92,29 +92,44 @@ class UnitNormAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale = self._grad_scale()
-        moving = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        for group, p in moving:  # before any is updated
+        moving = [
+            (group, p, p.grad)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        for group, p, _ in moving:  # before any is updated
             if group["unit_norm"] and not self.state[p]:
                 _check_rows(p)
-        for group, p in moving:
-            state = self.state[p]
-            if not state:
-                state["step"] = 0
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-            state["step"] += 1
+        for group, p, grad in moving:
             shadow = None if self.shadows is None else self.shadows.to_write(p)
-            update = ops.adam_unit_norm_ if is_plain(p) else dtensor.adam_unit_norm_
-            update(
-                p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"],
-                lr=group["lr"], betas=group["betas"], eps=group["eps"],
-                unit_norm=group["unit_norm"],
-                grad_scale=None if grad_scale is None else grad_scale.to(p.device),
-                shadow=shadow,
-            )  # fmt: skip
+            scale = None if grad_scale is None else grad_scale.to(p.device)
+            self._update(group, p, grad, scale, shadow)
             if self.shadows is not None and shadow is not None:
                 self.shadows.written(p)
         return loss
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        p: Tensor,
+        grad: Tensor,
+        grad_scale: Tensor | None,
+        shadow: Tensor | None,
+    ) -> None:
+        """Update a parameter, and the shadow with it."""
+        state = self.state[p]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+        state["step"] += 1
+        update = ops.adam_unit_norm_ if is_plain(p) else dtensor.adam_unit_norm_
+        update(
+            p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"],
+            lr=group["lr"], betas=group["betas"], eps=group["eps"],
+            unit_norm=group["unit_norm"], grad_scale=grad_scale, shadow=shadow,
+        )  # fmt: skip
 
     def _grad_scale(self) -> Tensor | None:
         """min(1, max_grad_norm / |all gradients|), on the device; None if not clipping."""

@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.adam import adam
 
+from .torch_optim import adam_unit_norm_ as adam_unit_norm_
+from .torch_optim import apply_rows_ as apply_rows_
+from .torch_optim import tangent_momentum_ as tangent_momentum_
 from .torch_residuals import aux_residual as aux_residual
 from .torch_residuals import decode_error as decode_error
 from .torch_residuals import merge_moments as merge_moments
@@ -26,7 +28,6 @@ from .torch_residuals import standardize as standardize
 _BLOCK_BYTES = 64 * 2**20  # of scores held at a time
 _TILE_BYTES = 4 * 2**20  # of scores computed at a time: their maxima are then taken in the cache
 _MIN_BLOCK_ROWS = 256  # with fewer, W is read too often: 32 measured 2.1 times slower
-_ADAM_BLOCK_BYTES = 2**21  # of weights updated at a time: they stay in the cache
 
 
 class CSC(NamedTuple):
@@ -162,77 +163,6 @@ def keep_topk_(z: Tensor, k: int) -> None:
         indices[tied, :k] = _top_positions(z[tied], k)
     values = z.gather(1, indices[:, :k]).relu_()
     z.zero_().scatter_(1, indices[:, :k], values)
-
-
-@torch.no_grad()
-def adam_unit_norm_(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    unit_norm: bool,
-    grad_scale: Tensor | None = None,
-    shadow: Tensor | None = None,
-) -> None:
-    """One Adam step in place; with `unit_norm`, on the unit sphere of each row.
-
-    For each row w of `weight` with gradient g:
-        g ← grad_scale · g       for clipping: a factor on the device, or 1 if None
-        g ← g − (g·w) w          the part that would only change the norm is removed
-        w ← Adam(w, g)           bias-corrected (Kingma and Ba, 2015), `step` counted from 1
-        w ← w / |w|              also stored in `shadow`, in its dtype, if given
-
-    A row that is 0 after Adam stays 0; any other finite row gets norm 1, also where its squares
-    overflow or underflow. So a pruned row stays 0 until it has a gradient, and then gets norm 1.
-
-    weight, grad, exp_avg, exp_avg_sq, shadow (…) of one shape; (M, D) with `unit_norm`.
-    grad_scale () on the weight's device. `grad` is not written to. If there is more to do than
-    Adam, it is done a block of rows at a time, so that memory is read and written once.
-    """
-    if not weight.numel():
-        return
-    steps = torch.tensor(float(step - 1))
-    flat = [
-        t.view(len(t), -1) if t.ndim else t.view(1, 1)
-        for t in (weight, grad, exp_avg, exp_avg_sq, weight if shadow is None else shadow)
-    ]
-    rows = max(1, _ADAM_BLOCK_BYTES // max(1, flat[0].shape[1] * weight.element_size()))
-    if not unit_norm and grad_scale is None and shadow is None:
-        rows = len(flat[0])  # Adam alone is one pass already
-    for w, g, m, v, copy in zip(*(t.split(rows) for t in flat), strict=True):
-        if grad_scale is not None:
-            g = g * grad_scale
-        if unit_norm:
-            g = g.addcmul((g * w).sum(1, keepdim=True), w, value=-1)
-        adam(
-            [w], [g], [m], [v], [], [steps.clone()],
-            fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1],
-            lr=lr, weight_decay=0.0, eps=eps, maximize=False,
-        )  # fmt: skip
-        if unit_norm:
-            _normalize_rows_(w)
-        if shadow is not None:
-            copy.copy_(w)
-    for written in (weight, exp_avg, exp_avg_sq):  # torch's fused Adam does not count its writes
-        torch.autograd.graph.increment_version(written)
-
-
-def _normalize_rows_(w: Tensor) -> None:
-    """w ← w / |w| for each row of w (M, D), in place; a row of zeros stays."""
-    norms = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-    low = math.sqrt(torch.finfo(w.dtype).tiny / torch.finfo(w.dtype).eps)  # squares below lose bits
-    ordinary = (norms > low) & (norms < 1 / low)
-    if not ordinary.all():
-        largest = w.abs().amax(1, keepdim=True)
-        w /= largest.where(~ordinary & (largest > 0), 1)  # dividing by 1 leaves the others' bits
-        norms = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-        norms = norms.where(norms != 0, 1)
-    w /= norms
 
 
 def _group_size(m: int, k: int) -> int:

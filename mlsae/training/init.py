@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from sparse_topk import SparseTopKSAE
 
 from .. import metrics
 from ..config import TrainConfig
@@ -19,6 +22,7 @@ from ..errors import InputError
 from ..model import MLSAE, MLSAEConfig
 
 _MEDIAN_VECTORS = 2**16  # more would take memory, and hardly move the median
+_VECTORS_AT_ONCE = 2**13  # encoded and reconstructed, to fit the scale
 
 
 def mlsae_config(config: TrainConfig, shape: Shape) -> MLSAEConfig:
@@ -31,14 +35,22 @@ def mlsae_config(config: TrainConfig, shape: Shape) -> MLSAEConfig:
     return MLSAEConfig(shape.d_in, n_latents, k, shape.layers, standardize, model)
 
 
-def init_stats(
-    mlsae: MLSAE, parts: Iterable[Tensor], data: Group = ALONE.data
-) -> tuple[metrics.Moments, Tensor]:
-    """The moments of residuals (L, N, D) that come in parts, and the geometric median (D,) of their
-    first 2¹⁶ vectors, standardized by `mlsae`.
+class FirstBatch(NamedTuple):
+    """What a training learns of its first batch."""
+
+    moments: metrics.Moments
+    """Of all its residuals."""
+    center: Tensor
+    """(D,) the geometric median of its first 2¹⁶ vectors, standardized."""
+    vectors: Tensor
+    """(N, D) those vectors; in each process, those of its own tokens."""
+
+
+def init_stats(mlsae: MLSAE, parts: Iterable[Tensor], data: Group = ALONE.data) -> FirstBatch:
+    """What residuals (L, N, D) that come in parts tell, standardized by `mlsae`.
 
     Each process of the group `data` has the parts of its own tokens, lower ranks the earlier ones;
-    all get the same result, as one process would with all the tokens.
+    all get the same moments and center, as one process would with all the tokens.
 
     Raises InputError if the residuals of a layer do not vary or are not finite.
     """
@@ -61,7 +73,25 @@ def init_stats(
                 f"MODEL's residuals must be finite and vary, and those of layer {layer} have "
                 f"the variance {variance}; leave the layer out with --layers"
             )
-    return moments, geometric_median(first, group=data)
+    return FirstBatch(moments, geometric_median(first, group=data), first)
+
+
+def fit_scale_(sae: SparseTopKSAE, vectors: Tensor, data: Group = ALONE.data) -> None:
+    """`SparseTopKSAE.fit_scale_` on the vectors (N, D) of all processes of the group `data`."""
+    sums = torch.zeros(2, dtype=torch.float64, device=vectors.device)
+    for part in vectors.split(_VECTORS_AT_ONCE):
+        sums += sae.scale_sums(part)
+    sae.scale_encoder_(data.sum_(sums))
+
+
+@torch.no_grad()
+def draw_linear_(sae: SparseTopKSAE) -> None:
+    """Draw W_enc as the paper's code has it, torch.nn.Linear's own: uniform in ±1/√D, with rows of
+    a norm near 1/√3; and W_dec as its rows, brought to norm 1."""
+    bound = 1 / math.sqrt(sae.d_in)
+    drawn = torch.empty(sae.n_latents, sae.d_in, device=sae.W_enc.device).uniform_(-bound, bound)
+    sae.W_enc.copy_(sae.own_rows(drawn))
+    sae.W_dec.copy_(nn.functional.normalize(sae.W_enc, dim=1))
 
 
 def geometric_median(

@@ -28,10 +28,11 @@ from ..formats import SavedSAE
 from ..hub import check_push, push_run
 from ..memory import check_memory, estimate
 from ..model import MLSAE, MLSAEConfig
-from .init import init_stats, mlsae_config
+from .init import draw_linear_, fit_scale_, init_stats, mlsae_config
 from .init_from import check_fits, has_bias, load_initial, set_weights
 from .inputs import Fingerprints, fingerprints
 from .loop import TrainLoop
+from .optimizers import Optimizers
 from .previous import replacing_run
 from .run_dir import (
     PUSHED_FILES,
@@ -95,7 +96,10 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     heldout = world.broadcast_object(start.heldout)
 
     # What is trained. The first batch sets b_pre and the first variances, then is trained on.
-    states = [_new_state(each, sae, start) for each, sae in zip(configs, start.saes, strict=True)]
+    states = []
+    for each, sae in zip(configs, start.saes, strict=True):
+        first_tokens = start.history.first_tokens(each)
+        states.append(new_state(each, sae, stream, first_tokens, start.initial))
     batches = stream.batches(start.batch_rows, saved["batches"] if saved else None)
     first: list[Tensor] = []
     if saved:
@@ -220,16 +224,18 @@ def _initialize(
     stream: DataStream,
     input_ids: Tensor,
 ) -> None:
-    """Set what is dropped, the first variances and, unless it was loaded, b_pre from the first
-    batch (B, T)."""
+    """Set what is dropped, the first variances and, unless the SAE was loaded, b_pre and the
+    encoder's scale from the first batch (B, T)."""
     mlsae = states[0].mlsae
     with stream.mesh.world.raise_together():
         found = stream.resolve_drop(input_ids)
         if found:
             log_rank0(found)
-        moments, center = init_stats(mlsae, stream.residuals(input_ids), stream.mesh.data)
+        first = init_stats(mlsae, stream.residuals(input_ids), stream.mesh.data)
     for config, state in zip(configs, states, strict=True):
-        state.initialize(moments, None if config.init_from else center)
+        state.initialize(first.moments, None if config.init_from else first.center)
+        if config.sae.init == "fitted" and not config.init_from:
+            fit_scale_(state.mlsae.sae, first.vectors, stream.mesh.data)
 
 
 def _log_backend(stream: DataStream) -> None:
@@ -271,20 +277,33 @@ def _memory_needed(
     return estimate(saes, micro_tokens, dtype, shards)
 
 
-def _new_state(config: TrainConfig, sae: MLSAEConfig, start: _Start) -> TrainState:
-    """The state of an SAE at the start of its training; its weights are --init_from's if given."""
-    stream, first_tokens = start.stream, start.history.first_tokens(config)
+def new_state(
+    config: TrainConfig,
+    sae: MLSAEConfig,
+    stream: DataStream,
+    first_tokens: int,
+    initial: SavedSAE | None = None,
+) -> TrainState:
+    """The state of an SAE at the start of its training, of `first_tokens` tokens; its weights are
+    those of `initial` if given."""
     torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
     mlsae = MLSAE(sae, stream.device, stream.mesh.latents)
-    if start.initial:
-        set_weights(mlsae, start.initial)
+    if initial:
+        set_weights(mlsae, initial)
+    elif config.sae.init == "linear":
+        draw_linear_(mlsae.sae)
     return TrainState(
         mlsae,
         schedule=lambda tokens: learning_rate(config, sae.n_latents, tokens, first_tokens),
         dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(first_tokens / 10)),
         k_aux=_k_aux(config, sae.d_in),
         aux_weight=config.sae.aux_weight,
-        max_grad_norm=config.max_grad_norm,
+        optimizers=Optimizers(
+            config.optimizer,
+            config.decoder_optimizer or config.optimizer,
+            config.betas,
+            config.max_grad_norm,
+        ),
         dtype=_compute_dtype(config, stream.device),
         data=stream.mesh.data,
         name=str(config.out),

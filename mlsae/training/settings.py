@@ -43,6 +43,9 @@ _BEFORE_THEY_WERE_SETTINGS = {
     "drop_norm": "off",
     "dataset_split": "train",
     "heldout_share": 0.05,
+    "sae.init": "unit",
+    "optimizer": "adam",
+    "betas": [0.9, 0.999],
 }
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_topk import UnitNormAdam
 from sparse_topk.shadows import Shadows
 
 from .. import metrics
 from ..distributed import ALONE, Group
 from ..errors import NonFiniteError
 from ..model import MLSAE
+from .optimizers import ADAM, Optimizers
 from .step import Step, StepMetrics
 
 
@@ -43,7 +43,7 @@ class TrainState:
         dead_tokens: int,
         k_aux: int,
         aux_weight: float,
-        max_grad_norm: float | None = None,
+        optimizers: Optimizers = ADAM,
         dtype: torch.dtype = torch.float32,
         data: Group = ALONE.data,
         name: str = "",
@@ -56,12 +56,7 @@ class TrainState:
         self.device = sae.W_dec.device
         self.shadows = Shadows(dtype)
         """The weights in `dtype`, which the optimizer writes with the weights."""
-        self.optimizer = UnitNormAdam(
-            sae.parameter_groups(),
-            max_grad_norm=max_grad_norm,
-            total_norm=sae.total_norm,
-            shadows=self.shadows,
-        )
+        self.optimizer = optimizers.of(sae, self.shadows)
         self.tokens = 0
         self.steps = 0
         self.last_active = torch.zeros(len(sae.W_dec), dtype=torch.int64, device=self.device)

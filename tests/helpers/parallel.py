@@ -13,6 +13,7 @@ from mlsae.distributed import ALONE, make_mesh, splits
 from mlsae.training import init
 from mlsae.training.init import init_stats
 from mlsae.training.loop import train_step
+from mlsae.training.optimizers import Optimizers
 from mlsae.training.state import TrainState
 from mlsae.training.validation import validate
 from tests.helpers.parts import unmasked
@@ -27,10 +28,10 @@ def make(mesh):
     mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 3)), shards=mesh.latents).double()
     state = TrainState(
         mlsae, schedule=lambda tokens: 1e-2, dead_tokens=100, k_aux=6, aux_weight=1 / 32,
-        max_grad_norm=1.0, data=mesh.data, dtype=torch.float64,
+        optimizers=Optimizers(max_grad_norm=1.0), data=mesh.data, dtype=torch.float64,
     )  # fmt: skip
     with mock.patch.object(init, "_MEDIAN_VECTORS", L * 40):  # of L · 61
-        state.initialize(*init_stats(mlsae, mine(residuals(99), mesh), mesh.data))
+        state.initialize(*init_stats(mlsae, mine(residuals(99), mesh), mesh.data)[:2])
     return state
 
 

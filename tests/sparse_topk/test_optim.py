@@ -30,7 +30,7 @@ def gradients(shape, steps=5, seed=1, device="cpu"):
 
 @pytest.mark.parametrize("block_bytes", [1, 200, 2**20])
 def test_blocks_of_any_size_are_the_same(monkeypatch, block_bytes):
-    monkeypatch.setattr(torch_ops, "_ADAM_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(torch_ops, "_BLOCK_BYTES", block_bytes)
     test_on_the_sphere_it_is_project_adam_normalize("cpu")
 
 

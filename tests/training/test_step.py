@@ -23,7 +23,7 @@ def make(**options):
     mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 1)))
     settings = {"dead_tokens": 100, "k_aux": 4, "aux_weight": 1 / 32} | options
     state = TrainState(mlsae, schedule=lambda tokens: 0.0, **settings)
-    state.initialize(*init_stats(mlsae, [residuals(99)]))
+    state.initialize(*init_stats(mlsae, [residuals(99)])[:2])
     return state
 
 
@@ -80,11 +80,13 @@ def test_the_first_median_needs_bounded_memory(monkeypatch):
     """It is of the first tokens, however the batch is split; the moments are of all."""
     monkeypatch.setattr(init, "_MEDIAN_VECTORS", 2 * 20)
     mlsae, x = MLSAE(MLSAEConfig(D, M, K, (0, 1))), residuals(0)
-    moments, whole = init_stats(mlsae, [x])
-    _, split = init_stats(mlsae, x.split(7, dim=1))
+    moments, whole, vectors = init_stats(mlsae, [x])
+    _, split, parts = init_stats(mlsae, x.split(7, dim=1))
     torch.testing.assert_close(whole, split)
     standard = mlsae.standardize(x[:, :20])[0].flatten(0, 1)
     assert torch.equal(whole, geometric_median(standard))
+    assert torch.equal(vectors, standard)
+    assert torch.equal(parts.sort(0).values, standard.sort(0).values)
     assert moments.n_tokens == N
 
 
@@ -139,7 +141,7 @@ def test_aux_revives_dead_latents():
         state = TrainState(
             mlsae, schedule=lambda _: 3e-3, dead_tokens=8 * N, k_aux=16, aux_weight=aux_weight
         )
-        state.initialize(*init_stats(mlsae, [sparse_residuals()]))
+        state.initialize(*init_stats(mlsae, [sparse_residuals()])[:2])
         with torch.no_grad():
             mlsae.sae.W_enc[:20] *= 1e-2
         for _ in range(200):

@@ -1,0 +1,44 @@
+"""Which optimizer trains which weight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sparse_topk import NorMuon, SparseTopKSAE, UnitNormAdam
+from sparse_topk.shadows import Shadows
+
+
+class Optimizers(NamedTuple):
+    """The optimizer of each weight, by the names of `--optimizer`; biases have Adam."""
+
+    encoder: str = "adam"
+    decoder: str = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = None
+
+    def of(self, sae: SparseTopKSAE, shadows: Shadows) -> UnitNormAdam:
+        """The optimizer of an SAE, which also writes `shadows`."""
+        rest, decoder = sae.parameter_groups()
+        if "normuon" not in (self.encoder, self.decoder):
+            return UnitNormAdam(
+                [rest, decoder],
+                betas=self.betas,
+                max_grad_norm=self.max_grad_norm,
+                total_norm=sae.total_norm,
+                shadows=shadows,
+            )
+        return NorMuon(
+            [
+                {**rest, "orthogonal": self.encoder == "normuon"},
+                {**decoder, "orthogonal": self.decoder == "normuon"},
+            ],
+            betas=self.betas,
+            max_grad_norm=self.max_grad_norm,
+            total_norm=sae.total_norm,
+            shadows=shadows,
+            sum_rows=sae.sum_over_rows,
+        )
+
+
+ADAM = Optimizers()
+"""Adam for all of them."""

@@ -1,0 +1,212 @@
+"""Train SAEs of many settings side by side on the built-in model's residuals, and measure each on
+two slices of held-out text: one to choose by, one to report.
+
+    python -m scripts.study results.jsonl --tokens 400000 --optimizer adam normuon --factor 1 2 4
+    python -m scripts.study results.jsonl --n_latents 768 3072 12288 --k 32 --factor 2 --seed 0 1
+
+Every combination of the values given is a cell. The cells of one call see the same batches, from
+one pass of the transformer; each is trained by the code that `python -m mlsae.train` runs, so its
+figures are what that program would reach. `--factor` multiplies the law of the peak rate,
+
+    2e-4 / √(n_latents / 2¹⁴) · (10⁹ / tokens)^0.32
+
+A line of JSON for each cell is appended to the file: settings, FVU (mean over layers, and per
+layer) on both slices, the share of latents that are never active on either, L0. Cells that the file
+has are not run again, so that a study that was stopped goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mlsae.config import SAEConfig, TrainConfig
+from mlsae.data.config import DataConfig
+from mlsae.data.stream import DataStream, read_shape
+from mlsae.errors import NonFiniteError
+from mlsae.training.init import fit_scale_, init_stats, mlsae_config
+from mlsae.training.loop import train_step
+from mlsae.training.run import new_state
+from mlsae.training.state import TrainState
+from mlsae.training.validation import validate
+from sparse_topk import keep_freed_memory
+
+SLICE_TOKENS = 32_768
+MICRO_TOKENS = 2048
+
+Cell = dict[str, Any]
+"""The settings that tell one training from another, by the names of the arguments."""
+
+
+def cells_of(arguments: argparse.Namespace) -> list[Cell]:
+    """Every combination of the values that the command line gives."""
+    names = ("tokens", "batch_tokens", *_LISTS)
+    columns = [getattr(arguments, name) for name in names[2:]]
+    fixed = (arguments.tokens, arguments.batch_tokens)
+    return [dict(zip(names, (*fixed, *values), strict=True)) for values in product(*columns)]
+
+
+def config_of(cell: Cell) -> TrainConfig:
+    """The settings of a training, as `mlsae.train` takes them."""
+    config = TrainConfig(
+        DataConfig(model=cell["model"]),
+        tokens=cell["tokens"],
+        batch_tokens=cell["batch_tokens"],
+        micro_tokens=MICRO_TOKENS,
+        optimizer=cell["optimizer"],
+        decoder_optimizer=cell["decoder_optimizer"],
+        betas=tuple(float(beta) for beta in cell["betas"].split(",")),
+        decay=cell["decay"],
+        warmup=cell["warmup"],
+        seed=cell["seed"],
+        sae=SAEConfig(
+            n_latents=cell["n_latents"], k=cell["k"], init=cell["init"],
+            aux_weight=cell["aux_weight"],
+        ),
+    )  # fmt: skip
+    law = 2e-4 / math.sqrt(cell["n_latents"] / 2**14) * (1e9 / cell["tokens"]) ** 0.32
+    return replace(config, lr=cell["factor"] * law)
+
+
+def start(cells: list[Cell], stream: DataStream, first: Tensor) -> list[TrainState]:
+    """The SAEs of all cells, as they are before the first step on the rows `first` (B, T)."""
+    shape = read_shape(stream.config)
+    states = []
+    for cell in cells:
+        config = config_of(cell)
+        states.append(new_state(config, mlsae_config(config, shape), stream, config.tokens))
+    stream.resolve_drop(first)
+    batch = init_stats(states[0].mlsae, stream.residuals(first))
+    for cell, state in zip(cells, states, strict=True):
+        state.initialize(batch.moments, batch.center)
+        if cell["init"] == "fitted":
+            fit_scale_(state.mlsae.sae, batch.vectors)
+    return states
+
+
+def measure(states: list[TrainState], stream: DataStream, heldout: Tensor) -> list[dict[str, Any]]:
+    """The figures of each SAE, on both slices of the held-out rows (B, T)."""
+    mlsaes = [state.mlsae for state in states]
+    slices = heldout.chunk(2)
+    choose, report = (validate(mlsaes, stream.kept_and_dropped(rows)) for rows in slices)
+    figures = []
+    for one, other, state in zip(choose, report, states, strict=True):
+        never = (one.counts + other.counts).sum(1) == 0
+        figures.append(
+            {
+                "fvu_choose": round(one.fvu.mean().item(), 5),
+                "fvu": round(other.fvu.mean().item(), 5),
+                "fvu_layers": [round(value, 4) for value in other.fvu.tolist()],
+                "never_active": round(never.double().mean().item(), 5),
+                "dead": round(state.dead_share(), 5),
+                "l0": round(other.l0.mean().item(), 3),
+            }
+        )
+    return figures
+
+
+def study(cells: list[Cell], path: Path, evals: list[int], save: Path | None) -> None:
+    """Train the cells, and append what comes out to the file at `path`."""
+    config = config_of(cells[0])
+    torch.manual_seed(0)
+    stream = DataStream(
+        config.data, read_shape(config.data), torch.device("cpu"),
+        micro_rows=max(1, MICRO_TOKENS // read_shape(config.data).seq_len), whole=False,
+    )  # fmt: skip
+    heldout = stream.heldout(2 * SLICE_TOKENS)
+    batches = stream.batches(config.batch_tokens // stream.seq_len)
+    rows = next(batches)
+    states = start(cells, stream, rows)
+    started, due = time.time(), sorted(evals)
+    alive = list(range(len(cells)))
+    with tqdm(total=config.tokens, unit=" tokens", unit_scale=True, mininterval=30) as bar:
+        while states[alive[0]].tokens < config.tokens:
+            n_tokens, parts = stream.count(rows), list(stream.masked_residuals(rows))
+            for i in list(alive):  # apart, so that one that diverges does not end the others
+                try:
+                    train_step([states[i]], parts, n_tokens)
+                except NonFiniteError as error:
+                    _append(path, cells[i] | {"error": str(error)})
+                    alive.remove(i)
+            if not alive:
+                return
+            tokens, rows = states[alive[0]].tokens, next(batches)
+            bar.update(n_tokens)
+            done = tokens >= config.tokens
+            if done or (due and tokens >= due[0]):
+                due = [at for at in due if at > tokens]
+                living = [states[i] for i in alive]
+                for i, figures in zip(alive, measure(living, stream, heldout), strict=True):
+                    at = {} if done else {"at": tokens}
+                    seconds = round(time.time() - started)
+                    lr = config_of(cells[i]).lr
+                    _append(path, cells[i] | at | {"lr": lr, "seconds": seconds} | figures)
+    batches.close()
+    if save is not None:
+        for i in alive:
+            name = "-".join(f"{cells[i][key]}" for key in _LISTS if key not in ("model",))
+            states[i].mlsae.save_pretrained(save / name.replace("/", "_"))
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps({k: v for k, v in line.items() if k != "fvu_layers"}), flush=True)
+
+
+_LISTS: dict[str, tuple[type, list[Any]]] = {
+    "model": (str, ["builtin"]),
+    "optimizer": (str, ["normuon"]),
+    "decoder_optimizer": (str, [None]),
+    "betas": (str, ["0.7,0.95"]),
+    "factor": (float, [1.0]),
+    "init": (str, ["fitted"]),
+    "n_latents": (int, [3072]),
+    "k": (int, [32]),
+    "decay": (float, [0.2]),
+    "warmup": (float, [0.01]),
+    "aux_weight": (float, [1 / 32]),
+    "seed": (int, [0]),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Run the program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.study", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("results", type=Path, help="the file to append to, JSON lines")
+    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--batch_tokens", type=int, default=2048)
+    parser.add_argument("--evals", type=int, nargs="*", default=[], help="tokens to measure at too")
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--save", type=Path, help="a folder for the SAEs")
+    for name, (kind, default) in _LISTS.items():
+        parser.add_argument(f"--{name}", type=kind, nargs="+", default=default)
+    given = parser.parse_args(arguments)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    keep_freed_memory()
+    cells = cells_of(given)
+    if given.results.exists():
+        lines = [json.loads(line) for line in given.results.read_text().splitlines()]
+        done = [line for line in lines if "at" not in line]
+        cells = [c for c in cells if not any(c.items() <= line.items() for line in done)]
+    if cells:
+        study(cells, given.results, given.evals, given.save)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
