@@ -134,7 +134,7 @@ def adam_build(d: int | None, clip: bool) -> Build:
         arguments |= {"shadow_ptr": "*bf16", "grad_scale_ptr": "*fp32"}
     else:
         constants |= {"shadow_ptr": None, "grad_scale_ptr": None}
-    block, warps = adam.adam_flat_tile() if d is None else adam.adam_rows_tile(d)
+    block, warps = adam.adam_flat_tile() if d is None else adam.row_tile(d)
     size, width = ("size", "BLOCK") if d is None else ("D", "BLOCK_D")
     vectors = block // (warps * 32 * 4)  # of 16 bytes per thread
     return Build(

@@ -210,7 +210,7 @@ TUNABLES = (
         inputs.aux_residual_work, lambda s, chip: [compiled.aux_residual_build(s.d, _HALF)],
     ),
     Tunable(
-        "adam_rows", adam, "adam_rows_tile", _ROWS, _adam_row_tiles,
+        "adam_rows", adam, "row_tile", _ROWS, _adam_row_tiles,
         inputs.adam_work(unit_norm=True), lambda s, chip: [compiled.adam_build(s.d, clip=True)],
     ),
     Tunable(

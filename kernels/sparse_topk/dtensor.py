@@ -9,6 +9,7 @@ Legend: D inputs, M latents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,6 +69,33 @@ def adam_unit_norm_(
     if split:
         norms = whole(torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64))
         w.div_(norms.where(norms != 0, 1))
+
+
+def check_whole_rows(p: Any) -> None:
+    """Raise ValueError unless every row of the DTensor p (M, D) is held whole, as `NorMuon` needs
+    it."""
+    if not _has_whole_rows(p):
+        raise ValueError(
+            f"NorMuon needs whole rows, and a parameter of shape {tuple(p.shape)} has the "
+            f"placements {p.placements}; shard it by rows, the default of fully_shard, or give its "
+            "group orthogonal=False"
+        )
+
+
+def own_rows(
+    weight: Any, grad: Any, *state: Any
+) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+    """This process's rows of a weight, its gradient and its state; and what adds up a matrix (D, D)
+    over the processes that hold other rows."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    grad = grad.redistribute(weight.device_mesh, weight.placements)
+    placements = [Partial() if p.is_shard() else Replicate() for p in weight.placements]
+
+    def sum_rows(gram: Tensor) -> Tensor:
+        return whole(DTensor.from_local(gram, weight.device_mesh, placements))
+
+    return [t.to_local() for t in (weight, grad, *state)], sum_rows
 
 
 def _has_whole_rows(p: Any) -> bool:

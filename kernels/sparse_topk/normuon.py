@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import dtensor, ops
 from .matmul import product
 from .optim import UnitNormAdam
+from .shadows import is_plain
 
 # The coefficients of Keller Jordan's Muon: after five iterations, singular values from 0.002 to 1
 # of the largest lie between 0.68 and 1.13.
@@ -66,6 +67,9 @@ class NorMuon(UnitNormAdam):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. Raises ValueError as the class does."""
         super().add_param_group({"orthogonal": True, **param_group})
+        for p in self.param_groups[-1]["params"]:
+            if p.ndim == 2 and self.param_groups[-1]["orthogonal"] and not is_plain(p):
+                dtensor.check_whole_rows(p)
 
     def _update(
         self,
@@ -84,14 +88,18 @@ class NorMuon(UnitNormAdam):
             state["exp_avg"] = torch.zeros_like(p)
             state["row_sq"] = torch.zeros_like(p[:, :1])
         state["step"] += 1
+        w, g, m, r = p, grad, state["exp_avg"], state["row_sq"]
+        sum_rows = self.sum_rows
+        if not is_plain(p):
+            (w, g, m, r), sum_rows = dtensor.own_rows(p, grad, m, r)
         beta1, beta2 = group["betas"]
         direction = ops.tangent_momentum_(
-            p, grad, state["exp_avg"], beta=beta1, unit_norm=group["unit_norm"],
+            w, g, m, beta=beta1, unit_norm=group["unit_norm"],
             dtype=self.dtype or p.dtype, grad_scale=grad_scale,
         )  # fmt: skip
-        update = orthogonalize(direction, self.sum_rows)
+        update = orthogonalize(direction, sum_rows)
         ops.apply_rows_(
-            p, update, state["row_sq"],
+            w, update, r,
             lr=_RMS * group["lr"], beta=beta2, bias_correction=1 - beta2 ** state["step"],
             eps=group["eps"], unit_norm=group["unit_norm"], shadow=shadow,
         )  # fmt: skip
@@ -107,8 +115,9 @@ def orthogonalize(x: Tensor, sum_rows: Callable[[Tensor], Tensor] = lambda gram:
 
     Every iterate is x times a polynomial of xᵀx. So the iteration is one of (D, D) matrices, and x
     is multiplied twice, at the start and at the end: 4 M D² FLOP in x's dtype, with sums in float32
-    at least, and what is (D, D) in full precision. If other processes hold other rows, `sum_rows`
-    adds up the (D, D) matrices. A matrix of norm below 1e-18 becomes 0.
+    at least; what is (D, D) is multiplied in float32 at least. In bfloat16, the result differs by
+    less than 1 % of its norm for the gradients of an SAE that trains. If other processes hold other
+    rows, `sum_rows` adds up the (D, D) matrices. A matrix of norm below 1e-18 becomes 0.
     """
     gram = sum_rows(product(x.T, x))
     return torch.mm(x, polar_factor(gram).to(x.dtype))

@@ -17,7 +17,8 @@ class Optimizers(NamedTuple):
     max_grad_norm: float | None = None
 
     def of(self, sae: SparseTopKSAE, shadows: Shadows) -> UnitNormAdam:
-        """The optimizer of an SAE, which also writes `shadows`."""
+        """The optimizer of an SAE. It also writes `shadows`, and NorMuon multiplies in their
+        dtype."""
         rest, decoder = sae.parameter_groups()
         if "normuon" not in (self.encoder, self.decoder):
             return UnitNormAdam(
@@ -37,6 +38,7 @@ class Optimizers(NamedTuple):
             total_norm=sae.total_norm,
             shadows=shadows,
             sum_rows=sae.sum_over_rows,
+            dtype=shadows.dtype,
         )
 
 

@@ -22,13 +22,14 @@ L, N, D, M, K = 2, 61, 8, 49, 4
 SHARDS = [1, 2, 4]  # of the latents, on 4 processes
 
 
-def make(mesh):
+def make(mesh, optimizer="adam"):
     """A trainer with the same initial weights on every mesh."""
     torch.manual_seed(0)
     mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 3)), shards=mesh.latents).double()
     state = TrainState(
         mlsae, schedule=lambda tokens: 1e-2, dead_tokens=100, k_aux=6, aux_weight=1 / 32,
-        optimizers=Optimizers(max_grad_norm=1.0), data=mesh.data, dtype=torch.float64,
+        optimizers=Optimizers(optimizer, optimizer, max_grad_norm=1.0),
+        data=mesh.data, dtype=torch.float64,
     )  # fmt: skip
     with mock.patch.object(init, "_MEDIAN_VECTORS", L * 40):  # of L · 61
         state.initialize(*init_stats(mlsae, mine(residuals(99), mesh), mesh.data)[:2])
@@ -70,10 +71,10 @@ def flat(state, prefix=""):
     return tensors
 
 
-def run(world, shards, seeds, saved=None):
+def run(world, shards, seeds, saved=None, optimizer="adam"):
     """Train, from a saved state if given: rank 0's state, and every process's metrics."""
     mesh = make_mesh(world, torch.device("cpu"), shards, timeout=30) if world.size > 1 else ALONE
-    state = make(mesh)
+    state = make(mesh, optimizer)
     if saved:
         state.load_state_dict(copy.deepcopy(saved))  # processes share what is sent to them
     metrics = train(state, mesh, seeds)

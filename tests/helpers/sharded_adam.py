@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from sparse_topk import SparseTopKSAE, UnitNormAdam
+from sparse_topk import NorMuon, SparseTopKSAE, UnitNormAdam
 
 N, D, M, K = 12, 8, 33, 4  # 33 rows: no two processes of four hold equally many
 ZERO_ROW = 5
@@ -23,6 +23,9 @@ PLACEMENTS = {
     "columns of replicas": ((2, 2), [Replicate(), Shard(1)]),
     "rows and columns": ((2, 2), [Shard(0), Shard(1)]),
 }
+
+
+OPTIMIZERS = {"adam": UnitNormAdam, "normuon": NorMuon}
 
 
 def make():
@@ -41,9 +44,9 @@ def train(sae, optimizer, x, steps):
         optimizer.zero_grad()
 
 
-def alone(steps, max_grad_norm):
+def alone(steps, max_grad_norm, name="adam"):
     sae, x = make()
-    optimizer = UnitNormAdam(sae.parameter_groups(), lr=1e-2, max_grad_norm=max_grad_norm)
+    optimizer = OPTIMIZERS[name](sae.parameter_groups(), lr=1e-2, max_grad_norm=max_grad_norm)
     train(sae, optimizer, x, steps)
     return weights(sae)
 
@@ -63,22 +66,22 @@ def sharded(shape):
     return sae, x.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def fsdp(world, shape, steps, max_grad_norm):
+def fsdp(world, shape, steps, max_grad_norm, name):
     sae, x = sharded(shape)
-    optimizer = UnitNormAdam(sae.parameter_groups(), lr=1e-2, max_grad_norm=max_grad_norm)
+    optimizer = OPTIMIZERS[name](sae.parameter_groups(), lr=1e-2, max_grad_norm=max_grad_norm)
     train(sae, optimizer, x, steps)
     return weights(sae)
 
 
-def fsdp_through_a_checkpoint(world, folder, steps):
+def fsdp_through_a_checkpoint(world, folder, steps, name):
     """Half of the steps, a checkpoint, and the other half from what it holds."""
     first, x = sharded((4,))
-    optimizer = UnitNormAdam(first.parameter_groups(), lr=1e-2)
+    optimizer = OPTIMIZERS[name](first.parameter_groups(), lr=1e-2)
     train(first, optimizer, x, steps // 2)
     model, state = get_state_dict(first, optimizer)
     dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
     second, x = sharded((4,))
-    optimizer = UnitNormAdam(second.parameter_groups(), lr=1e-2)
+    optimizer = OPTIMIZERS[name](second.parameter_groups(), lr=1e-2)
     model, state = get_state_dict(second, optimizer)
     dcp.load({"model": model, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(second, optimizer, model_state_dict=model, optim_state_dict=state)
@@ -86,7 +89,7 @@ def fsdp_through_a_checkpoint(world, folder, steps):
     return weights(second)
 
 
-def given_gradients(world, placed, gradients, max_grad_norm):
+def given_gradients(world, placed, gradients, max_grad_norm, name="adam"):
     """A matrix of unit rows, one of zeros, and a vector, after updates by given gradients; as
     DTensors if `placed`."""
     shape, placements = PLACEMENTS.get(placed, ((), []))
@@ -101,20 +104,20 @@ def given_gradients(world, placed, gradients, max_grad_norm):
     start[ZERO_ROW] = 0
     rows, vector = (torch.nn.Parameter(place(t)) for t in (start, start[0].clone()))
     groups = [{"params": [vector]}, {"params": [rows], "unit_norm": True}]
-    optimizer = UnitNormAdam(groups, lr=1e-2, max_grad_norm=max_grad_norm)
+    optimizer = OPTIMIZERS[name](groups, lr=1e-2, max_grad_norm=max_grad_norm)
     for gradient in gradients[1:]:
         rows.grad, vector.grad = place(gradient), place(gradient[1])
         optimizer.step()
     return [(t.full_tensor() if placements else t).detach() for t in (rows, vector)]
 
 
-def refusal(world, placed):
+def refusal(world, placed, name="adam"):
     """What the optimizer says of a unit_norm parameter with these placements; "" if it takes it."""
     shape, placements = PLACEMENTS[placed]
     rows = torch.nn.functional.normalize(torch.ones(M, D), dim=1)
     rows = distribute_tensor(rows, init_device_mesh("cpu", shape), placements)
     try:
-        UnitNormAdam([torch.nn.Parameter(rows)], unit_norm=True)
+        OPTIMIZERS[name]([torch.nn.Parameter(rows)], unit_norm=True)
     except ValueError as error:
         return str(error)
     return ""

@@ -54,6 +54,17 @@ def test_many_steps_equal_one_process(team, alone, shards):
             assert all(torch.equal(a, b) for a, b in zip(first, weights, strict=True))
 
 
+@pytest.mark.parametrize("shards", SHARDS)
+def test_orthogonalized_steps_equal_one_process(team, shards):
+    """NorMuon's matrices of D × D are sums over all rows of a weight."""
+    expected = run(ALONE.world, 1, range(10), None, "normuon")
+    results = team.run(run, shards, range(10), None, "normuon")
+    assert_same(results[0][1], expected[1], rtol=1e-6, atol=1e-6)
+    half = team.run(run, shards, range(5), None, "normuon")[0][1]
+    resumed = run(ALONE.world, 1, range(5, 10), half, "normuon")[1]
+    assert_same(resumed, expected[1], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("shards", "then"), [(4, 2), (1, 4)])
 def test_training_resumes_with_another_number_of_shards(team, alone, shards, then):
     half = team.run(run, shards, range(15))[0][1]

@@ -16,6 +16,7 @@ from sparse_topk import (
     ops,
     reference,
     torch_ops,
+    torch_optim,
     torch_residuals,
     training_ops,
     triton_ops,
@@ -76,7 +77,7 @@ def test_both_backends_have_the_same_ops():
         name
         for name, value in vars(torch_ops).items()
         if inspect.isfunction(value)
-        and inspect.getmodule(value) in (torch_ops, torch_residuals)
+        and inspect.getmodule(value) in (torch_ops, torch_residuals, torch_optim)
         and name[0] != "_"
     }
     for name in names:
@@ -103,12 +104,14 @@ def test_every_op_goes_through_a_door():
 
 def test_the_optimizer_runs_on_the_backend_of_its_weight(monkeypatch):
     """With every argument passed on, and the names and defaults of `torch_ops`."""
-    door, behind = (
-        inspect.signature(module.adam_unit_norm_).parameters for module in (ops, torch_ops)
-    )
-    assert [(key, p.kind, p.default) for key, p in door.items()] == [
-        (key, p.kind, p.default) for key, p in behind.items()
-    ]
+    for name in ("adam_unit_norm_", "tangent_momentum_", "apply_rows_"):
+        door, behind, triton = (
+            inspect.signature(getattr(module, name)).parameters
+            for module in (ops, torch_ops, triton_ops)
+        )
+        parameters = [(key, p.kind, p.default) for key, p in door.items()]
+        for other in (behind, triton):
+            assert parameters == [(key, p.kind, p.default) for key, p in other.items()]
     received = {}
     monkeypatch.setattr(torch_ops, "adam_unit_norm_", lambda *args, **more: received.update(more))
     settings = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "unit_norm": True}

@@ -33,6 +33,18 @@ def _update(w, g, m, v, step_size, eps, c1, c2):
 
 
 @triton.jit
+def unit_row(w):
+    """w / |w| of one row (D,); a row of zeros stays."""
+    sq_norm = tl.sum(w * w, 0)
+    if (sq_norm < 1e-30) | (sq_norm > 1e30):  # few rows: the squares may underflow or overflow
+        largest = tl.max(tl.abs(w), 0)
+        w /= tl.where(largest > 0, largest, 1.0)
+        sq_norm = tl.sum(w * w, 0)
+        sq_norm = tl.where(sq_norm == 0, 1.0, sq_norm)
+    return w / tl.sqrt(sq_norm)
+
+
+@triton.jit
 def adam_rows_kernel(
     weight_ptr,  # (M, D)
     grad_ptr,  # (M, D)
@@ -61,14 +73,7 @@ def adam_rows_kernel(
         g *= tl.load(grad_scale_ptr).to(ACC_DTYPE)
     g -= tl.sum(g * w, 0) * w
     w, m, v = _update(w, g, m, v, step_size, eps, c1, c2)
-    w = tl.where(mask_d, w, 0.0)  # beyond D, 0 / 0 if eps is 0
-    sq_norm = tl.sum(w * w, 0)
-    if (sq_norm < 1e-30) | (sq_norm > 1e30):  # few rows: the squares may underflow or overflow
-        largest = tl.max(tl.abs(w), 0)
-        w /= tl.where(largest > 0, largest, 1.0)
-        sq_norm = tl.sum(w * w, 0)
-        sq_norm = tl.where(sq_norm == 0, 1.0, sq_norm)  # a row of zeros stays
-    w /= tl.sqrt(sq_norm)
+    w = unit_row(tl.where(mask_d, w, 0.0))  # beyond D, 0 / 0 if eps is 0
     tl.store(weight_ptr + offs, w.to(weight_ptr.dtype.element_ty), mask_d)
     tl.store(exp_avg_ptr + offs, m.to(exp_avg_ptr.dtype.element_ty), mask_d)
     tl.store(exp_avg_sq_ptr + offs, v.to(exp_avg_sq_ptr.dtype.element_ty), mask_d)
@@ -141,7 +146,7 @@ def adam_unit_norm_(
     with torch.cuda.device_of(weight):
         if unit_norm:
             m, d = weight.shape
-            block, warps = adam_rows_tile(d)
+            block, warps = row_tile(d)
             adam_rows_kernel[m,](*tensors, d, *scalars, block, sum_type(weight), num_warps=warps)
         else:
             size = weight.numel()
@@ -154,7 +159,7 @@ def adam_unit_norm_(
             torch.autograd.graph.increment_version(written)
 
 
-def adam_rows_tile(d: int) -> tuple[int, int]:
+def row_tile(d: int) -> tuple[int, int]:
     """Columns and warps of one program: a whole row, 8 columns per thread. Beyond D = 8192 they are
     more, and registers spill."""
     block = triton.next_power_of_2(d)
