@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 
-from sparse_topk.triton_ops import adam, keep_topk, precision, residual, sparse
+from sparse_topk.triton_ops import adam, keep_topk, normuon, precision, residual, sparse
 
 from . import compiled_encode, compiled_residuals
 from .compiled_build import Build, Compiled, compile_for, violations
@@ -124,6 +124,42 @@ def aux_residual_build(d: int, dtype: torch.dtype) -> Build:
     )
 
 
+def normuon_builds(d: int) -> list[Build]:
+    """Both passes of NorMuon on rows of D float32 weights of norm 1, with clipping and shadow."""
+    block, warps = adam.row_tile(d)
+    vectors = block // (warps * 32 * 4)  # of 16 bytes per thread
+    constants = {"BLOCK_D": block, "ACC_DTYPE": precision.sum_type(), "UNIT_NORM": True}
+    passes: list[tuple[Any, dict[str, str], int, int]] = [
+        (
+            normuon.tangent_momentum_kernel,
+            {"grad_ptr": "*fp32", "exp_avg_ptr": "*fp32", "direction_ptr": "*bf16"}
+            | {"grad_scale_ptr": "*fp32", "beta": "fp32", "rest": "fp32"},
+            3 * vectors,
+            vectors,
+        ),
+        (
+            normuon.apply_rows_kernel,
+            {"update_ptr": "*bf16", "row_sq_ptr": "*fp32", "shadow_ptr": "*bf16"}
+            | dict.fromkeys(("lr", "rest", "bias_correction", "eps"), "fp32"),
+            vectors,
+            vectors,
+        ),
+    ]
+    return [
+        Build(
+            f"{kernel.fn.__name__.removesuffix('_kernel')} D={d}",
+            kernel,
+            {"weight_ptr": "*fp32", "D": "i32"} | arguments,
+            constants,
+            num_warps=warps,
+            divisible=("D",),
+            needs={"wide_loads": loads, "wide_stores": stores},
+            allows={"narrow_loads": 1},
+        )
+        for kernel, arguments, loads, stores in passes
+    ]
+
+
 def adam_build(d: int | None, clip: bool) -> Build:
     """Adam on rows of D float32 weights, or without the unit norm if D is None. With `clip`, the
     gradient is scaled by a factor, and a bfloat16 shadow is written."""
@@ -167,6 +203,9 @@ BUILDS += [
     adam_build(2048, clip=False),
     adam_build(2048, clip=True),
     adam_build(8192, clip=True),
+    *normuon_builds(512),
+    *normuon_builds(2048),
+    *normuon_builds(8192),
 ]
 
 

@@ -94,6 +94,25 @@ def adam(s: ProblemShape) -> Cost:
     return Cost(15 * s.m * s.d, 28 * s.m * s.d)
 
 
+def tangent_momentum(s: ProblemShape, e: int, unit_norm: bool) -> Cost:
+    """NorMuon's momentum of a float32 weight (M, D): reads gradient and moment, and the weight with
+    `unit_norm`; writes the moment, and a direction of e bytes."""
+    return Cost(10 * s.m * s.d, (16 if unit_norm else 12) * s.m * s.d + e * s.m * s.d)
+
+
+def apply_rows(s: ProblemShape, e: int) -> Cost:
+    """NorMuon's step of a float32 weight (M, D), by an update of e bytes: reads both, writes the
+    weight; reads and writes a number per row."""
+    return Cost(8 * s.m * s.d, (8 + e) * s.m * s.d + 8 * s.m)
+
+
+def normuon(s: ProblemShape, e: int, unit_norm: bool) -> Cost:
+    """NorMuon's update of a float32 weight (M, D): 4 M D² FLOPs in e bytes, which read the
+    direction twice and write the update. What is (D, D) is left out."""
+    products = Cost(4 * s.m * s.d**2, 3 * e * s.m * s.d)
+    return tangent_momentum(s, e, unit_norm) + products + apply_rows(s, e)
+
+
 def encode_backward(s: ProblemShape, e: int) -> Cost:
     """The gradient of W_enc: one `scatter_outer`."""
     return scatter_outer(s, e)
@@ -150,15 +169,18 @@ def aux(s: ProblemShape, e: int) -> tuple[Cost, ...]:
     return down, keep_topk(s, e), up, aux_residual(s, e), down, masked, weights, weights
 
 
-def training_step(t: TrainShape, e: int) -> tuple[Cost, ...]:
+def training_step(t: TrainShape, e: int, optimizer: str = "adam") -> tuple[Cost, ...]:
     """What a training step of an MLSAE must do, with weights and gradients in float32, copies of
-    the weights in e bytes, and residuals in e bytes: one part of a batch, then the optimizer."""
+    the weights in e bytes, and residuals in e bytes: one part of a batch, then the optimizer of
+    both weights."""
     s = t.encode
     copies = Cost(0, 2 * e * s.m * s.d)  # of both weights, written by the optimizer
     wide = Cost(0, (4 - e) * s.m * s.d)  # gradients are in float32
     parts = [standardize(s, e), topk_encode(s, e), decode_error(s, e), gather_dot(s, e)]
     parts += [csc_by_latent(s), scatter_outer(s, e) + wide, scatter_outer(s, e) + wide]
-    parts += [sum_by_latent(s, e), adam(s), adam(s), copies]
+    parts += [sum_by_latent(s, e), copies]
+    orthogonal = [normuon(s, e, unit_norm) for unit_norm in (False, True)]
+    parts += orthogonal if optimizer == "normuon" else [adam(s), adam(s)]
     if t.dead:
         parts += aux(s._replace(m=t.dead, k=min(t.k_aux, t.dead)), e)
     return tuple(parts)

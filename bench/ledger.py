@@ -1,6 +1,6 @@
 """Count the launches of a training step, and the bytes that it reads and writes, without a GPU.
 
-    python -m bench.ledger        a table for each of the three training steps
+    python -m bench.ledger        a table for each training step, with Adam and with NorMuon
 
 The trainer's own code runs on fake tensors, which have shapes and no data. Calls of this package's
 ops take the Triton backend, whose kernels are counted instead of launched: an op's launches are
@@ -225,10 +225,10 @@ def counting(n_latents: int = 0, dead: int = 0) -> Iterator[Ledger]:
         yield ledger
 
 
-def count_step(shape: TrainShape) -> Ledger:
-    """The ledger of one training step."""
+def count_step(shape: TrainShape, optimizer: str = "adam") -> Ledger:
+    """The ledger of one training step with the optimizer of that name."""
     with counting(shape.m, shape.dead) as ledger:
-        training = Training(shape, torch.device("cpu"))
+        training = Training(shape, torch.device("cpu"), optimizer=optimizer)
         with ledger:
             training.step()  # makes what later steps keep
             training.kill()
@@ -237,14 +237,14 @@ def count_step(shape: TrainShape) -> Ledger:
     return ledger
 
 
-def must_move(shape: TrainShape) -> float:
+def must_move(shape: TrainShape, optimizer: str = "adam") -> float:
     """Bytes that the step must read and write: the sum over its ops."""
-    return sum(cost.bytes for cost in costs.training_step(shape, 2))
+    return sum(cost.bytes for cost in costs.training_step(shape, 2, optimizer))
 
 
-def describe(shape: TrainShape, ledger: Ledger) -> str:
+def describe(shape: TrainShape, ledger: Ledger, optimizer: str = "adam") -> str:
     """The table of a step, its largest lines first."""
-    total, must = ledger.total(), must_move(shape)
+    total, must = ledger.total(), must_move(shape, optimizer)
     bare = costs.topk_encode(shape.encode, 2).flop / PRODUCT
     rows = [
         [name, str(x.calls), str(x.launches), f"{x.bytes / 1e6:,.0f}", f"{1e3 * x.seconds:.2f}"]
@@ -255,7 +255,7 @@ def describe(shape: TrainShape, ledger: Ledger) -> str:
     sizes = f"L {s.layers}, N {s.n:,}, D {s.d}, M {s.m}, K {s.k}"
     return "\n".join(
         [
-            f"## {shape.name}: {sizes}",
+            f"## {shape.name}: {sizes}, {optimizer}",
             f"{total.launches} launches, {total.waits} waits; {total.bytes / 1e9:.2f} GB, "
             f"{total.bytes / must:.2f} times the {must / 1e9:.2f} that must move; "
             f"{1e3 * total.seconds:.2f} ms modelled, {total.seconds / bare:.2f} times the product",
@@ -272,7 +272,9 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.parse_args()
     for shape in TRAININGS["cuda"]:
-        print(describe(shape, count_step(shape)), flush=True)
+        for optimizer in ("adam", "normuon"):
+            ledger = count_step(shape, optimizer)
+            print(describe(shape, ledger, optimizer), flush=True)
 
 
 if __name__ == "__main__":

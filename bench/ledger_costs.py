@@ -87,6 +87,18 @@ def _adam(a: Arguments) -> Moved:
     return Moved(2 * a["weight"].nbytes + a["grad"].nbytes + moments + shadow)
 
 
+def _tangent_momentum(a: Arguments) -> Moved:
+    (m, d), e = a["weight"].shape, a["dtype"].itemsize
+    cost = costs.tangent_momentum(_shape(0, 0, d, m), e, a["unit_norm"])
+    return Moved(cost.bytes)
+
+
+def _apply_rows(a: Arguments) -> Moved:
+    (m, d), shadow = a["weight"].shape, 0 if a.get("shadow") is None else a["shadow"].nbytes
+    cost = costs.apply_rows(_shape(0, 0, d, m), a["update"].element_size())
+    return Moved(cost.bytes + shadow)
+
+
 def _standardize(a: Arguments) -> Moved:
     x, e = a["x"], a["dtype"].itemsize
     s = _shape(x[..., 0].numel(), 0, x.shape[-1], 0)
@@ -146,6 +158,8 @@ OPS: dict[str, Callable[[Arguments], Moved]] = {
     "scatter_outer": _scatter_outer,
     "sum_by_latent": _sum_by_latent,
     "adam_unit_norm_": _adam,
+    "apply_rows_": _apply_rows,
+    "tangent_momentum_": _tangent_momentum,
     "standardize": _standardize,
     "decode_backward": _decode_backward,
     "decode_error": _decode_error,

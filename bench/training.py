@@ -12,6 +12,7 @@ from mlsae.data.stream import Residuals
 from mlsae.model import MLSAE, MLSAEConfig
 from mlsae.training.gradients import forward_backward
 from mlsae.training.loop import train_step
+from mlsae.training.optimizers import Optimizers
 from mlsae.training.state import TrainState
 
 from .shapes import TrainShape
@@ -24,7 +25,11 @@ class Training:
     them. Weights are float32; the SAE computes in `dtype`."""
 
     def __init__(
-        self, shape: TrainShape, device: torch.device, dtype: torch.dtype = torch.bfloat16
+        self,
+        shape: TrainShape,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        optimizer: str = "adam",
     ) -> None:
         torch.manual_seed(0)
         self.shape = shape
@@ -35,6 +40,7 @@ class Training:
             dead_tokens=_DEAD_TOKENS,
             k_aux=shape.k_aux,
             aux_weight=1 / 32,
+            optimizers=Optimizers(optimizer, optimizer),
             dtype=dtype,
         )
         x = torch.randn(shape.layers, shape.n, shape.d, device=device, dtype=dtype)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from sparse_topk import triton_ops
-from sparse_topk.triton_ops import adam, decode, keep_topk, residual, sparse, standardization
+from sparse_topk.triton_ops import (
+    adam,
+    decode,
+    keep_topk,
+    normuon,
+    residual,
+    sparse,
+    standardization,
+)
 from sparse_topk.triton_ops.topk import encode, product, select
 
 from .shapes import ProblemShape
@@ -112,3 +120,18 @@ def adam_work(unit_norm: bool) -> Callable[[ProblemShape, torch.device], Work]:
         )  # fmt: skip
 
     return prepare
+
+
+def normuon_work(s: ProblemShape, device: torch.device) -> Work:
+    """Both passes, without the products between them."""
+    weight, grad, m = (torch.rand(s.m, s.d, device=device) for _ in range(3))
+    row_sq, update = torch.ones(s.m, 1, device=device), _random(s.m, s.d, device=device)
+
+    def work() -> None:
+        normuon.tangent_momentum_(weight, grad, m, beta=0.5, unit_norm=True, dtype=_dtype(device))
+        normuon.apply_rows_(
+            weight, update, row_sq,
+            lr=1e-4, beta=0.95, bias_correction=1.0, eps=1e-8, unit_norm=True,
+        )  # fmt: skip
+
+    return work

@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from sparse_topk.triton_ops import adam, decode, keep_topk, residual, sparse, standardization
+from sparse_topk.triton_ops import (
+    adam,
+    decode,
+    keep_topk,
+    normuon,
+    residual,
+    sparse,
+    standardization,
+)
 from sparse_topk.triton_ops.topk import encode, product, select
 
 from . import compiled, compiled_encode, compiled_residuals
@@ -212,6 +220,10 @@ TUNABLES = (
     Tunable(
         "adam_rows", adam, "row_tile", _ROWS, _adam_row_tiles,
         inputs.adam_work(unit_norm=True), lambda s, chip: [compiled.adam_build(s.d, clip=True)],
+    ),
+    Tunable(
+        "normuon", normuon, "row_tile", _ROWS, _adam_row_tiles, inputs.normuon_work,
+        lambda s, chip: compiled.normuon_builds(s.d),
     ),
     Tunable(
         "adam_flat", adam, "adam_flat_tile", _ROWS[1:],

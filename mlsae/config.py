@@ -261,6 +261,9 @@ def check_config(config: TrainConfig) -> None:
         raise InputError("--overwrite and --resume exclude each other; give one of them")
     if config.moved and not config.resume:
         raise InputError("--moved is for a run that is resumed; give it with --resume only")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        given = " ".join(map(str, config.betas))
+        raise InputError(f"--betas must be in [0, 1), got {given}")
     for name in ("warmup", "decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise InputError(f"--{name} must be in [0, 1], got {getattr(config, name)}")

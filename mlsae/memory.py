@@ -20,29 +20,38 @@ _AUX_BYTES = 2**30  # the limit on what AuxK holds at a time
 
 
 def estimate(
-    configs: Sequence[MLSAEConfig], micro_tokens: int, dtype: torch.dtype, shards: int = 1
+    configs: Sequence[MLSAEConfig],
+    micro_tokens: int,
+    dtype: torch.dtype,
+    shards: int = 1,
+    optimizers: Sequence[str] = ("adam", "adam"),
 ) -> int:
     """Bytes that training takes at its peak in one process, without the transformer's weights.
 
-    Weights, gradients and Adam's two moments take 16 B per parameter, of all SAEs that train side
-    by side, and a copy of the weights in a compute dtype other than float32 its own. The rest is
-    held for one SAE at a time, so the largest counts. Of the L · micro_tokens vectors of a part,
-    each has 60 B for each of its K selections, and about 12 float32 copies of its D elements: so
-    many in validation, and fewer in a step. To that come the encoder's and AuxK's workspaces.
+    `optimizers` are the names of those of W_enc and W_dec. Weights, gradients and Adam's two
+    moments take 16 B per parameter, of all SAEs that train side by side; with NorMuon, which has
+    one, 12. A copy of the weights in a compute dtype other than float32 comes to that. The rest is
+    held for one SAE at a time, so the largest counts. While a matrix is orthogonalized, its
+    direction and its update are held in the compute dtype, and the activations are not. Of the
+    L · micro_tokens vectors of a part, each has 60 B for each of its K selections, and about 12
+    float32 copies of its D elements: so many in validation, and fewer in a step. To that come the
+    encoder's and AuxK's workspaces.
 
     With `shards` of the latents, a process holds its part of the parameters and of the scores, and
     another 40 B for each selection, which the shards make together. At the start it holds one
     weight matrix of the largest SAE as a whole, for a moment.
     """
     parameters = [2 * config.n_latents * config.d_in / shards for config in configs]
-    per_parameter = 16 + (0 if dtype == torch.float32 else dtype.itemsize)
+    moments = sum(1 if name == "normuon" else 2 for name in optimizers) / len(optimizers)
+    per_parameter = 8 + 4 * moments + (0 if dtype == torch.float32 else dtype.itemsize)
     vectors = len(configs[0].layers) * micro_tokens
     n_latents, k = max(c.n_latents for c in configs), max(c.k for c in configs)
     scores = vectors * n_latents / shards
     workspace = min(_KEY_BYTES, scores / 4) + min(_AUX_BYTES, 2 * dtype.itemsize * scores)
     selection = 60 if shards == 1 else 100
     activations = vectors * (48 * configs[0].d_in + selection * k)
-    running = per_parameter * sum(parameters) + activations + workspace
+    update = 2 * dtype.itemsize * max(parameters) / 2 if "normuon" in optimizers else 0
+    running = per_parameter * sum(parameters) + max(activations + workspace, update)
     starting = 8 * sum(parameters) + 4 * n_latents * configs[0].d_in
     return math.ceil(max(running, starting))
 

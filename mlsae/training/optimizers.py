@@ -7,6 +7,8 @@ from typing import NamedTuple
 from sparse_topk import NorMuon, SparseTopKSAE, UnitNormAdam
 from sparse_topk.shadows import Shadows
 
+from ..config import TrainConfig
+
 
 class Optimizers(NamedTuple):
     """The optimizer of each weight, by the names of `--optimizer`; biases have Adam."""
@@ -44,3 +46,9 @@ class Optimizers(NamedTuple):
 
 ADAM = Optimizers()
 """Adam for all of them."""
+
+
+def optimizers_of(config: TrainConfig) -> Optimizers:
+    """Those that `config` asks for."""
+    decoder = config.decoder_optimizer or config.optimizer
+    return Optimizers(config.optimizer, decoder, config.betas, config.max_grad_norm)

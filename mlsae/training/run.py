@@ -32,7 +32,7 @@ from .init import draw_linear_, fit_scale_, init_stats, mlsae_config
 from .init_from import check_fits, has_bias, load_initial, set_weights
 from .inputs import Fingerprints, fingerprints
 from .loop import TrainLoop
-from .optimizers import Optimizers
+from .optimizers import optimizers_of
 from .previous import replacing_run
 from .run_dir import (
     PUSHED_FILES,
@@ -274,7 +274,7 @@ def _memory_needed(
             f"--shard_latents must be at most {fewest} (the number of latents), got {shards}"
         )
     dtype = _compute_dtype(config, device)
-    return estimate(saes, micro_tokens, dtype, shards)
+    return estimate(saes, micro_tokens, dtype, shards, optimizers_of(config)[:2])
 
 
 def new_state(
@@ -298,12 +298,7 @@ def new_state(
         dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(first_tokens / 10)),
         k_aux=_k_aux(config, sae.d_in),
         aux_weight=config.sae.aux_weight,
-        optimizers=Optimizers(
-            config.optimizer,
-            config.decoder_optimizer or config.optimizer,
-            config.betas,
-            config.max_grad_norm,
-        ),
+        optimizers=optimizers_of(config),
         dtype=_compute_dtype(config, stream.device),
         data=stream.mesh.data,
         name=str(config.out),

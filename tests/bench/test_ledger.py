@@ -10,7 +10,7 @@ from bench import costs
 from bench.ledger import count_step, counting, describe, must_move
 from bench.ledger_costs import OPS
 from bench.shapes import TRAININGS, ProblemShape, TrainShape
-from sparse_topk import UnitNormAdam, ops
+from sparse_topk import NorMuon, UnitNormAdam, ops
 
 LAUNCHES = {False: 40, True: 80}
 """Of a training step with one part of a batch, without dead latents and with some."""
@@ -122,6 +122,20 @@ def test_a_plain_function_is_counted_too():
 
     lines = counted(step, floats(M, D))
     assert lines["adam_unit_norm_"].bytes == costs.adam(S).bytes
+
+
+def test_normuon_is_counted_by_its_passes_and_products():
+    def step(weight):
+        optimizer = NorMuon([weight], unit_norm=True, dtype=HALF)
+        weight.grad = torch.empty_like(weight)
+        optimizer.step()
+
+    lines = counted(step, floats(M, D))
+    assert lines["tangent_momentum_"].bytes == costs.tangent_momentum(S, 2, unit_norm=True).bytes
+    assert lines["apply_rows_"].bytes == costs.apply_rows(S, 2).bytes
+    assert lines["torch mm"].calls >= 2
+    must = costs.normuon(S, 2, unit_norm=True).bytes
+    assert must == M * D * (16 + 2 + 3 * 2 + 8 + 2) + 8 * M  # by hand
 
 
 def test_a_wait_for_the_device_is_counted():

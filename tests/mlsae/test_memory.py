@@ -19,6 +19,18 @@ def test_the_estimate_counts_weights_gradients_and_moments():
     assert half == pytest.approx(18 * weights, rel=0.01)
 
 
+def test_an_optimizer_with_one_moment_needs_less():
+    """12 bytes for each of the 2 · M · D weights, and one matrix's direction and update."""
+    weights = 2 * 512 * 32768
+    one = memory.estimate([CONFIG], 1, torch.float32, optimizers=("normuon", "adam"))
+    assert one == pytest.approx(14 * weights + 8 * weights / 2, rel=0.01)
+    both = memory.estimate([CONFIG], 1, torch.bfloat16, optimizers=("normuon", "normuon"))
+    assert both == pytest.approx(14 * weights + 4 * weights / 2, rel=0.01)
+    many = (16384, torch.float32, 1)  # a direction takes less than their activations
+    adam, normuon = (memory.estimate([CONFIG], *many, (name, name)) for name in ("adam", "normuon"))
+    assert adam - normuon == 4 * weights
+
+
 def test_each_sae_adds_its_weights_and_the_largest_its_activations():
     smaller = MLSAEConfig(d_in=512, n_latents=8192, k=32, layers=CONFIG.layers)
     both = memory.estimate([CONFIG, smaller], 16384, torch.float32)

@@ -19,13 +19,17 @@ def test_settings_have_the_names_of_the_flags():
     assert settings["layers"] == [0, 2]
     assert settings["sae"]["k"] == 8
     flags = {f"--{name}" for name in settings if name not in ("model", "dataset", "sae")}
-    values = {"--layers": ["0", "2"], "--log": ["wandb"]}
+    values = {"--layers": ["0", "2"], "--log": ["wandb"], "--decoder_optimizer": ["adam"]}
     for flag in sorted(flags - {"--overwrite", "--resume", "--moved", "--trust_remote_code"}):
         value = settings[flag.removeprefix("--")]
-        given = values.get(flag, [str(value)] if value not in (None, []) else ["1"])
+        given = values.get(flag, _words(value) if value not in (None, []) else ["1"])
         if flag.startswith("--model_") or flag == "--push_to_hub":
             continue  # names, tried elsewhere
         assert parse([flag, *given]), flag
+
+
+def _words(value):
+    return list(map(str, value)) if isinstance(value, list) else [str(value)]
 
 
 def test_one_sae_is_a_sweep_of_one():

@@ -1,0 +1,112 @@
+"""The first weights: the encoder's scale from the first batch, and the paper's initialization.
+
+Legend: L layers, N tokens, D inputs, M latents, K active latents per token.
+"""
+
+import pytest
+import torch
+
+from mlsae import MLSAE
+from mlsae.data.stream import Shape
+from mlsae.distributed import make_mesh
+from mlsae.model import MLSAEConfig
+from mlsae.sharding import ShardedSAE
+from mlsae.train import parse
+from mlsae.training.init import draw_linear_, fit_scale_, mlsae_config
+from sparse_topk import SparseTopKSAE
+
+N, D, M, K = 50, 12, 42, 5
+
+
+def make(sae_class=SparseTopKSAE, *group, seed=0):
+    torch.manual_seed(seed)
+    sae = sae_class(D, M, K, *group, **({} if group else {"bias": False})).double()
+    with torch.no_grad():
+        sae.b_dec.copy_(torch.linspace(-1, 1, D))
+    return sae
+
+
+def vectors(n=N):
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.logspace(0, -1, D, dtype=torch.float64)
+    return torch.randn(n, D, generator=generator, dtype=torch.float64) * scale
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_other_scale_of_the_encoder_reconstructs_better(bias):
+    torch.manual_seed(0)
+    sae, x = SparseTopKSAE(D, M, K, bias=bias).double(), vectors().view(2, -1, D)
+    with torch.no_grad():
+        sae.b_dec.normal_()
+        if bias:
+            sae.b_enc.normal_(std=0.1)
+    before = sae.encode(x).indices
+
+    def error(scale=1.0):
+        with torch.no_grad():
+            values, indices = sae.encode(x)
+            return (sae.decode(type(sae.encode(x))(values * scale, indices)) - x).square().sum()
+
+    unfitted = error()
+    assert sae.fit_scale_(x) is sae
+    assert error() < 0.9 * unfitted
+    assert error() <= min(error(0.999), error(1.001))
+    assert torch.equal(sae.encode(x).indices, before), "the same latents stay active"
+    weights = sae.W_enc.clone()
+    torch.testing.assert_close(sae.fit_scale_(x).W_enc, weights)  # it is fitted
+
+
+def test_what_has_no_scale_is_left_as_it_is():
+    sae = SparseTopKSAE(D, M, K)
+    weights = sae.W_enc.clone()
+    sae.fit_scale_(torch.zeros(3, D))
+    assert torch.equal(sae.W_enc, weights)
+    with pytest.raises(ValueError, match="must be finite, got the sums nan"):
+        sae.fit_scale_(torch.full((3, D), torch.nan))
+    assert torch.equal(sae.W_enc, weights)
+
+
+def fitted_by_shards(world, shards):
+    mesh = make_mesh(world, torch.device("cpu"), shards, timeout=30)
+    sae = make(ShardedSAE, mesh.latents)
+    own = vectors().tensor_split(mesh.data.size)[mesh.data.rank]
+    fit_scale_(sae, own, mesh.data)
+    return sae.rows.start, sae.W_enc.detach()
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_several_processes_fit_the_scale_of_one(team, shards, monkeypatch):
+    """By shards of the latents and by tokens."""
+    alone = make()
+    fit_scale_(alone, vectors())
+    if shards == 1:
+        monkeypatch.setattr("mlsae.training.init._VECTORS_AT_ONCE", 7)
+        parts = make()
+        fit_scale_(parts, vectors())
+        torch.testing.assert_close(parts.W_enc, alone.W_enc)
+        return
+    for start, W_enc in team.run(fitted_by_shards, shards):
+        torch.testing.assert_close(W_enc, alone.W_enc[start : start + len(W_enc)])
+
+
+def test_the_papers_encoder_is_linears_own():
+    """Kaiming's with a = √5 is uniform in ±1/√D (torch.nn.Linear), so rows have norms near 1/√3."""
+    config = MLSAEConfig(64, 2000, K, (0,))
+    torch.manual_seed(0)
+    sae = MLSAE(config).sae
+    draw_linear_(sae)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 2000, bias=False)
+    assert sae.W_enc.abs().max() <= 1 / 8
+    torch.testing.assert_close(sae.W_enc.std(), linear.weight.std(), rtol=0.02, atol=0)
+    torch.testing.assert_close(sae.W_enc.norm(dim=1).mean().item(), 3**-0.5, rtol=0.01, atol=0)
+    torch.testing.assert_close(sae.W_dec, torch.nn.functional.normalize(sae.W_enc, dim=1))
+
+
+def test_the_papers_preset_is_the_papers():
+    (paper,) = parse(["--preset", "paper"])
+    assert (paper.optimizer, paper.decoder_optimizer, paper.betas) == ("adam", None, (0.9, 0.999))
+    assert paper.sae.init == "linear"
+    assert mlsae_config(paper, Shape(8, (0,), 4)).n_latents == 512
+    (default,) = parse([])
+    assert (default.optimizer, default.sae.init) == ("normuon", "fitted")
