@@ -107,18 +107,19 @@ class TrainSettings:
     """Tokens held in memory at a time; bounds memory and changes nothing else. None: a whole
     batch."""
     lr: float | None = None
-    """Peak learning rate. None: 2e-4 / √(n_latents / 2¹⁴), times (10⁹ / tokens)^0.32; twice that
-    with NorMuon."""
+    """Peak learning rate. None: 2e-4 / √(n_latents / 2¹⁴), times (10⁹ / tokens)^0.32; with
+    normuon four times that, and for fewer than 10⁵ tokens as for 10⁵."""
     optimizer: Literal["adam", "normuon"] = "normuon"
     """What trains both weights. adam: Adam. normuon: its updates are orthogonalized and have one
     size for every latent; it needs one moment instead of two. Biases always have Adam."""
     decoder_optimizer: Literal["adam", "normuon"] | None = None
     """What trains the decoder, if it is another. None: `--optimizer`."""
-    betas: tuple[float, float] = (0.7, 0.95)
-    """Decay per step of the running averages of gradients and of their squares."""
+    betas: tuple[float, float] | None = None
+    """Decay per step of the running averages of gradients and of their squares. None: 0.7 and 0.95;
+    with normuon, 0.5 and 0.95."""
     warmup: float = 0.01
     """Share of the tokens over which the learning rate rises from 0."""
-    decay: float = 0.2
+    decay: float = 0.3
     """Share of the tokens over which the learning rate falls to 0, at the end."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the SAE computes in; its weights stay float32. auto: bfloat16 on CUDA, else float32."""
@@ -261,7 +262,7 @@ def check_config(config: TrainConfig) -> None:
         raise InputError("--overwrite and --resume exclude each other; give one of them")
     if config.moved and not config.resume:
         raise InputError("--moved is for a run that is resumed; give it with --resume only")
-    if not all(0 <= beta < 1 for beta in config.betas):
+    if config.betas is not None and not all(0 <= beta < 1 for beta in config.betas):
         given = " ".join(map(str, config.betas))
         raise InputError(f"--betas must be in [0, 1), got {given}")
     for name in ("warmup", "decay"):
@@ -269,24 +270,34 @@ def check_config(config: TrainConfig) -> None:
             raise InputError(f"--{name} must be in [0, 1], got {getattr(config, name)}")
 
 
+def peak_rate(config: TrainConfig, n_latents: int, tokens: int) -> float:
+    """The peak learning rate of a run of `tokens` tokens: `--lr`, or by default
+
+        2e-4 / √(M / 2¹⁴) · (10⁹ / tokens)^0.32                      Adam
+        4 · 2e-4 / √(M / 2¹⁴) · (10⁹ / max(tokens, 10⁵))^0.32        NorMuon
+
+    The law of Gao et al. (arXiv 2406.04093, App. A) for the paper's 10⁹ tokens, and the growth of
+    the best rate with a shorter horizon that Bjorck et al. measured (arXiv 2409.19913). The factor
+    is measured, and so are the limits of the law: docs/choosing.md.
+    """
+    if config.lr is not None:
+        return config.lr
+    if config.optimizer == "normuon":
+        return 4 * 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / max(tokens, 1e5)) ** 0.32
+    return 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / tokens) ** 0.32
+
+
 def learning_rate(
     config: TrainConfig, n_latents: int, tokens: int, first_tokens: int | None = None
 ) -> float:
-    """The rate after `tokens` tokens: linear up over `warmup`, level, linear down over `decay`.
-
-    The peak defaults to 2e-4 / √(M / 2¹⁴) · (10⁹ / run's tokens)^0.32: the law of Gao et al. (arXiv
-    2406.04093, App. A) for the paper's 10⁹ tokens, and the growth of the best rate with a shorter
-    horizon that Bjorck et al. measured (arXiv 2409.19913).
+    """The rate after `tokens` tokens: linear up over `warmup` to `peak_rate`, level, linear down
+    over `decay`.
 
     A run that was extended began with `first_tokens` tokens to train on: its peak and its warm-up
     are those of that number, its decay that of `config.tokens`.
     """
     first_tokens = first_tokens or config.tokens
-    law = 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / first_tokens) ** 0.32
-    if config.optimizer == "normuon":
-        law *= 2
-    peak = config.lr if config.lr is not None else law
     middle = tokens + config.batch_tokens / 2  # of the step
     up = middle / first_tokens / config.warmup if config.warmup else 1.0
     down = (1 - middle / config.tokens) / config.decay if config.decay else 1.0
-    return peak * max(0.0, min(1.0, up, down))
+    return peak_rate(config, n_latents, first_tokens) * max(0.0, min(1.0, up, down))

@@ -50,17 +50,22 @@ Cell = dict[str, Any]
 
 
 def cells_of(arguments: argparse.Namespace) -> list[Cell]:
-    """Every combination of the values that the command line gives."""
-    names = ("tokens", "batch_tokens", *_LISTS)
-    columns = [getattr(arguments, name) for name in names[2:]]
-    fixed = (arguments.tokens, arguments.batch_tokens)
-    return [dict(zip(names, (*fixed, *values), strict=True)) for values in product(*columns)]
+    """Every combination of the values that the command line gives; of each, every `--cell`."""
+    fixed = {"tokens": arguments.tokens, "batch_tokens": arguments.batch_tokens}
+    columns = [getattr(arguments, name) for name in _LISTS]
+    cells = [fixed | dict(zip(_LISTS, values, strict=True)) for values in product(*columns)]
+    if not arguments.cell:
+        return cells
+    given = [dict(word.split("=", 1) for word in words) for words in arguments.cell]
+    changed = [{name: _LISTS[name][0](text) for name, text in words.items()} for words in given]
+    return [cell | change for change in changed for cell in cells]
 
 
 def config_of(cell: Cell) -> TrainConfig:
     """The settings of a training, as `mlsae.train` takes them."""
+    layers = tuple(map(int, cell["layers"].split(","))) if cell["layers"] else None
     config = TrainConfig(
-        DataConfig(model=cell["model"]),
+        DataConfig(model=cell["model"], layers=layers),
         tokens=cell["tokens"],
         batch_tokens=cell["batch_tokens"],
         micro_tokens=MICRO_TOKENS,
@@ -167,6 +172,7 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 _LISTS: dict[str, tuple[type, list[Any]]] = {
     "model": (str, ["builtin"]),
+    "layers": (str, [None]),
     "optimizer": (str, ["normuon"]),
     "decoder_optimizer": (str, [None]),
     "betas": (str, ["0.7,0.95"]),
@@ -193,6 +199,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--evals", type=int, nargs="*", default=[], help="tokens to measure at too")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--save", type=Path, help="a folder for the SAEs")
+    parser.add_argument(
+        "--cell", nargs="+", action="append", metavar="NAME=VALUE",
+        help="a cell that differs in these settings only; may be given several times",
+    )  # fmt: skip
     for name, (kind, default) in _LISTS.items():
         parser.add_argument(f"--{name}", type=kind, nargs="+", default=default)
     given = parser.parse_args(arguments)

@@ -54,7 +54,7 @@ class NorMuon(UnitNormAdam):
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 1e-4,
-        betas: tuple[float, float] = (0.7, 0.95),
+        betas: tuple[float, float] = (0.5, 0.95),
         eps: float = 6.25e-10,
         *,
         sum_rows: Callable[[Tensor], Tensor] = lambda gram: gram,

@@ -9,6 +9,9 @@ from sparse_topk.shadows import Shadows
 
 from ..config import TrainConfig
 
+BETAS = {"adam": (0.7, 0.95), "normuon": (0.5, 0.95)}
+"""The best for short runs: see docs/choosing.md."""
+
 
 class Optimizers(NamedTuple):
     """The optimizer of each weight, by the names of `--optimizer`; biases have Adam."""
@@ -51,4 +54,5 @@ ADAM = Optimizers()
 def optimizers_of(config: TrainConfig) -> Optimizers:
     """Those that `config` asks for."""
     decoder = config.decoder_optimizer or config.optimizer
-    return Optimizers(config.optimizer, decoder, config.betas, config.max_grad_norm)
+    betas = config.betas or BETAS[config.optimizer]
+    return Optimizers(config.optimizer, decoder, betas, config.max_grad_norm)

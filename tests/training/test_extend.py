@@ -17,7 +17,7 @@ WARMUP, DECAY = 0.1, 0.25
 def settings(out, tokens, **options):
     chosen = {
         "batch_tokens": BATCH, "eval_tokens": 64, "log_tokens": 64, "checkpoint_tokens": 256,
-        "warmup": WARMUP, "decay": DECAY,
+        "warmup": WARMUP, "decay": DECAY, "optimizer": "adam",
     } | options  # fmt: skip
     data = DataConfig(seq_len=64, layers=(0,))
     return TrainConfig(data, sae=SAEConfig(expansion=1, k=4), tokens=tokens, out=out, **chosen)

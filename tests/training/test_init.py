@@ -7,13 +7,17 @@ import pytest
 import torch
 
 from mlsae import MLSAE
+from mlsae.config import TrainConfig, check_config, peak_rate
 from mlsae.data.stream import Shape
 from mlsae.distributed import make_mesh
+from mlsae.errors import InputError
 from mlsae.model import MLSAEConfig
 from mlsae.sharding import ShardedSAE
 from mlsae.train import parse
 from mlsae.training.init import draw_linear_, fit_scale_, mlsae_config
+from mlsae.training.optimizers import Optimizers, optimizers_of
 from sparse_topk import SparseTopKSAE
+from sparse_topk.shadows import Shadows
 
 N, D, M, K = 50, 12, 42, 5
 
@@ -101,6 +105,49 @@ def test_the_papers_encoder_is_linears_own():
     torch.testing.assert_close(sae.W_enc.std(), linear.weight.std(), rtol=0.02, atol=0)
     torch.testing.assert_close(sae.W_enc.norm(dim=1).mean().item(), 3**-0.5, rtol=0.01, atol=0)
     torch.testing.assert_close(sae.W_dec, torch.nn.functional.normalize(sae.W_enc, dim=1))
+
+
+def test_the_peak_rate_is_the_law():
+    """By hand, for 2¹⁴ latents: twice as fast for four times fewer; slower for more tokens, and
+    NorMuon's the same for all runs below 10⁵."""
+
+    def peak(optimizer, n_latents, tokens, lr=None):
+        return peak_rate(TrainConfig(optimizer=optimizer, lr=lr), n_latents, tokens)
+
+    assert peak("adam", 2**14, 10**9) == pytest.approx(2e-4)
+    assert peak("normuon", 2**14, 10**9) == pytest.approx(8e-4)
+    assert peak("normuon", 2**12, 10**9) == pytest.approx(16e-4)
+    assert peak("normuon", 2**14, 10**6) == pytest.approx(8e-4 * 10**0.96)
+    assert peak("normuon", 2**14, 10**5) == peak("normuon", 2**14, 1)
+    assert peak("adam", 2**14, 10**4) == pytest.approx(2e-4 * 10**1.6)
+    assert peak("normuon", 2**14, 10**9, lr=0.5) == 0.5
+
+
+def test_each_weight_has_the_optimizer_that_is_asked_for():
+    def settings(*arguments):
+        return optimizers_of(parse(list(arguments))[0])[:3]
+
+    assert settings() == ("normuon", "normuon", (0.5, 0.95))
+    assert settings("--optimizer", "adam") == ("adam", "adam", (0.7, 0.95))
+    assert settings("--decoder_optimizer", "adam") == ("normuon", "adam", (0.5, 0.95))
+    assert settings("--betas", "0.9", "0.99") == ("normuon", "normuon", (0.9, 0.99))
+    sae = SparseTopKSAE(D, M, K)
+    sae(vectors().float()).sum().backward()
+    states = {}
+    for names in (("normuon", "adam"), ("adam", "normuon"), ("adam", "adam")):
+        optimizer = Optimizers(*names).of(sae, Shadows(torch.float32))
+        optimizer.step()
+        states[names] = [
+            "row_sq" in optimizer.state[weight] for weight in (sae.W_enc, sae.W_dec, sae.b_dec)
+        ]
+    assert list(states.values()) == [[True, False, False], [False, True, False], [False] * 3]
+
+
+@pytest.mark.parametrize("betas", [("1", "0.9"), ("0.5", "-0.1")])
+def test_betas_out_of_range_are_refused(betas):
+    (config,) = parse(["--betas", *betas])
+    with pytest.raises(InputError, match=r"--betas must be in \[0, 1\), got"):
+        check_config(config)
 
 
 def test_the_papers_preset_is_the_papers():
