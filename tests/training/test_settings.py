@@ -89,7 +89,7 @@ def test_a_run_from_before_seeds_of_weights_resumes():
     saved = joint_settings([TrainConfig()])
     del saved["sae"]["seed"]
     check_same([TrainConfig()], saved)
-    with pytest.raises(InputError, match="--seeds must be None to resume .* got 0"):
+    with pytest.raises(InputError, match=r"--seeds must be None to resume .* got 0"):
         check_same([TrainConfig(sae=SAEConfig(seed=0))], saved)
 
 
