@@ -50,6 +50,16 @@ def test_matches_by_hand():
     assert found.mutual.tolist() == [False, True, True, False]
 
 
+def test_a_pruned_latent_is_nobody_s_match():
+    """Its cosine, 0, would be the largest."""
+    one = Rows(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2), torch.tensor([True]))
+    other = Rows(
+        torch.tensor([[0.0, 0.0], [-2.0, 0.0]]), torch.ones(2, 2), torch.tensor([True, True])
+    )
+    found = match(one, other, seed=0)
+    assert (found.latent.item(), found.decoder.item(), found.mutual.item()) == (1, -1, True)
+
+
 def test_a_permuted_copy_has_every_latent_again():
     one = draw(50, 8, 0)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
@@ -137,12 +147,12 @@ def test_columns_are_means_over_the_others_and_the_summary_is_over_pairs():
         ["runs/a", "runs/b"],
         [
             found([4, 2, -1], [0.95, 0.5, nan], [0.9, 0.1, nan], [t, t, f]),
-            found([0, 1, -1], [0.75, 0.3, nan], [0.5, 0.3, nan], [t, f, f]),
+            found([0, 1, -1], [0.75, 0.8, nan], [0.5, 0.3, nan], [t, f, f]),
         ],
     )
     columns = both.columns()
     for name, expected in {
-        "match_decoder": [0.85, 0.4, nan],
+        "match_decoder": [0.85, 0.65, nan],
         "match_encoder": [0.7, 0.2, nan],
         "match_mutual": [1, 0.5, nan],
     }.items():
@@ -151,7 +161,7 @@ def test_columns_are_means_over_the_others_and_the_summary_is_over_pairs():
     summary = both.as_dict()
     assert summary["others"] == ["runs/a", "runs/b"]
     assert summary["pairs"] == 4
-    assert summary["median"] == pytest.approx(0.625)
+    assert summary["median"] == pytest.approx(0.775)
     assert summary["mutual"] == 0.75
     assert summary["mutual_above"] == {"0.7": 0.5, "0.9": 0.25}
     assert summary["chance"] == pytest.approx({"median": 0.2, "upper": 0.3})
