@@ -2,6 +2,7 @@
 
     python -m mlsae.analyze runs/demo                          # the text of its training run
     python -m mlsae.analyze runs/70m my-text.jsonl --tokens 10000000
+    python -m mlsae.analyze runs/seeds/x16-k32-s0              # which latents other seeds find, too
     python -m mlsae.analyze runs/demo --prompt "def main(argv):"      # one text, token by token
 
 It prints a summary, and writes to the run's folder analysis.json (ratios, entropy, MMCS, …),

@@ -97,8 +97,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     configs = cli.parse(TrainArguments, __doc__, arguments, prog, default).configs()
     if len(configs) > 1:
         raise InputError(
-            "--sae.k, --sae.expansion and --sae.n_latents must have one value each to compare "
-            "SAEs of the same size, got several; compare one size at a time"
+            "--sae.k, --sae.expansion, --sae.n_latents and --seeds must have one value each to "
+            "compare SAEs of the same size, got several; compare one at a time"
         )
     return configs[0]
 

@@ -8,89 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 from .data.config import DataConfig, check_seed
 from .data.heldout_split import check_share
 from .errors import InputError
+from .sae_config import Ints, SAEConfig, SAESweep, check_different
 
-Ints = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
-
-
-@dataclass(frozen=True)
-class SAEOptions:
-    """The settings of an SAE that a sweep does not vary."""
-
-    standardize: bool = True
-    """Whether each vector is standardized before encoding."""
-    aux_weight: float = 1 / 32
-    """Weight of the AuxK loss, which revives dead latents. 0: it is not computed."""
-    k_aux: int | None = None
-    """Dead latents that AuxK activates per token. None: the power of two nearest to d_model / 2."""
-    dead_tokens: int | None = None
-    """A latent is dead once inactive for this many tokens. None: 10 million, or a tenth of the
-    run if that is less."""
-    init: Literal["fitted", "unit", "linear"] = "fitted"
-    """The first encoder. unit: equal to the decoder, whose rows are random, of norm 1. fitted:
-    that, scaled to reconstruct the first batch best. linear: as torch.nn.Linear draws it, and the
-    decoder with it, its rows then of norm 1; the paper's."""
-
-
-@dataclass(frozen=True)
-class SAEConfig(SAEOptions):
-    """The sparse autoencoder."""
-
-    expansion: int = 16
-    """Latents per dimension of the residual stream (R): n_latents = expansion · d_model."""
-    n_latents: int | None = None
-    """Latents, instead of an expansion."""
-    k: int = 32
-    """Active latents per token and layer."""
-
-    @property
-    def name(self) -> str:
-        """What tells it from the other SAEs of a sweep: "x16-k32", or "n4096-k32"."""
-        size = f"x{self.expansion}" if self.n_latents is None else f"n{self.n_latents}"
-        return f"{size}-k{self.k}"
-
-
-@dataclass(frozen=True)
-class SAESweep(SAEOptions):
-    """The sparse autoencoder. With several expansions (or numbers of latents) or several ks, every
-    combination is an SAE that trains beside the others, in a folder in OUT: x16-k32, …"""
-
-    expansion: Ints = (16,)
-    """Latents per dimension of the residual stream (R): n_latents = expansion · d_model."""
-    n_latents: Ints = ()
-    """Latents, instead of an expansion."""
-    k: Ints = (32,)
-    """Active latents per token and layer."""
-
-    def configs(self) -> list[SAEConfig]:
-        """Every combination. Raises InputError if a setting has no value, or one value twice."""
-        for name in ("expansion", "n_latents", "k"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values) or (not values and name != "n_latents"):
-                raise InputError(
-                    f"--sae.{name} must have one value or several different ones, got "
-                    f"{' '.join(map(str, values)) or 'none'}"
-                )
-        if self.n_latents and len(self.expansion) > 1:
-            raise InputError(
-                "--sae.n_latents is instead of --sae.expansion, which has the values "
-                f"{' '.join(map(str, self.expansion))}; give one of them"
-            )
-        options = {f.name: getattr(self, f.name) for f in fields(SAEOptions)}
-        return [
-            SAEConfig(expansion=expansion, n_latents=n_latents, k=k, **options)
-            for expansion, n_latents, k in product(
-                self.expansion, self.n_latents or (None,), self.k
-            )
-        ]
+__all__ = ["SAEConfig", "SAESweep", "TrainArguments", "TrainConfig"]
 
 
 @dataclass(frozen=True)
@@ -150,7 +78,7 @@ class TrainSettings:
     file or folder of another library's format. Latents, k and standardization are then its own.
     None: random weights."""
     seed: int = 0
-    """Seed of the initial weights and of the order of rows."""
+    """Seed of the order of rows, and of the initial weights unless --seeds are given."""
     out: Path = Path("runs/mlsae")
     """Folder for the run; it must be new or empty."""
     push_to_hub: str | None = None
@@ -176,25 +104,46 @@ class TrainConfig(TrainSettings):
 
     sae: SAEConfig = field(default_factory=SAEConfig)
 
+    @property
+    def weights_seed(self) -> int:
+        """The seed of the initial weights."""
+        return self.seed if self.sae.seed is None else self.sae.seed
+
 
 @dataclass(frozen=True)
 class TrainArguments(TrainSettings):
     """What to train, on what, and how: the command line, which may name several SAEs."""
 
     sae: SAESweep = field(default_factory=SAESweep)
+    seeds: Ints = ()
+    """Seeds of the initial weights. Each is an SAE that trains beside the others on the same rows,
+    in a folder in OUT: x16-k32-s0, x16-k32-s1, …"""
 
     @classmethod
     def defaults(cls, config: TrainConfig) -> TrainArguments:
         """The command line that gives just `config`."""
         sae = asdict(config.sae)
-        for name in ("expansion", "n_latents", "k"):
+        for name in ("expansion", "n_latents", "k", "seed"):
             sae[name] = () if sae[name] is None else (sae[name],)
-        return cls(**_settings(config), sae=SAESweep(**sae))
+        seeds = sae.pop("seed")
+        return cls(**_settings(config), sae=SAESweep(**sae), seeds=seeds)
 
     def configs(self) -> list[TrainConfig]:
         """One SAE's settings each. A single SAE is in the folder `out`; each of several is in a
-        folder of its own there, named for it, and trains as it would alone."""
-        saes = self.sae.configs()
+        folder of its own there, named for it, and trains as it would alone.
+
+        Raises InputError if a setting has one value twice, or --seeds contradict another one."""
+        check_different("--seeds", self.seeds)
+        if self.seeds and min(self.seeds) < 0:
+            raise InputError(f"--seeds must be at least 0, got {min(self.seeds)}")
+        if self.seeds and self.init_from is not None:
+            raise InputError(
+                f"--seeds are of random initial weights, and --init_from {self.init_from} gives "
+                "all SAEs the same ones; leave one of them out"
+            )
+        saes = [
+            replace(sae, seed=seed) for sae in self.sae.configs() for seed in self.seeds or (None,)
+        ]
         configs = [TrainConfig(**_settings(self), sae=sae) for sae in saes]
         if len(configs) == 1:
             return configs
@@ -257,6 +206,7 @@ def check_config(config: TrainConfig) -> None:
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be greater than 0, got {value}")
     check_seed(config.seed)
+    check_seed(config.sae.seed, "--seeds")
     check_share("train", config.data.heldout_share)
     if config.overwrite and config.resume:
         raise InputError("--overwrite and --resume exclude each other; give one of them")

@@ -5,6 +5,7 @@
         --sae.expansion 64 --sae.k 32 --tokens 1000000000 --batch_tokens 131072 --out runs/70m
     python -m mlsae.train … --out runs/70m --resume          # resume after a stop, to the same bits
     python -m mlsae.train --sae.k 16 32 64 --sae.expansion 8 16 --out runs/grid      # six at once
+    python -m mlsae.train --seeds 0 1 2 --out runs/seeds         # the same from three random starts
     torchrun --nproc_per_node 8 -m mlsae.train …             # the same run on eight GPUs
 
 It leaves a folder that stands alone: config.json, model.safetensors, latents.safetensors,

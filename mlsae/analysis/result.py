@@ -10,6 +10,7 @@ from ..evaluation.provenance import Provenance
 from .accumulate import Adjacent
 from .geometry import Directions
 from .layer_spread import RATIOS
+from .stability import Stability
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class AnalysisResult:
     """The `RATIOS` by name, as the paper's released code estimates them."""
     directions: Directions
     adjacent: Adjacent
+    stability: Stability | None
+    """None if there is no other SAE to compare with."""
     count_threshold: int
     """Tokens at which a latent must be active for a layer to count as one of its own."""
     active_latents: int
@@ -53,6 +56,7 @@ class AnalysisResult:
             },
             **self.directions.as_dict(),
             "adjacent": self.adjacent.as_dict(),
+            **({"stability": self.stability.as_dict()} if self.stability else {}),
             "examples": self.examples,
             "pass_seconds": self.pass_seconds,
         }

@@ -26,12 +26,14 @@ from ..files import ANALYSIS_FILES, check_folder, write_file
 from ..formats.saved import read_tensors
 from ..model import MLSAE
 from ..report.prompt_page import prompt_page
+from .beside import read_rows, runs_beside
 from .collect import Collected, collect
 from .geometry import Directions, compute_directions, token_strings
 from .layer_spread import bootstrap_layer_spread, bootstrap_released_spread
 from .parquet import TokenText, activity_columns, direction_columns, write_examples, write_table
 from .prompt import latents_by_token, prompt_table, read_prompt, tokenize
 from .result import AnalysisResult
+from .stability import Rows, Stability, stability
 
 _PROMPT_TOKENS = 24  # of the first row: shown if no prompt is given
 
@@ -48,6 +50,10 @@ class AnalyzeConfig(HeldoutConfig):
     examples: int = 4
     """Examples to keep per latent and layer: this many of the highest activation, and as many
     drawn from all of its activations. 0: none."""
+    beside: tuple[Path, ...] | None = None
+    """Other SAEs of the same model and width, named as RUN is: each latent's best match in them is
+    told. None: the runs in the same folder that differ from RUN only in the seed of their weights.
+    (Without values: none.)"""
     groups: int = 32
     """Groups of neighboring rows that the bootstrap draws from; memory grows with it."""
 
@@ -58,6 +64,7 @@ def analyze(config: AnalyzeConfig) -> AnalysisResult:
     Raises InputError for bad input, before anything is measured.
     """
     started = time.perf_counter()
+    others = runs_beside(config.run, config.beside)
     mlsae, stream = _open(config)
     out = config.out or config.run
     input_ids = stream.heldout(config.tokens)
@@ -71,9 +78,12 @@ def analyze(config: AnalyzeConfig) -> AnalysisResult:
 
     sae = mlsae.sae
     directions = compute_directions(sae.W_dec, sae.W_enc, stream.reader.model, len(text.strings))
+    active = collected.whole.profile[0].sum(1) > 0
+    rows = Rows(sae.W_dec, sae.W_enc, active.to(stream.device))
+    found = stability(rows, read_rows(others, stream.device), stream.seed) if others else None
     threshold = config.count_threshold or max(1, round(token_mask.sum().item() / 1000))
     out.mkdir(parents=True, exist_ok=True)
-    n_examples = _write_tables(out, collected, directions, threshold, text)
+    n_examples = _write_tables(out, collected, directions, found, threshold, text)
     reading = read_prompt(mlsae, stream, input_ids[0, :_PROMPT_TOKENS], text.strings)
     _write_json(out / "analysis_prompt.json", reading)
 
@@ -90,8 +100,9 @@ def analyze(config: AnalyzeConfig) -> AnalysisResult:
         released,
         directions,
         collected.adjacent,
+        found,
         count_threshold=threshold,
-        active_latents=int((collected.whole.profile[0].sum(1) > 0).sum()),
+        active_latents=int(active.sum()),
         examples=n_examples,
         pass_seconds=pass_seconds,
     )
@@ -105,6 +116,11 @@ def show_prompt(config: AnalyzeConfig, prompt: str) -> tuple[Table, str]:
     Returns a table to print, and a line that says what its column "over many" is. Raises InputError
     for bad input, before anything is written.
     """
+    if config.beside:
+        raise InputError(
+            "--beside is for an analysis of many tokens, and --prompt shows one text only; leave "
+            "one of them out"
+        )
     mlsae, stream = _open(config)
     out = config.out or config.run
     ids = tokenize(stream, prompt)
@@ -129,7 +145,12 @@ def _open(config: AnalyzeConfig) -> tuple[MLSAE, DataStream]:
 
 
 def _write_tables(
-    out: Path, collected: Collected, directions: Directions, threshold: int, text: TokenText
+    out: Path,
+    collected: Collected,
+    directions: Directions,
+    found: Stability | None,
+    threshold: int,
+    text: TokenText,
 ) -> int:
     """Write analysis_latents.parquet, analysis_examples.parquet and analysis.safetensors: the
     number of examples."""
@@ -140,6 +161,7 @@ def _write_tables(
         **activity_columns(whole, counts, threshold, n_tokens),
         "max_activation": collected.max,
         **direction_columns(directions, text.strings),
+        **(found.columns() if found else {}),
     }
     write_table(out / "analysis_latents.parquet", columns)
     active = whole.profile[0].sum(-1)

@@ -49,6 +49,7 @@ def print_analysis(result: AnalysisResult, out: Path, asked_tokens: int) -> None
             f"{name} {cosine:.3f}" if cosine is not None else f"{name}: of another width"
             for name, cosine in cosines.items()
         ),
+        *_stability_lines(result),
         f"analyzed in {about.seconds:.0f} s, {result.pass_seconds:.0f} s of it over the text "
         f"({about.tokens / result.pass_seconds:,.0f} tokens/s)",
         f"peak memory: {about.peak_bytes / 1e9:.2f} GB",
@@ -74,6 +75,25 @@ def _spread_table(result: AnalysisResult) -> Table:
     spread.add_row("entropy / ln L", _with_ends(result.spread["entropy"]), "")
     spread.add_row("of summed activation", _with_ends(result.spread["entropy_totals"]), "")
     return spread
+
+
+def _stability_lines(result: AnalysisResult) -> list[str]:
+    """How many latents other SAEs have, too; none without others."""
+    if result.stability is None:
+        return []
+    found = result.stability.as_dict()
+    names = ", ".join(Path(name).name for name in found["others"])
+    if not found["pairs"]:
+        return [f"beside {names}: no latent was active on both sides"]
+    above = ", ".join(
+        f"{share:.1%} with a mutual match above {least}"
+        for least, share in sorted(found["mutual_above"].items(), reverse=True)
+    )
+    return [
+        f"beside {names}: the best cosine of decoder rows is {found['median']:.3f} (median over "
+        f"latents); {above}; by chance it is {found['chance']['median']:.3f}, and 99% are below "
+        f"{found['chance']['upper']:.3f}"
+    ]
 
 
 def _layer_table(result: AnalysisResult) -> Table:

@@ -69,7 +69,7 @@ class DataConfig:
     if the first batch has such tokens, else off."""
 
 
-def check_seed(seed: int | None) -> None:
-    """Raise InputError if torch's generators do not take this `--seed`."""
+def check_seed(seed: int | None, flag: str = "--seed") -> None:
+    """Raise InputError if torch's generators do not take this seed, which `flag` gives."""
     if seed is not None and not -(2**63) <= seed < 2**63:
-        raise InputError(f"--seed must be in [-2^63, 2^63), got {seed}")
+        raise InputError(f"{flag} must be in [-2^63, 2^63), got {seed}")

@@ -237,7 +237,7 @@ def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -
 def _text_settings(config: HeldoutConfig, trained: dict[str, Any], dataset: str) -> dict[str, Any]:
     """Which text of `dataset` to read: as given, else as in the run, else by default. What the run
     says of the parts of its own dataset says nothing of another's."""
-    is_own = _is_same(dataset, trained.get("dataset"))
+    is_own = is_same_place(dataset, trained.get("dataset"))
     names, of_run = (*_PARTS, *_SHARES), _SHARES + (_PARTS if is_own else ())
     given = {n: value for n in names if (value := getattr(config, n)) is not None}
     known = {n: value for n in of_run if (value := trained.get(n)) is not None}
@@ -272,9 +272,10 @@ def _check_own_text(config: HeldoutConfig, trained: dict[str, Any]) -> None:
         )
 
 
-def _is_same(dataset: str, other: str | None) -> bool:
-    """Whether two names are of one dataset: equal, or paths of one local file or folder."""
-    if other is None or dataset == other or builtin.NAME in (dataset, other):
-        return dataset == other
-    one, two = Path(os.path.expanduser(dataset)), Path(os.path.expanduser(other))
-    return one.exists() and two.exists() and one.samefile(two)
+def is_same_place(name: str, other: str | None) -> bool:
+    """Whether two names are of one dataset, model or run: equal, or paths of one local file or
+    folder."""
+    if other is None or name == other or builtin.NAME in (name, other):
+        return name == other
+    one, two = os.path.expanduser(name), os.path.expanduser(other)
+    return os.path.exists(one) and os.path.exists(two) and os.path.samefile(one, two)

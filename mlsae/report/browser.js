@@ -26,6 +26,7 @@ let openPlace = () => {}; // open a latent by its place in the list sorted by a 
     { key: "entropy", label: "entropy", title: "entropy over layers ÷ ln L", cell: (row) => fixed(2)(data.entropy[row]) },
     { key: "frequency", label: "frequency", title: "share of tokens at which the latent is active", cell: (row) => percent(data.frequency[row]) },
     { key: "max_activation", label: "max", title: "largest activation", cell: (row) => fixed(1)(data.max_activation[row]) },
+    ...(data.others ? [{ key: "match_decoder", label: "match", title: "best cosine in other SAEs, mean", cell: (row) => fixed(2)(data.match_decoder[row]) }] : []),
     { key: null, label: "most active at", cell: (row) => element("span", { class: "peaks" }, ...chips(data.peaks[row])) },
   ];
 
@@ -39,6 +40,7 @@ let openPlace = () => {}; // open a latent by its place in the list sorted by a 
     return box;
   }
 
+  if (data.others) document.getElementById("list").classList.add("matched");
   const list = new VirtualList(
     document.getElementById("list"),
     document.getElementById("rows"),
@@ -75,7 +77,7 @@ let openPlace = () => {}; // open a latent by its place in the list sorted by a 
     const on = state.sort === key;
     const arrow = on ? (state.descending ? " ▼" : " ▲") : "";
     const sort = () => {
-      Object.assign(state, { sort: key, descending: on ? !state.descending : key === "frequency" || key === "max_activation" });
+      Object.assign(state, { sort: key, descending: on ? !state.descending : ["frequency", "max_activation", "match_decoder"].includes(key) });
       refresh();
       document.querySelector(`#columns [data-key="${key}"]`).focus();
     };

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .pack import pack_json, rounded
 from .run_data import Analysis
-from .schema import LATENT_NUMBERS, check_example_values
+from .schema import LATENT_NUMBERS, MATCH_NUMBERS, check_example_values
 
 Integers = NDArray[np.int64]
 
@@ -162,12 +162,15 @@ def _columns(analysis: Analysis, rows: Integers, examples: _ExampleOrder) -> dic
     with np.errstate(invalid="ignore"):
         summed = totals / totals.sum(1, keepdims=True)
     shares = {"profile": analysis.profile.numpy()[ids], "profile_totals": summed}
+    stability = analysis.summary.get("stability")
+    numbers = LATENT_NUMBERS + (MATCH_NUMBERS if stability else ())
     return {
         "layers": analysis.summary["layers"],
         "n_latents": analysis.latents.num_rows,
         "chunk": CHUNK,
         "latent": ids.tolist(),
-        **{name: [rounded(x) for x in table[name].to_pylist()] for name in LATENT_NUMBERS},
+        "others": len(stability["others"]) if stability else 0,
+        **{name: [rounded(x) for x in table[name].to_pylist()] for name in numbers},
         **{
             name: np.rint(1000 * np.nan_to_num(share)).astype(int).ravel().tolist()
             for name, share in shares.items()

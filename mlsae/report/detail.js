@@ -30,6 +30,12 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
       ["largest activation", fixed(2)(data.max_activation[row])],
       ["encoder · decoder, cosine", fixed(2)(data.encoder_cosine[row])],
     ];
+    if (data.others) {
+      const mutual = data.match_mutual[row];
+      const how = mutual === null ? "" : data.others === 1 ? (mutual ? " (mutual)" : " (not mutual)") : ` (mutual in ${percent(mutual)})`;
+      lines.push(["match in other SAEs", fixed(2)(data.match_decoder[row]) + how]);
+      lines.push(["… of its encoder", fixed(2)(data.match_encoder[row])]);
+    }
     const list = element("dl", { class: "stats" });
     const add = (name, ...value) => list.append(element("div", {}, element("dt", {}, name), element("dd", {}, ...value)));
     for (const [name, value] of lines) add(name, value);

@@ -158,6 +158,41 @@ def ratios(estimates: dict[str, Any]) -> go.Figure:
     )
 
 
+def matches(stability: dict[str, Any]) -> go.Figure:
+    """Histograms of each latent's best cosine to another SAE's decoder rows, and of that of random
+    directions.
+
+    `stability`: "stability" of analysis.json.
+    """
+    histogram = stability["histogram"]
+    edges = histogram["edges"]
+    width = edges[1] - edges[0] if len(edges) > 1 else 1
+    found, chance = (histogram[name] for name in ("match", "chance"))
+    used = [edge for edge, *counts in zip(edges, found, chance, strict=False) if any(counts)]
+    traces = [
+        go.Bar(
+            x=[edge + width / 2 for edge in edges[:-1]],
+            y=[count / (sum(counts) or 1) for count in counts],
+            width=width,
+            marker={"color": color},
+            opacity=opacity,
+            name=label,
+            hovertemplate="cosine %{x:.2f}: %{y:.1%}<extra>" + label + "</extra>",
+        )
+        for counts, color, opacity, label in (
+            (chance, GRAY, 0.6, "random directions"),
+            (found, BLUE, 0.8, "latents"),
+        )
+    ]
+    return plot(
+        traces,
+        {"title": {"text": "best cosine in another SAE"}, "range": [min([0, *used]), 1]},
+        {"title": {"text": "share"}, "rangemode": "tozero", "tickformat": ".0%"},
+        barmode="overlay",
+        height=280,
+    )
+
+
 def cosines(histogram: dict[str, Any]) -> go.Figure:
     """Histograms of the cosines between decoder rows, and between random directions.
 

@@ -80,6 +80,8 @@ def _plots(run: RunData) -> dict[str, go.Figure]:
         plots["entropies"] = latent_plots.entropies(normalized_entropy(share))
         plots["ratios"] = latent_plots.ratios(summary["ratios"])
         plots["cosines"] = latent_plots.cosines(summary["cosine_histogram"])
+        if "stability" in summary:
+            plots["matches"] = latent_plots.matches(summary["stability"])
         plots["adjacent"] = layer_plots.adjacent(summary["adjacent"], layers)
     elif run.totals is not None:
         share = latent_plots.layer_shares(run.totals)

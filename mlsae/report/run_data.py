@@ -181,11 +181,13 @@ def _analysis(folder: Path) -> Analysis | None:
     check(summary, {"layers": Each(COUNT)}, path.name)
     n_layers = len(summary["layers"])
     n_bins = schema.length(summary, "cosine_histogram", "edges") - 1
-    check(summary, schema.analysis(n_layers, n_bins), path.name)
+    n_match_bins = schema.length(summary, "stability", "histogram", "edges") - 1
+    check(summary, schema.analysis(n_layers, n_bins, n_match_bins), path.name)
 
     latents, where = folder / "analysis_latents.parquet", "analysis_latents.parquet"
     table = pyarrow.parquet.read_table(latents)
-    numbers = ("latent", *schema.LATENT_NUMBERS)
+    matches = schema.MATCH_NUMBERS if "stability" in summary else ()
+    numbers = ("latent", *schema.LATENT_NUMBERS, *matches)
     check_columns(table.schema, numbers, schema.is_number_type, "numbers", where)
     texts = ("tokens_in", "tokens_out")
     check_columns(table.schema, texts, schema.is_text_list, "lists of text", where)

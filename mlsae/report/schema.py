@@ -78,6 +78,8 @@ LATENT_NUMBERS = (
     "nearest_cosine", "encoder_cosine",
 )  # fmt: skip
 """Columns of analysis_latents.parquet."""
+MATCH_NUMBERS = ("match_decoder", "match_encoder", "match_mutual")
+"""Columns that are there if the analysis had other SAEs to compare with."""
 
 
 def training_step(n_layers: int) -> dict[str, Any]:
@@ -112,9 +114,10 @@ def evaluation(n_layers: int) -> dict[str, Any]:
     return {"tokens": COUNT, "ce_true": NUMBER_OR_NULL, "figures": figures}
 
 
-def analysis(n_layers: int, n_bins: int) -> dict[str, Any]:
-    """The content of analysis.json, measured at L layers; its histograms have `n_bins` bins."""
-    shares = Each(NUMBER, n_bins)
+def analysis(n_layers: int, n_bins: int, n_match_bins: int) -> dict[str, Any]:
+    """The content of analysis.json, measured at L layers; its histograms of the decoder's cosines
+    have `n_bins` bins, and those of matches `n_match_bins`."""
+    shares, counts = Each(NUMBER, n_bins), Each(NUMBER, n_match_bins)
     return {
         "tokens": COUNT,
         "ratios": {"equations": _RATIOS, "released": _RATIOS},
@@ -125,6 +128,16 @@ def analysis(n_layers: int, n_bins: int) -> dict[str, Any]:
             "cosine": Each(NUMBER_OR_NULL, max(n_layers - 1, 0)),
             "norm": Each(NUMBER_OR_NULL, n_layers),
         },
+        "stability": Optional(
+            {
+                "others": Each(TEXT),
+                "pairs": COUNT,
+                "median": NUMBER_OR_NULL,
+                "mutual_above": {"0.7": NUMBER_OR_NULL, "0.9": NUMBER_OR_NULL},
+                "chance": {"median": NUMBER_OR_NULL, "upper": NUMBER_OR_NULL},
+                "histogram": {"edges": Each(NUMBER), "match": counts, "chance": counts},
+            }
+        ),
     }
 
 

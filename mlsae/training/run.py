@@ -286,7 +286,7 @@ def new_state(
 ) -> TrainState:
     """The state of an SAE at the start of its training, of `first_tokens` tokens; its weights are
     those of `initial` if given."""
-    torch.manual_seed(config.seed)  # so that no SAE's weights depend on what else there is
+    torch.manual_seed(config.weights_seed)  # so that no SAE's weights depend on what else there is
     mlsae = MLSAE(sae, stream.device, stream.mesh.latents)
     if initial:
         set_weights(mlsae, initial)

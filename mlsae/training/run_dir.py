@@ -52,7 +52,7 @@ RUN_FILES = (
     "wandb",
     previous.PREVIOUS,
 )
-RUN_FOLDERS = ("x*-k*", "n*-k*")  # see `config.SAEConfig.name`
+RUN_FOLDERS = ("x*-k*", "n*-k*")  # see `SAEConfig.name`
 
 
 class RunDir:

@@ -49,6 +49,10 @@ _BEFORE_THEY_WERE_SETTINGS = {
 }
 
 
+_WEIGHTS_SEED = "sae.seed"
+_FLAGS = {_WEIGHTS_SEED: "seeds"}  # of settings that have another name on the command line
+
+
 class History(NamedTuple):
     """What a checkpoint tells of a run beside its settings."""
 
@@ -103,10 +107,32 @@ def check_same(configs: Sequence[TrainConfig], saved: dict[str, Any]) -> None:
                 f"{value}; give as many, or more to extend it"
             )
         if name not in (*_FREE, *INPUTS, "tokens") and value != before.get(name):
+            flag = _FLAGS.get(name, name)
             raise InputError(
-                f"--{name} must be {_shown(before.get(name))} to resume this run, as it began, got "
+                f"--{flag} must be {_shown(before.get(name))} to resume this run, as it began, got "
                 f"{_shown(value)}; give the same settings, or another --out"
             )
+
+
+def differ_in_weights_seed(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs are one but for the seed of their initial weights, by what config.json says
+    of their training: both ended, with the same settings and the same extensions.
+
+    Settings that change no result may differ, as in a run that is resumed."""
+    both = (one, other)
+    if not all("heldout" in about and isinstance(about.get("training"), dict) for about in both):
+        return False  # stopped before its end, or not trained here
+    settings = [_BEFORE_THEY_WERE_SETTINGS | _flat(about["training"]) for about in both]
+    seeds = [
+        each.get("seed") if each.get(_WEIGHTS_SEED) is None else each[_WEIGHTS_SEED]
+        for each in settings
+    ]
+    names = (settings[0].keys() | settings[1].keys()) - {*_FREE, _WEIGHTS_SEED}
+    return (
+        seeds[0] != seeds[1]
+        and one.get("extensions") == other.get("extensions")
+        and all(settings[0].get(name) == settings[1].get(name) for name in names)
+    )
 
 
 def _shown(value: Any) -> str:

@@ -23,7 +23,7 @@ from .loop import TrainLoop
 from .timer import StageTimer
 from .validation import Validation
 
-_COLUMNS = ("run", "n_latents", "k", "fvu", "fvu_paper", "l0", "fvu_all", "dead")
+_COLUMNS = ("run", "n_latents", "k", "seed", "fvu", "fvu_paper", "l0", "fvu_all", "dead")
 
 
 def print_summary(
@@ -95,10 +95,14 @@ def write_csv(
 def _table(loop: TrainLoop, validations: Sequence[Validation], dead: Sequence[float]) -> Table:
     table = Table(title=f"{validations[0].title()}, means over layers")
     columns = {
-        "run": "", "latents": ",", "k": "", "FVU": ".4f", "FVU as in the paper": ".4f",
+        "run": "", "latents": ",", "k": "", "seed": "", "FVU": ".4f", "FVU as in the paper": ".4f",
         "L0": ".1f", "FVU with tokens left out": ".4f", "dead": ".1%",
     }  # fmt: skip
-    shown = [validations[0].n_dropped > 0 or "left out" not in heading for heading in columns]
+    apt = {
+        "seed": any(config.sae.seed is not None for config in loop.configs),
+        "FVU with tokens left out": validations[0].n_dropped > 0,
+    }
+    shown = [apt.get(heading, True) for heading in columns]
     for heading in compress(columns, shown):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for row in _rows(loop, validations, dead):
@@ -115,6 +119,7 @@ def _rows(
             config.sae.name,
             state.mlsae.config.n_latents,
             state.mlsae.config.k,
+            config.weights_seed,
             validation.fvu.mean().item(),
             validation.fvu_paper.mean().item(),
             validation.l0.mean().item(),

@@ -42,8 +42,10 @@ def make_run(
     seed=0,
     alive=True,
     prompt="def f(x): <b>",
+    others=(),
 ):
-    """Write the run, with `examples` per latent, layer and kind; returns the data written."""
+    """Write the run, with `examples` per latent, layer and kind, and matches in the SAEs named
+    `others`; returns the data written."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     layers = list(range(n_layers))
@@ -67,6 +69,8 @@ def make_run(
     if analyzed:
         table = _analyze(folder, config, totals, weight, random, prompt)
         rows = _examples(folder, weight, dead, random, examples)
+        if others:
+            table |= _matches(folder, table, others)
         return {"latents": table, "examples": rows, "totals": totals}
     return {"totals": totals}
 
@@ -158,6 +162,36 @@ def _analyze(folder, config, totals, weight, random, prompt):
     (folder / "analysis.json").write_text(json.dumps(about))
     _write_prompt(folder, config["layers"], weight, random, prompt)
     return latents
+
+
+def _matches(folder, table, others):
+    """Add matches to the files of the analysis: the new columns."""
+    random = np.random.default_rng(1)
+    active = table["tokens_active"] > 0
+    n = len(active)
+    columns = {
+        "match_decoder": np.where(active, random.uniform(0.2, 1, n), np.nan),
+        "match_encoder": np.where(active, random.uniform(0.1, 0.9, n), np.nan),
+        "match_mutual": np.where(active, random.integers(0, len(others) + 1, n), np.nan)
+        / len(others),
+        "match_latents": [[0] * len(others)] * n,
+    }
+    path = folder / "analysis_latents.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(table | columns), path)
+    cosines = columns["match_decoder"][active]
+    counts, edges = np.histogram(cosines, 100, (-1, 1))
+    about = json.loads((folder / "analysis.json").read_text())
+    about["stability"] = {
+        "others": list(others), "pairs": len(cosines), "median": float(np.median(cosines)),
+        "mutual": 0.8, "mutual_above": {"0.7": 0.4321, "0.9": 0.1234},
+        "chance": {"median": 0.2346, "upper": 0.3457},
+        "histogram": {
+            "edges": edges.tolist(), "match": counts.tolist(),
+            "chance": np.eye(100)[62].tolist(),
+        },
+    }  # fmt: skip
+    (folder / "analysis.json").write_text(json.dumps(about))
+    return columns
 
 
 def _write_prompt(folder, layers, weight, random, prompt):

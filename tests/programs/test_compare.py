@@ -85,6 +85,7 @@ def test_bad_input_is_named_before_anything_is_trained(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     for arguments, message in (
         (["--sae.k", "4", "8"], "must have one value each"),
+        (["--seeds", "0", "1"], "--seeds must have one value each"),
         (["--overwrite"], "has note.txt in it"),
         ([], "--out must be a new or empty folder"),
     ):

@@ -23,7 +23,7 @@ DELETED = object()
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "run"
-    make_run(folder, 64, 3, examples=1)
+    make_run(folder, 64, 3, examples=1, others=("runs/b",))
     return folder
 
 

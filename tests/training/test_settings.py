@@ -9,7 +9,12 @@ from mlsae.config import SAEConfig, SAESweep, TrainArguments, TrainConfig, check
 from mlsae.data.config import DataConfig
 from mlsae.errors import InputError
 from mlsae.train import parse
-from mlsae.training.settings import check_same, joint_settings, settings_of
+from mlsae.training.settings import (
+    check_same,
+    differ_in_weights_seed,
+    joint_settings,
+    settings_of,
+)
 
 
 def test_settings_have_the_names_of_the_flags():
@@ -38,6 +43,8 @@ def test_one_sae_is_a_sweep_of_one():
     assert TrainArguments.defaults(config).configs() == [config]
     sized = dataclasses.replace(config, sae=SAEConfig(n_latents=512))
     assert TrainArguments.defaults(sized).configs() == [sized]
+    seeded = dataclasses.replace(config, sae=SAEConfig(seed=3))
+    assert TrainArguments.defaults(seeded).configs() == [seeded]
 
 
 def test_only_what_changes_the_result_must_be_the_same():
@@ -81,6 +88,40 @@ def test_a_run_from_before_a_setting_is_resumed_as_it_was_made():
     with pytest.raises(InputError, match=r"--drop_norm must be off to resume .* got auto"):
         check_same([TrainConfig()], saved)
     assert parse(["--preset", "paper"])[0].data.drop_norm == "off"
+
+
+def test_a_run_from_before_seeds_of_weights_resumes():
+    saved = joint_settings([TrainConfig()])
+    del saved["sae"]["seed"]
+    check_same([TrainConfig()], saved)
+    with pytest.raises(InputError, match=r"--seeds must be None to resume .* got 0"):
+        check_same([TrainConfig(sae=SAEConfig(seed=0))], saved)
+
+
+def test_runs_are_one_but_for_the_seed_of_their_weights():
+    def about(extensions=None, **chosen):
+        training = settings_of(dataclasses.replace(TrainConfig(), **chosen))
+        return {"training": training, "heldout": {}} | (
+            {"extensions": extensions} if extensions else {}
+        )
+
+    plain, one = about(), about(sae=SAEConfig(seed=1), out=Path("x"), micro_tokens=512)
+    assert differ_in_weights_seed(plain, one)
+    assert differ_in_weights_seed(one, about(sae=SAEConfig(seed=2)))
+    older = about()
+    del older["training"]["sae"]["seed"], older["training"]["dataset_split"]
+    assert differ_in_weights_seed(older, one)
+    for other in (
+        about(sae=SAEConfig(seed=0)),  # the same weights
+        about(seed=1),  # other rows, too
+        about(sae=SAEConfig(seed=1, k=16)),
+        about(sae=SAEConfig(seed=1), tokens=900_000),
+        about([{"at": 1, "from": 1, "to": 2}], sae=SAEConfig(seed=1)),
+        {"training": one["training"]},  # stopped before its end
+        {"training": None, "heldout": {}},
+        {},
+    ):
+        assert not differ_in_weights_seed(plain, other)
 
 
 def test_a_run_from_before_a_model_s_options_existed_resumes():

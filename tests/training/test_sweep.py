@@ -206,6 +206,77 @@ def test_the_command_line_takes_one_value_or_several(tmp_path):
     assert paper.sae.expansion == 64
 
 
+def test_each_seed_ends_as_it_would_alone(tmp_path):
+    """Alone by --seeds, and as a run whose --seed is that of its weights, on the same rows."""
+    small = dataclasses.replace(SWEEP, expansion=(2,), k=(4,))
+    two = settings(tmp_path / "two", small, seeds=(0, 1))
+    _, passes = count_passes(two)
+    alone = settings(tmp_path / "alone", small, seeds=(1,))
+    _, passes_alone = count_passes(alone)
+    assert alone[0].out == tmp_path / "alone"
+    assert differences(tmp_path / "two" / "x2-k4-s1", tmp_path / "alone") == []
+    assert passes == passes_alone
+    train(*settings(tmp_path / "plain", small))
+    weights = [
+        (tmp_path / run / "model.safetensors").read_bytes()
+        for run in ("two/x2-k4-s0", "plain", "alone")
+    ]
+    assert weights[0] == weights[1] != weights[2]
+    header, *rows = (tmp_path / "two" / "runs.csv").read_text().splitlines()
+    shown = [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows]
+    assert [(row["run"], row["seed"]) for row in shown] == [("x2-k4-s0", "0"), ("x2-k4-s1", "1")]
+
+
+def test_several_seeds_resume_to_the_same_bits(tmp_path, monkeypatch):
+    small = dataclasses.replace(SWEEP, expansion=(2,), k=(4, 8))
+    train(*settings(tmp_path / "whole", small, seeds=(3, 1)))
+    save, saved = checkpoint.save, []
+
+    def cut(*arguments):
+        saved.append(save(*arguments))
+        if len(saved) == 3:
+            raise PowerCutError
+        return saved[-1]
+
+    monkeypatch.setattr(checkpoint, "save", cut)
+    with pytest.raises(PowerCutError):
+        train(*settings(tmp_path / "cut", small, seeds=(3, 1)))
+    monkeypatch.undo()
+    for seeds in ((), (3,), (3, 2)):
+        given = " ".join(map(str, seeds)) or "None"
+        with pytest.raises(InputError, match=f"--seeds must be 3 1 to resume .* got {given};"):
+            train(*settings(tmp_path / "cut", small, seeds=seeds, resume=True))
+    train(*settings(tmp_path / "cut", small, seeds=(3, 1), resume=True))
+    for name in ("x2-k4-s3", "x2-k4-s1", "x2-k8-s3", "x2-k8-s1"):
+        assert differences(tmp_path / "whole" / name, tmp_path / "cut" / name) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": (0, 1, 0)}, "--seeds must have one value or several different ones, got 0 1 0"),
+        ({"seeds": (2, -1)}, "--seeds must be at least 0, got -1"),
+        ({"seeds": (2**63,)}, r"--seeds must be in \[-2\^63, 2\^63\), got 9223372036854775808"),
+        ({"seeds": (0, 1), "init_from": "runs/a"}, "--init_from runs/a gives all SAEs the same"),
+    ],
+)
+def test_seeds_that_are_none_are_named(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        train(*settings(tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_seeds_combine_with_sizes_on_the_command_line():
+    several = parse("--seeds 0 7 --sae.k 16 32 --out runs/a --seed 5".split())
+    assert [(config.sae.name, config.seed, config.weights_seed) for config in several] == [
+        (f"x16-k{k}-s{seed}", 5, seed) for k in (16, 32) for seed in (0, 7)
+    ]
+    (one,) = parse("--seeds 3 --out runs/a".split())
+    assert (str(one.out), one.sae.name, one.weights_seed) == ("runs/a", "x16-k32-s3", 3)
+    (none,) = parse(["--seed", "4"])
+    assert (none.sae.seed, none.weights_seed) == (None, 4)
+
+
 def test_another_sweep_does_not_continue_it(sweep):
     out, *_ = sweep
     fewer = dataclasses.replace(SWEEP, k=(4,))
