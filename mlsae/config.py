@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from .batchtopk import check_activation
 from .data.config import DataConfig, check_seed
 from .data.heldout_split import check_share
 from .errors import InputError
@@ -38,6 +39,11 @@ class SAEOptions:
     """The first encoder. unit: equal to the decoder, whose rows are random, of norm 1. fitted:
     that, scaled to reconstruct the first batch best. linear: as torch.nn.Linear draws it, and the
     decoder with it, its rows then of norm 1; the paper's."""
+    activation: Literal["topk", "batchtopk"] = "topk"
+    """topk: the k largest of each vector. batchtopk: the k · n largest of the n vectors of a part
+    of a batch (see --micro_tokens), all layers and tokens together; k is then the mean."""
+    k_max: int | None = None
+    """The most latents that batchtopk activates per token and layer. None: 4 · k."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,8 @@ class TrainSettings:
     batch_tokens: int = 2048
     """Tokens per optimizer step."""
     micro_tokens: int | None = None
-    """Tokens held in memory at a time; bounds memory and changes nothing else. None: a whole
-    batch."""
+    """Tokens held in memory at a time; bounds memory and changes nothing else, but for what
+    batchtopk selects among. None: a whole batch."""
     lr: float | None = None
     """Peak learning rate. None: 2e-4 / √(n_latents / 2¹⁴), times (10⁹ / tokens)^0.32; twice that
     with NorMuon."""
@@ -255,6 +261,8 @@ def check_config(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be greater than 0, got {value}")
+    sae = config.sae
+    check_activation(sae.activation, sae.k, sae.k_max, config.shard_latents)
     check_seed(config.seed)
     check_share("train", config.data.heldout_share)
     if config.overwrite and config.resume:

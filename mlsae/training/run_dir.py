@@ -90,7 +90,7 @@ class RunDir:
     def log_metrics(self, tokens_per_second: float, seconds: float, passes: int) -> dict[str, Any]:
         """Log a line of metrics of the steps since the last one, the last of which was in pass
         number `passes` over the text."""
-        state = self.state
+        state, mlsae = self.state, self.state.mlsae
         window = state.end_window()
         line = {
             "tokens": state.tokens,
@@ -105,6 +105,8 @@ class RunDir:
             "tokens_per_second": tokens_per_second,
             "seconds": seconds,
         }
+        if mlsae.threshold is not None:
+            line |= {"capped": window.capped_share(), "threshold": mlsae.threshold}
         if self.log:
             self.log.write(line)
         return line
