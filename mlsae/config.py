@@ -152,8 +152,8 @@ class TrainSettings:
     """Checkpoints to keep, the newest ones."""
     init_from: str | None = None
     """Start from the weights of a trained SAE: a run's folder, a name on the Hugging Face hub, or a
-    file or folder of another library's format. Latents, k and standardization are then its own.
-    None: random weights."""
+    file or folder of another library's format. Latents, k, standardization and batchtopk are then
+    its own. None: random weights."""
     seed: int = 0
     """Seed of the initial weights and of the order of rows."""
     out: Path = Path("runs/mlsae")

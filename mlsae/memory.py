@@ -27,7 +27,8 @@ def estimate(
     Weights, gradients and Adam's two moments take 16 B per parameter, of all SAEs that train side
     by side, and a copy of the weights in a compute dtype other than float32 its own. The rest is
     held for one SAE at a time, so the largest counts. Of the L · micro_tokens vectors of a part,
-    each has 60 B for each of its K selections, and about 12 float32 copies of its D elements: so
+    each has 60 B for each of its K selections (k_max with batchtopk, whose ranking of all of them
+    takes no more than the rest of the step), and about 12 float32 copies of its D elements: so
     many in validation, and fewer in a step. To that come the encoder's and AuxK's workspaces.
 
     With `shards` of the latents, a process holds its part of the parameters and of the scores, and
@@ -37,7 +38,7 @@ def estimate(
     parameters = [2 * config.n_latents * config.d_in / shards for config in configs]
     per_parameter = 16 + (0 if dtype == torch.float32 else dtype.itemsize)
     vectors = len(configs[0].layers) * micro_tokens
-    n_latents, k = max(c.n_latents for c in configs), max(c.k for c in configs)
+    n_latents, k = max(c.n_latents for c in configs), max(c.k_max or c.k for c in configs)
     scores = vectors * n_latents / shards
     workspace = min(_KEY_BYTES, scores / 4) + min(_AUX_BYTES, 2 * dtype.itemsize * scores)
     selection = 60 if shards == 1 else 100

@@ -52,6 +52,7 @@ RUN_FILES = (
     "wandb",
     previous.PREVIOUS,
 )
+_MANY_CAPPED = 0.01  # a share of vectors
 RUN_FOLDERS = ("x*-k*", "n*-k*")  # see `config.SAEConfig.name`
 
 
@@ -71,6 +72,8 @@ class RunDir:
         drop: DropRule | None = None,
     ) -> None:
         self.config, self.state, self.drop = config, state, drop or DropRule()
+        self.capped = 0.0
+        """With batchtopk, the share of capped vectors in the last line of the log."""
         self.id = saved["id"] if saved else uuid.uuid4().hex
         position = 0
         if saved:
@@ -106,10 +109,22 @@ class RunDir:
             "seconds": seconds,
         }
         if mlsae.threshold is not None:
-            line |= {"capped": window.capped_share(), "threshold": mlsae.threshold}
+            self.capped = window.capped_share()
+            line |= {"capped": self.capped, "threshold": mlsae.threshold}
         if self.log:
             self.log.write(line)
         return line
+
+    def describe_cap(self) -> str:
+        """That the cap of batchtopk is met by so many vectors that it matters; else ""."""
+        if self.capped <= _MANY_CAPPED:
+            return ""
+        k_max = self.state.mlsae.config.k_max
+        return (
+            f"{self.capped:.1%} of the vectors that {self.name} saw last had all {k_max} latents "
+            "active that --sae.k_max allows, so that more of theirs may have been left out; a "
+            "larger one gives them room"
+        )
 
     def log_validation(self, validation: Validation) -> None:
         """Log validation metrics."""

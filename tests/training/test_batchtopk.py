@@ -4,6 +4,7 @@ here and differentiated by autograd in float64; the threshold; and what a run le
 Legend: L layers, N tokens, D inputs, M latents, K active latents per vector in the mean.
 """
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from mlsae import MLSAE, MLSAEConfig
 from mlsae.metrics import Moments
 from mlsae.training.gradients import forward_backward
+from mlsae.training.loop import train_step
 from mlsae.training.selection import keep_largest
 from mlsae.training.state import TrainState
 from tests.helpers.parts import unmasked
@@ -234,16 +236,11 @@ def test_nan_passes_the_threshold():
 def test_a_saved_state_goes_on_to_the_same_bits():
     one, two = make(), make()
     for seed in range(2):
-        step = steps(one, [unmasked(residuals(seed))])
-        one.optimizer.step()
-        one.optimizer.zero_grad()
-        one.end_step(step)
-    two.load_state_dict(one.state_dict())
+        train_step([one], [unmasked(residuals(seed))], N)
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
     assert two.mlsae.threshold == one.mlsae.threshold > 0
     for state in (one, two):
-        step = steps(state, [unmasked(residuals(7))])
-        state.optimizer.step()
-        state.end_step(step)
+        train_step([state], [unmasked(residuals(7))], N)
     assert torch.equal(one.threshold.value(), two.threshold.value())
     assert one.mlsae.threshold == two.mlsae.threshold
     assert one.window.capped_share() == two.window.capped_share()
