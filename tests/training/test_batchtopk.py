@@ -9,13 +9,16 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlsae import MLSAE, MLSAEConfig
+from mlsae.distributed import ALONE
 from mlsae.metrics import Moments
 from mlsae.training.gradients import forward_backward
 from mlsae.training.loop import train_step
 from mlsae.training.selection import keep_largest
 from mlsae.training.state import TrainState
+from tests.helpers import parallel
 from tests.helpers.parts import unmasked
 
 L, N, D, M, K = 3, 40, 8, 24, 3
@@ -231,6 +234,25 @@ def test_nan_passes_the_threshold():
     x = residuals()
     x[0, 0, 0] = math.nan
     assert mlsae.encode(x).values[0, 0].isnan().any()
+
+
+def test_processes_select_among_their_own_tokens_as_parts_do(team):
+    alone, share, weights = parallel.batchtopk(ALONE.data, 6, [1, 2, 3])
+    assert alone > 0
+    assert 0 < share < 1
+    for threshold, capped, own in team.run(parallel.batchtopk, 6, [1, 2, 3]):
+        torch.testing.assert_close(threshold, alone)
+        assert capped == pytest.approx(share)
+        for one, other in zip(own, weights, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_the_selection_does_not_wait_for_the_device():
+    """Tensors without data have nothing to wait for: reading one raises."""
+    with FakeTensorMode():
+        values, mask = torch.empty(6, 4), torch.empty(3, dtype=torch.bool)
+        kept, _ = keep_largest(values, mask, 2, 1, n_latents=10)
+        assert kept.shape == (6, 4)
 
 
 def test_a_saved_state_goes_on_to_the_same_bits():
