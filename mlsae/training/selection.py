@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DECAY = 0.99  # per step, of the running mean of thresholds
+DECAY = 0.9  # per step: longer means lag, as thresholds fall while the SAE learns
 
 
 class Selected(NamedTuple):
@@ -58,7 +58,7 @@ def keep_largest(
 class RunningThreshold:
     """The mean of the steps' thresholds, older steps counting less:
 
-        m ← 0.99 m + 0.01 t        threshold = m / (1 − 0.99ˢ) after s steps
+        m ← 0.9 m + 0.1 t        threshold = m / (1 − 0.9ˢ) after s steps
 
     A step's t is the mean over its parts, in all processes, weighted by their tokens.
     """

@@ -184,7 +184,7 @@ def test_the_threshold_is_a_running_mean_of_the_steps_corrected_for_its_start():
         step = steps(state, parts)
         state.optimizer.zero_grad()  # the weights stay
         state.end_step(step)
-    weights = torch.tensor([0.99**2, 0.99, 1.0], dtype=torch.float64)
+    weights = torch.tensor([0.9**2, 0.9, 1.0], dtype=torch.float64)
     expected = (weights * torch.stack(told)).sum() / weights.sum()
     torch.testing.assert_close(state.threshold.value(), expected)
     assert state.mlsae.threshold == pytest.approx(expected.item(), rel=1e-6)
