@@ -40,15 +40,16 @@ def model_card(settings: dict[str, Any]) -> ModelCard:
         tags=["arxiv:2409.04185", "interpretability", "mlsae", "sparse-autoencoder"],
     )
     layers = settings.get("layers", ())
+    codes = "k" if settings.get("k_max") is None else "k_max"
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# A multi-layer SAE of {_named(model)}",
         f"One TopK sparse autoencoder for the residual stream of {_named_layers(layers)} "
         f"([Lawson et al., ICLR 2025]({PAPER})): {settings['n_latents']:,} latents, "
-        f"{settings['k']} of them active for each token and layer.",
+        f"{settings['k']} of them active for each token and layer{in_the_mean(settings)}.",
         "```python\nfrom mlsae import MLSAE\n\n"
         'mlsae = MLSAE.from_pretrained("this repository")\n'
-        "values, indices = mlsae.encode(residuals)  # (…, d_in) → (…, k)\n"
+        f"values, indices = mlsae.encode(residuals)  # (…, d_in) → (…, {codes})\n"
         "x_hat = mlsae(residuals)\n```",
         "## Settings",
         _table(("setting", "value"), _settings(settings)),
@@ -75,6 +76,12 @@ def layer_range(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
 
+def in_the_mean(settings: dict[str, Any]) -> str:
+    """What is to be said after k by batchtopk; nothing with topk."""
+    k_max = settings.get("k_max")
+    return "" if k_max is None else f" in the mean, {k_max:,} at most (BatchTopK)"
+
+
 def _named_layers(layers: Sequence[int]) -> str:
     plural = "s" if len(layers) > 1 else ""
     return f"layer{plural} {layer_range(layers)}" if layers else "every layer"
@@ -83,10 +90,12 @@ def _named_layers(layers: Sequence[int]) -> str:
 def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
     """Rows: what it is, then every setting of its training, then the versions."""
     d_in, n_latents = settings["d_in"], settings["n_latents"]
+    batchtopk = () if settings.get("k_max") is None else ("k_max", "threshold")
     rows: list[tuple[object, ...]] = [
         ("d_in", d_in),
         ("n_latents", f"{n_latents} ({n_latents / d_in:g} × d_in)"),
         ("k", settings["k"]),
+        *((name, settings[name]) for name in batchtopk),
         ("standardize", settings["standardize"]),
         ("model", settings.get("model") or "not known"),
     ]

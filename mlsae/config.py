@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import tyro
 
+from .batchtopk import check_activation
 from .data.config import DataConfig, check_seed
 from .data.heldout_split import check_share
 from .errors import InputError
@@ -32,8 +33,8 @@ class TrainSettings:
     batch_tokens: int = 2048
     """Tokens per optimizer step."""
     micro_tokens: int | None = None
-    """Tokens held in memory at a time; bounds memory and changes nothing else. None: a whole
-    batch."""
+    """Tokens held in memory at a time; bounds memory and changes nothing else, but for what
+    batchtopk selects among. None: a whole batch."""
     lr: float | None = None
     """Peak learning rate. None: 2e-4 / √(n_latents / 2¹⁴), times (10⁹ / tokens)^0.32; with
     normuon four times that, and for fewer than 10⁵ tokens as for 10⁵."""
@@ -75,8 +76,8 @@ class TrainSettings:
     """Checkpoints to keep, the newest ones."""
     init_from: str | None = None
     """Start from the weights of a trained SAE: a run's folder, a name on the Hugging Face hub, or a
-    file or folder of another library's format. Latents, k and standardization are then its own.
-    None: random weights."""
+    file or folder of another library's format. Latents, k, standardization and batchtopk are then
+    its own. None: random weights."""
     seed: int = 0
     """Seed of the order of rows, and of the initial weights unless --seeds are given."""
     out: Path = Path("runs/mlsae")
@@ -205,6 +206,8 @@ def check_config(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be greater than 0, got {value}")
+    sae = config.sae
+    check_activation(sae.activation, sae.k, sae.k_max, config.shard_latents)
     check_seed(config.seed)
     check_seed(config.sae.seed, "--seeds")
     check_share("train", config.data.heldout_share)

@@ -74,7 +74,8 @@ def convert(config: ConvertConfig) -> str:
             config.dst.rmdir()
         raise
     lines = [
-        f"{source}: {sae.d_in} inputs, {sae.n_latents:,} latents, k = {sae.k}, "
+        f"{source}: {sae.d_in} inputs, {sae.n_latents:,} latents, k = {sae.k}"
+        f"{'' if sae.k_max is None else f' in the mean, {sae.k_max} at most'}, "
         f"{'standardized' if sae.standardize else 'plain'} inputs",
         f"{config.to}: {', '.join(str(path) for path in written)}",
     ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_topk import SparseTopKSAE
 
+from .batchtopk import BatchTopKSAE
 from .model import MLSAE, Standardized
 
 
@@ -71,15 +72,19 @@ class DenseSAE(nn.Module):
             "dataset_trust_remote_code": False,
             "seqpos_slice": (None,),
         }
+        activation, kwargs = "topk", dict[str, float](k=self.sae.k)
+        if isinstance(self.sae, BatchTopKSAE):
+            activation = "batchtopk"
+            kwargs |= {"k_max": self.sae.k_max, "threshold": self.sae.threshold.item()}
         standardize = self.mlsae is not None and self.mlsae.config.standardize
         return DenseConfig(
             **about,
             metadata=SimpleNamespace(**about),
             d_in=self.sae.d_in,
             d_sae=self.sae.n_latents,
-            architecture="topk",
-            activation_fn_str="topk",
-            activation_fn_kwargs={"k": self.sae.k},
+            architecture=activation,
+            activation_fn_str=activation,
+            activation_fn_kwargs=kwargs,
             apply_b_dec_to_input=True,
             finetuning_scaling_factor=False,
             normalize_activations="layer_norm" if standardize else "none",

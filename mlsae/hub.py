@@ -45,6 +45,11 @@ class HubFiles(ModelHubMixin):
     shards: Group
     about: dict[str, Any]
 
+    @property
+    @abstractmethod
+    def threshold(self) -> float | None:
+        """What an activation must exceed; None if the k largest stay."""
+
     @abstractmethod
     def to_saved(self) -> SavedSAE:
         """What the files are made of."""
@@ -96,7 +101,7 @@ class HubFiles(ModelHubMixin):
 
     def generate_model_card(self) -> ModelCard:
         """The model card: what it is, its settings, and its validation metrics if known."""
-        return model_card({**asdict(self.config), **self.about})
+        return model_card({**asdict(self.config), "threshold": self.threshold, **self.about})
 
     @classmethod
     def from_pretrained(

@@ -33,7 +33,8 @@ def estimate(
     one, 12. A copy of the weights in a compute dtype other than float32 comes to that. The rest is
     held for one SAE at a time, so the largest counts. While a matrix is orthogonalized, its
     direction and its update are held in the compute dtype, and the activations are not. Of the
-    L · micro_tokens vectors of a part, each has 60 B for each of its K selections, and about 12
+    L · micro_tokens vectors of a part, each has 60 B for each of its K selections (k_max with
+    batchtopk, whose ranking of all of them takes no more than the rest of the step), and about 12
     float32 copies of its D elements: so many in validation, and fewer in a step. To that come the
     encoder's and AuxK's workspaces.
 
@@ -45,7 +46,7 @@ def estimate(
     moments = sum(1 if name == "normuon" else 2 for name in optimizers) / len(optimizers)
     per_parameter = 8 + 4 * moments + (0 if dtype == torch.float32 else dtype.itemsize)
     vectors = len(configs[0].layers) * micro_tokens
-    n_latents, k = max(c.n_latents for c in configs), max(c.k for c in configs)
+    n_latents, k = max(c.n_latents for c in configs), max(c.k_max or c.k for c in configs)
     scores = vectors * n_latents / shards
     workspace = min(_KEY_BYTES, scores / 4) + min(_AUX_BYTES, 2 * dtype.itemsize * scores)
     selection = 60 if shards == 1 else 100

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparse_topk import SAEOutput, SparseTopKSAE, TopK
 
 from . import formats
+from .batchtopk import BatchTopKSAE
 from .distributed import ALONE, Group
 from .errors import InputError
 from .formats import SavedSAE
@@ -35,7 +36,7 @@ class MLSAEConfig:
     n_latents: int
     """Latents of the SAE (M)."""
     k: int
-    """Active latents per token and layer (K)."""
+    """Active latents per token and layer (K); with batchtopk, their mean."""
     layers: tuple[int, ...]
     """The transformer's layers it was trained on, in the order of its inputs; empty if a loaded
     file does not say."""
@@ -45,6 +46,14 @@ class MLSAEConfig:
     """The transformer's name on the hub, or its folder; empty if a loaded file does not say."""
     bias: bool = False
     """Whether latents have a bias, `b_enc`. The paper's have none."""
+    k_max: int | None = None
+    """The most latents that batchtopk activates per token and layer; None: the activation is
+    topk."""
+
+    @property
+    def activation(self) -> str:
+        """The activation's name: "topk" or "batchtopk"."""
+        return "topk" if self.k_max is None else "batchtopk"
 
 
 class Standardized(NamedTuple):
@@ -84,7 +93,7 @@ class Reconstruction:
 
     @property
     def codes(self) -> TopK:
-        """The active latents: values and indices (…, K)."""
+        """The active latents: values and indices, as `MLSAE.encode` gives them."""
         return self._output.codes
 
 
@@ -93,7 +102,7 @@ class MLSAE(nn.Module, HubFiles):
 
         μ, σ = mean and unbiased standard deviation of x over its D elements
         x̃ = (x − μ) / (σ + 1e-5)
-        h = ReLU(TopK(W_enc (x̃ − b_pre)))
+        h = ReLU(TopK(W_enc (x̃ − b_pre)))        or what exceeds a threshold, see `batchtopk`
         x̂ = (Σ_k h · W_dec rows + b_pre) · σ + μ
 
     Nothing depends on the layer. b_pre is the SAE's `b_dec`; there is no latent bias, unless
@@ -117,11 +126,18 @@ class MLSAE(nn.Module, HubFiles):
         self.config, self.shards = config, shards
         self.about = {}
         shape = (config.d_in, config.n_latents, config.k)
-        self.sae: SparseTopKSAE = (
-            SparseTopKSAE(*shape, bias=config.bias, device=device)
-            if shards.size == 1
-            else ShardedSAE(*shape, shards, device=device)
-        )
+        self.sae: SparseTopKSAE
+        if config.k_max is not None:
+            self.sae = BatchTopKSAE(*shape, config.k_max, bias=config.bias, device=device)
+        elif shards.size == 1:
+            self.sae = SparseTopKSAE(*shape, bias=config.bias, device=device)
+        else:
+            self.sae = ShardedSAE(*shape, shards, device=device)
+
+    @property
+    def threshold(self) -> float | None:
+        """What an activation must exceed, with batchtopk; None with topk."""
+        return self.sae.threshold.item() if isinstance(self.sae, BatchTopKSAE) else None
 
     def standardize(self, x: Tensor) -> Standardized:
         """x̃ (…, D) float32, or float64 if x is; μ and σ (…, 1). A constant vector has σ = 0 and
@@ -137,8 +153,8 @@ class MLSAE(nn.Module, HubFiles):
         return Standardized((x - mean) / (std + SIGMA_EPS), mean, std)
 
     def encode(self, x: Tensor) -> TopK:
-        """The active latents of residual vectors x (…, D): values and indices (…, K), the values in
-        the parameters' dtype, or autocast's."""
+        """The active latents of residual vectors x (…, D): values and indices (…, K), or (…, k_max)
+        with zeros with batchtopk; the values in the parameters' dtype, or autocast's."""
         return self.sae.encode(self.standardize(x).x)
 
     def reconstruct(self, x: Tensor) -> Reconstruction:
@@ -161,8 +177,9 @@ class MLSAE(nn.Module, HubFiles):
         config = self.config
         weights = {name: p.detach().cpu() for name, p in self.weights().items()}
         return SavedSAE(
-            weights, config.k, config.standardize, config.layers, config.model, self.about
-        )
+            weights, config.k, config.standardize, config.layers, config.model, self.about,
+            k_max=config.k_max, threshold=self.threshold,
+        )  # fmt: skip
 
     @classmethod
     def from_saved(
@@ -180,10 +197,13 @@ class MLSAE(nn.Module, HubFiles):
             saved.standardize,
             saved.model,
             "b_enc" in saved.weights,
+            saved.k_max,
         )
         mlsae = cls(config, device="meta")
         weights = {name: w.to(device, dtype or w.dtype) for name, w in saved.weights.items()}
         mlsae.sae.load_state_dict(weights, assign=True)
+        if saved.threshold is not None:
+            mlsae.sae.threshold = torch.tensor(saved.threshold, device=device)
         mlsae.about = dict(saved.about)
         return mlsae.requires_grad_()
 
@@ -194,12 +214,18 @@ def load_sae(
     """The SAE in a folder or file of any of `formats.FORMATS`, or in a repository of the hub (in
     its folder `hookpoint`, if it has several): ready to use and to train on.
 
-    Raises InputError if it cannot be read, or standardizes its inputs: an MLSAE does that.
+    Raises InputError if it cannot be read, or standardizes its inputs, or has a threshold: an MLSAE
+    does that.
     """
     saved = formats.read(path, hookpoint)
     if saved.standardize:
         raise InputError(
             f"PATH must hold an SAE that takes its inputs as they are, and that in {path} "
             "standardizes them; load it with MLSAE.from_saved(formats.read(PATH))"
+        )
+    if saved.k_max is not None:
+        raise InputError(
+            f"PATH must hold an SAE that keeps the k largest activations, and that in {path} keeps "
+            "those above a threshold; load it with MLSAE.from_saved(formats.read(PATH))"
         )
     return MLSAE.from_saved(saved, device).sae

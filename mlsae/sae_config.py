@@ -34,6 +34,11 @@ class SAEOptions:
     """The first encoder. unit: equal to the decoder, whose rows are random, of norm 1. fitted:
     that, scaled to reconstruct the first batch best. linear: as torch.nn.Linear draws it, and the
     decoder with it, its rows then of norm 1; the paper's."""
+    activation: Literal["topk", "batchtopk"] = "topk"
+    """topk: the k largest of each vector. batchtopk: the k · n largest of the n vectors of a part
+    of a batch (see --micro_tokens), all layers and tokens together; k is then the mean."""
+    k_max: int | None = None
+    """The most latents that batchtopk activates per token and layer. None: 4 · k."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def config_of(cell: Cell) -> TrainConfig:
         seed=cell["seed"],
         sae=SAEConfig(
             n_latents=cell["n_latents"], k=cell["k"], init=cell["init"],
-            aux_weight=cell["aux_weight"],
+            aux_weight=cell["aux_weight"], activation=cell["activation"],
         ),
     )  # fmt: skip
     law = 2e-4 / math.sqrt(cell["n_latents"] / 2**14) * (1e9 / cell["tokens"]) ** 0.32
@@ -116,6 +116,7 @@ def measure(states: list[TrainState], stream: DataStream, heldout: Tensor) -> li
                 "never_active": round(never.double().mean().item(), 5),
                 "dead": round(state.dead_share(), 5),
                 "l0": round(other.l0.mean().item(), 3),
+                "l0_layers": [round(value, 2) for value in other.l0.tolist()],
             }
         )
     return figures
@@ -183,8 +184,11 @@ _LISTS: dict[str, tuple[type, list[Any]]] = {
     "decay": (float, [0.2]),
     "warmup": (float, [0.01]),
     "aux_weight": (float, [1 / 32]),
+    "activation": (str, ["topk"]),
     "seed": (int, [0]),
 }
+
+_BEFORE = {"activation": "topk"}  # of lines that do not name it
 
 
 def main(arguments: list[str]) -> None:
@@ -212,7 +216,7 @@ def main(arguments: list[str]) -> None:
     cells = cells_of(given)
     if given.results.exists():
         lines = [json.loads(line) for line in given.results.read_text().splitlines()]
-        done = [line for line in lines if "at" not in line]
+        done = [_BEFORE | line for line in lines if "at" not in line]
         cells = [c for c in cells if not any(c.items() <= line.items() for line in done)]
     if cells:
         study(cells, given.results, given.evals, given.save)

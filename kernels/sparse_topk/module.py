@@ -177,8 +177,8 @@ class SparseTopKSAE(
         """Load an SAE from a folder or by its name on the Hugging Face hub; the last five arguments
         are the hub's. `dtype` is a torch.dtype, its name, or, as by default, "auto": the file's.
 
-        Raises ValueError if there is no config.json, or its SAE standardizes its inputs; TypeError
-        on another keyword.
+        Raises ValueError if there is no config.json, or its SAE standardizes its inputs or has
+        another activation than TopK; TypeError on another keyword.
         """
         refuse_unknown(unknown)
         sae: Self = super().from_pretrained(
@@ -208,6 +208,11 @@ class SparseTopKSAE(
             raise ValueError(
                 f"{model_id} standardizes its inputs, which a SparseTopKSAE cannot; "
                 "load it with the library that saved it"
+            )
+        if config.get("activation", "topk") != "topk":
+            raise ValueError(
+                f"{model_id} does not keep the k largest activations, as a SparseTopKSAE does, but "
+                f"has the activation {config['activation']}; load it with the library that saved it"
             )
         path: Path | str = Path(model_id) / "model.safetensors"
         if not Path(model_id).is_dir():

@@ -101,6 +101,8 @@ def write(sae: SavedSAE, folder: Path | str, to: str) -> list[Path]:
     Returns the files written. Each is replaced whole or not at all. Raises InputError, and writes
     nothing, if the format cannot express what the SAE computes.
     """
+    if to != "mlsae":
+        sae.require_topk(to)
     folder, files = Path(folder), FORMATS[to].files(sae)
     if to != "mlsae":
         settings: dict[str, Any] = {

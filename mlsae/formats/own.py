@@ -1,7 +1,8 @@
 """This project's own format: the folder that MLSAE and SparseTopKSAE write in `save_pretrained`.
 
 config.json          {d_in, n_latents, k, bias}; for an MLSAE also {layers, standardize, model} and
-                     anything else known: training, versions, heldout
+                     anything else known: training, versions, heldout; for one of batchtopk also
+                     {activation: "batchtopk", k_max, threshold}
 model.safetensors    W_enc (M, D), W_dec (M, D), b_dec (D,) and, with `bias`, b_enc (M,)
 
 Legend: D inputs, M latents.
@@ -17,7 +18,8 @@ import safetensors.torch
 from ..errors import InputError
 from .saved import SavedSAE, layers_in, read_json, read_tensors
 
-CONFIG = ("d_in", "n_latents", "k", "layers", "standardize", "model", "bias")
+_BATCHTOPK = ("activation", "k_max", "threshold")
+CONFIG = ("d_in", "n_latents", "k", "layers", "standardize", "model", "bias", *_BATCHTOPK)
 
 
 def matches(folder: Path) -> bool:
@@ -29,6 +31,12 @@ def matches(folder: Path) -> bool:
 def read(folder: Path) -> SavedSAE:
     """Read the SAE. Raises InputError if a file is missing or damaged, or the files disagree."""
     config = read_json(folder / "config.json")
+    if config.get("activation", "topk") not in ("topk", "batchtopk"):
+        raise InputError(
+            f"activation in {folder / 'config.json'} must be topk or batchtopk, got "
+            f"{config['activation']!r}"
+        )
+    is_topk = config.get("activation", "topk") == "topk"
     sae = SavedSAE(
         read_tensors(folder / "model.safetensors"),
         config.get("k", 0),
@@ -36,6 +44,8 @@ def read(folder: Path) -> SavedSAE:
         layers_in(config, folder / "config.json"),
         config.get("model", ""),
         {name: value for name, value in config.items() if name not in CONFIG},
+        k_max=None if is_topk else config.get("k_max", 0),
+        threshold=None if is_topk else config.get("threshold", -1),
     )
     for name in ("d_in", "n_latents"):
         if config.get(name) != getattr(sae, name):
@@ -49,6 +59,7 @@ def read(folder: Path) -> SavedSAE:
 def files(sae: SavedSAE) -> dict[str, bytes]:
     """The files of `sae`, by name."""
     weights = {name: w.contiguous() for name, w in sae.weights.items()}
+    batchtopk = {"activation": "batchtopk", "k_max": sae.k_max, "threshold": sae.threshold}
     config = {
         "d_in": sae.d_in,
         "n_latents": sae.n_latents,
@@ -57,6 +68,7 @@ def files(sae: SavedSAE) -> dict[str, bytes]:
         "standardize": sae.standardize,
         "model": sae.model,
         "bias": "b_enc" in sae.weights,
+        **(batchtopk if sae.k_max is not None else {}),
         **sae.about,
     }
     return {

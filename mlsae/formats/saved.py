@@ -7,6 +7,7 @@ Legend: D inputs, M latents.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ class SavedSAE:
         x̃ = (x − μ) / (σ + 1e-5) with `standardize`, else x
         x̂ = Σ ReLU(TopK(W_enc (x̃ − b_dec) + b_enc)) · W_dec rows + b_dec, de-standardized
 
+    and with `k_max`, TopK is of the k_max largest, of which those above `threshold` stay.
+
     Raises InputError if the shapes of the weights do not match, k is not in [1, M], or a setting
     is of the wrong type, as in a damaged file.
     """
@@ -36,7 +39,7 @@ class SavedSAE:
     """W_enc (M, D), W_dec (M, D), b_dec (D,) and, if latents have a bias, b_enc (M,); in the
     files' dtype."""
     k: int
-    """Active latents per token."""
+    """Active latents per token; with k_max, their mean."""
     standardize: bool
     """Whether each vector is standardized before encoding."""
     layers: tuple[int, ...] = ()
@@ -48,6 +51,10 @@ class SavedSAE:
     under that format's name."""
     carried: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that no output depends on, such as counters of dead latents: "format.name"."""
+    k_max: int | None = None
+    """The most active latents per token, with batchtopk; None with topk."""
+    threshold: float | None = None
+    """What an activation must exceed, with batchtopk; None with topk."""
 
     def __post_init__(self) -> None:
         missing = [name for name in WEIGHTS if name not in self.weights]
@@ -81,6 +88,18 @@ class SavedSAE:
         ):
             if not holds:
                 raise InputError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+        if self.k_max is not None or self.threshold is not None:
+            self._check_threshold()
+
+    def _check_threshold(self) -> None:
+        if not is_integer(self.k_max) or not self.k <= self.k_max <= self.n_latents:
+            raise InputError(
+                f"k_max must be in [{self.k}, {self.n_latents}] (k to the number of latents), got "
+                f"{self.k_max!r}"
+            )
+        is_number = is_integer(self.threshold) or isinstance(self.threshold, float)
+        if not is_number or not 0 <= self.threshold < math.inf:  # type: ignore[operator]
+            raise InputError(f"threshold must be a number, 0 or more, got {self.threshold!r}")
 
     @property
     def d_in(self) -> int:
@@ -118,6 +137,15 @@ class SavedSAE:
                 f"--to {to} must not be given for an SAE that standardizes its inputs, since that "
                 "format cannot express it and the outputs would differ; give --to saelens, "
                 "openai, released or mlsae"
+            )
+
+    def require_topk(self, to: str) -> None:
+        """Raise InputError if the SAE has a threshold, which format `to` cannot express."""
+        if self.k_max is not None:
+            raise InputError(
+                f"--to {to} must not be given for an SAE of --sae.activation batchtopk, since that "
+                f"format has no threshold below which the {self.k_max} largest (k_max) are cut, "
+                "and the outputs would differ; give --to mlsae"
             )
 
     def require_no_latent_bias(self, to: str) -> None:

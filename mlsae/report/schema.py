@@ -58,7 +58,7 @@ OBJECT = Rule("an object", lambda value: isinstance(value, dict))
 
 CONFIG = {
     "d_in": POSITIVE, "n_latents": POSITIVE, "k": POSITIVE, "layers": Each(COUNT),
-    "model": Optional(TEXT_OR_NULL), "training": Optional(OBJECT),
+    "model": Optional(TEXT_OR_NULL), "training": Optional(OBJECT), "k_max": Optional(POSITIVE),
 }  # fmt: skip
 _INTERVAL = {"value": NUMBER_OR_NULL, "low": NUMBER_OR_NULL, "high": NUMBER_OR_NULL}
 _RATIOS = {

@@ -11,10 +11,12 @@ The gradient with respect to the decoder's output is −2 σ (σ + ε) e / (L ·
 number per vector, times e. So e is all that is stored of the reconstruction: the loss, its gradient
 and AuxK need no more. The gradient of aux reaches W_enc, W_dec and b_enc of dead latents only.
 
+With batchtopk, TopK is the k · N largest of all vectors of the part (see `selection`).
+
 The variances are of tokens seen before the step (see `metrics.Moments.variance`), and `n_tokens` is
 the whole step's: so the losses and gradients of a step's parts add up to those of the whole,
-however it is split. A masked token has weight 0 in all of it: shapes do not depend on the mask, and
-nothing here waits for the device.
+however it is split; but batchtopk selects within a part. A masked token has weight 0 in all of it:
+shapes do not depend on the mask, and nothing here waits for the device.
 
 Legend: L layers, N tokens, D width of the residual stream, M latents, K active latents per token, Q
 dead latents.
@@ -41,6 +43,7 @@ from sparse_topk.training_ops import (
 
 from ..model import ACTIVE, SIGMA_EPS
 from ..sharding import Selection
+from .selection import keep_largest
 from .state import TrainState
 from .step import Step
 
@@ -68,8 +71,11 @@ def forward_backward(state: TrainState, step: Step, x: Tensor, mask: Tensor | No
     shards = None if mlsae.shards.size == 1 else Selection(mlsae.shards, mlsae.config.k)
 
     centered, mean, std, moments = standardize(x, sae.b_dec, mask, state.dtype, eps)
-    k = min(mlsae.config.k, len(weights.W_enc))
+    k = min(mlsae.config.k_max or mlsae.config.k, len(weights.W_enc))
     values, indices = ops.topk_encode(centered, weights.W_enc, weights.b_enc, k, relu=True)
+    selected = None
+    if mlsae.config.k_max is not None:
+        values, selected = keep_largest(values, mask, len(x), mlsae.config.k, sae.n_latents)
     if shards is None:
         error, sq_error, error_moments = decode_error(
             values, indices, weights.W_dec, sae.b_dec, x, mean, std, mask, eps
@@ -85,7 +91,7 @@ def forward_backward(state: TrainState, step: Step, x: Tensor, mask: Tensor | No
     aux = _add_aux(state, step, weights, centered, error, mask)
     loss = sq_error @ step.factor
     loss = loss if aux is None else loss + state.aux_weight * aux
-    step.metrics.add_part(loss, aux, sq_error, moments, error_moments)
+    step.metrics.add_part(loss, aux, sq_error, moments, error_moments, selected)
     now = state.tokens + step.n_tokens
     note_active_(state.last_active, values, indices, mask, ACTIVE, now)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparse_topk import SparseTopKSAE
 
 from .. import metrics
+from ..batchtopk import resolve_k_max
 from ..config import TrainConfig
 from ..data.stream import Shape
 from ..distributed import ALONE, Group
@@ -27,12 +28,13 @@ _VECTORS_AT_ONCE = 2**13  # encoded and reconstructed, to fit the scale
 
 def mlsae_config(config: TrainConfig, shape: Shape) -> MLSAEConfig:
     """The MLSAE to train by `config` on residuals of `shape`. Raises InputError if it has fewer
-    latents than k."""
+    latents than k, or k_max."""
     k, n_latents = config.sae.k, config.sae.n_latents or config.sae.expansion * shape.d_in
     if k > n_latents:
         raise InputError(f"--sae.k must be in [1, {n_latents}] (the number of latents), got {k}")
+    k_max = resolve_k_max(config.sae.activation, k, config.sae.k_max, n_latents)
     standardize, model = config.sae.standardize, config.data.model
-    return MLSAEConfig(shape.d_in, n_latents, k, shape.layers, standardize, model)
+    return MLSAEConfig(shape.d_in, n_latents, k, shape.layers, standardize, model, k_max=k_max)
 
 
 class FirstBatch(NamedTuple):

@@ -27,8 +27,9 @@ _NORM_TOLERANCE = 1e-2  # what `UnitNormAdam` takes
 
 
 def sized_as_init(default: TrainArguments, arguments: Sequence[str]) -> TrainArguments:
-    """`default`, with the latents, k and standardization of the SAE that `--init_from` names on a
-    command line, if it does: they need not be given. If they are, `check_fits` compares them."""
+    """`default`, with the latents, k, standardization and activation of the SAE that `--init_from`
+    names on a command line, if it does: they need not be given. If they are, `check_fits` compares
+    them."""
     # tyro takes its defaults before it parses, so the argument is read first.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--init_from", "--init-from", dest="init_from", nargs="?")
@@ -39,6 +40,8 @@ def sized_as_init(default: TrainArguments, arguments: Sequence[str]) -> TrainArg
     with suppress(InputError):  # training says what is wrong, in one line for all processes
         saved = _read(given.init_from)
         sizes: dict[str, Any] = {"k": (saved.k,), "standardize": saved.standardize}
+        if saved.k_max is not None:
+            sizes |= {"activation": "batchtopk", "k_max": saved.k_max}
         expansion, rest = divmod(saved.n_latents, saved.d_in)
         if not rest:
             sizes["expansion"] = (expansion,)
@@ -91,6 +94,11 @@ def check_fits(saved: SavedSAE, config: TrainConfig, sae: MLSAEConfig) -> None:
                 f"{flag} must be {theirs}, as in --init_from {name}, got {ours}; on the command "
                 "line, leave it out to take it from there"
             )
+    if saved.k_max is not None and sae.k_max is None:
+        raise InputError(
+            f"--sae.activation must be batchtopk, as in --init_from {name}, got topk; on the "
+            "command line, leave it out to take it from there"
+        )
     if has_bias(saved) and config.shard_latents > 1:
         raise InputError(
             f"--init_from {name} has a latent bias, which --shard_latents cannot split; train it "

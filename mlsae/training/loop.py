@@ -224,6 +224,7 @@ class TrainLoop:
             "stages": self.timer.seconds(),
             "batches": self.batches.state_dict(),
             "dropped": self.stream.drop.as_dict(),
+            "processes": self.mesh.data.size,
             "runs": {run_dir.name: run_dir.state_dict() for run_dir in self.run_dirs},
         }
         if is_rank0():

@@ -42,7 +42,7 @@ from .run_dir import (
     load_checkpoint,
     newest_checkpoint,
 )
-from .settings import History, history_of
+from .settings import History, check_processes, history_of
 from .state import TrainState
 from .summary import encode_seconds, log_extension, print_summary, write_csv
 from .validation import Validation
@@ -142,6 +142,8 @@ def _load(
     text. Raises InputError for what is wrong with them, or with the settings given them."""
     config, writes = configs[0], mesh.world.rank == 0
     saved = load_checkpoint(path, configs, inputs) if path else None
+    if saved:
+        check_processes(configs, saved.get("processes", 1), mesh.data.size)
     initial = load_initial(configs) if saved is None else None
     shape = read_shape(config.data)
     batch_rows, micro_rows = _rows(config, shape.seq_len, mesh)

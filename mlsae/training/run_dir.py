@@ -52,6 +52,7 @@ RUN_FILES = (
     "wandb",
     previous.PREVIOUS,
 )
+_MANY_CAPPED = 0.01  # a share of vectors
 RUN_FOLDERS = ("x*-k*", "n*-k*")  # see `SAEConfig.name`
 
 
@@ -71,6 +72,8 @@ class RunDir:
         drop: DropRule | None = None,
     ) -> None:
         self.config, self.state, self.drop = config, state, drop or DropRule()
+        self.capped = 0.0
+        """With batchtopk, the share of capped vectors in the last line of the log."""
         self.id = saved["id"] if saved else uuid.uuid4().hex
         position = 0
         if saved:
@@ -90,7 +93,7 @@ class RunDir:
     def log_metrics(self, tokens_per_second: float, seconds: float, passes: int) -> dict[str, Any]:
         """Log a line of metrics of the steps since the last one, the last of which was in pass
         number `passes` over the text."""
-        state = self.state
+        state, mlsae = self.state, self.state.mlsae
         window = state.end_window()
         line = {
             "tokens": state.tokens,
@@ -105,9 +108,23 @@ class RunDir:
             "tokens_per_second": tokens_per_second,
             "seconds": seconds,
         }
+        if mlsae.threshold is not None:
+            self.capped = window.capped_share()
+            line |= {"capped": self.capped, "threshold": mlsae.threshold}
         if self.log:
             self.log.write(line)
         return line
+
+    def describe_cap(self) -> str:
+        """That the cap of batchtopk is met by so many vectors that it matters; else ""."""
+        if self.capped <= _MANY_CAPPED:
+            return ""
+        k_max = self.state.mlsae.config.k_max
+        return (
+            f"{self.capped:.1%} of the vectors that {self.name} saw last had all {k_max} latents "
+            "active that --sae.k_max allows, so that more of theirs may have been left out; a "
+            "larger one gives them room"
+        )
 
     def log_validation(self, validation: Validation) -> None:
         """Log validation metrics."""

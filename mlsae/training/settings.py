@@ -36,6 +36,8 @@ _FREE = (  # what may differ from the run that is resumed, since the result does
     "keep_checkpoints",
 )
 
+_FIXED_BY_BATCHTOPK = "micro_tokens"  # it selects within a part of a batch
+
 # What runs do whose checkpoints do not name these settings.
 _BEFORE_THEY_WERE_SETTINGS = {
     "drop_positions": [],
@@ -44,6 +46,8 @@ _BEFORE_THEY_WERE_SETTINGS = {
     "dataset_split": "train",
     "heldout_share": 0.05,
     "sae.init": "unit",
+    "sae.activation": "topk",
+    "sae.k_max": None,
     "optimizer": "adam",
     "betas": [0.9, 0.999],
 }
@@ -99,14 +103,16 @@ def joint_settings(configs: Sequence[TrainConfig]) -> dict[str, Any]:
 def check_same(configs: Sequence[TrainConfig], saved: dict[str, Any]) -> None:
     """Raise InputError if `configs` would not continue the run of the `saved` settings. Its inputs
     are not compared here: see `inputs.check_inputs`."""
-    before = _BEFORE_THEY_WERE_SETTINGS | _flat(saved)
+    before, free = _BEFORE_THEY_WERE_SETTINGS | _flat(saved), (*_FREE, *INPUTS, "tokens")
+    if configs[0].sae.activation == "batchtopk":
+        free = tuple(name for name in free if name != _FIXED_BY_BATCHTOPK)
     for name, value in _flat(joint_settings(configs)).items():
         if name == "tokens" and value < before[name]:
             raise InputError(
                 f"--tokens must be at least {before[name]} to resume this run, as it began, got "
                 f"{value}; give as many, or more to extend it"
             )
-        if name not in (*_FREE, *INPUTS, "tokens") and value != before.get(name):
+        if name not in free and value != before.get(name):
             flag = _FLAGS.get(name, name)
             raise InputError(
                 f"--{flag} must be {_shown(before.get(name))} to resume this run, as it began, got "
@@ -133,6 +139,16 @@ def differ_in_weights_seed(one: dict[str, Any], other: dict[str, Any]) -> bool:
         and one.get("extensions") == other.get("extensions")
         and all(settings[0].get(name) == settings[1].get(name) for name in names)
     )
+
+
+def check_processes(configs: Sequence[TrainConfig], before: int, now: int) -> None:
+    """Raise InputError if the number of processes that have tokens of their own differs from that
+    `before`, and the result depends on it: batchtopk selects within a process."""
+    if configs[0].sae.activation == "batchtopk" and before != now:
+        raise InputError(
+            f"the number of processes must be {before} to resume this run, as it began, since "
+            f"--sae.activation batchtopk selects within a process, got {now}"
+        )
 
 
 def _shown(value: Any) -> str:

@@ -15,10 +15,12 @@ from torch import Tensor
 from sparse_topk.shadows import Shadows
 
 from .. import metrics
+from ..batchtopk import BatchTopKSAE
 from ..distributed import ALONE, Group
 from ..errors import NonFiniteError
 from ..model import MLSAE
 from .optimizers import ADAM, Optimizers
+from .selection import RunningThreshold
 from .step import Step, StepMetrics
 
 
@@ -66,6 +68,8 @@ class TrainState:
         self.n_dead = self.n_dead_anywhere = 0  # of this shard, of all shards
         self.window = self._empty_metrics()
         """Metrics of the steps since the last log line."""
+        self.threshold = RunningThreshold(self.device)
+        """With batchtopk, what the MLSAE's is; else not used."""
 
     @property
     def inactive_tokens(self) -> Tensor:
@@ -115,7 +119,7 @@ class TrainState:
         n_layers, d_in = self.moments.mean.shape
         # 1 / (L · n_tokens · variance)
         factor = self.moments.n_tokens / (n_layers * n_tokens) / self.moments.sq_dev.sum(1)
-        return Step(n_tokens, factor, dead, d_in)
+        return Step(n_tokens, factor, dead, d_in, self._batchtopk)
 
     def fetch(self, step: Step) -> float:
         """The loss of a step, all parts of all processes added up, and how many latents are dead
@@ -136,6 +140,8 @@ class TrainState:
         self.steps += 1
         self.moments.merge(step.metrics.moments)
         self._errors = step.metrics.errors
+        if isinstance(self.mlsae.sae, BatchTopKSAE):
+            self.mlsae.sae.threshold.copy_(self.threshold.update(step.metrics.threshold))
         step.metrics.steps = 1
         self.window.add(step.metrics)
 
@@ -177,6 +183,7 @@ class TrainState:
                 "error_variance": self.error_variance,
                 "weights": self.mlsae.weights(),
                 "optimizer": optimizer,
+                **({"threshold": self.threshold.state_dict()} if self._batchtopk else {}),
             },
         }
 
@@ -198,11 +205,19 @@ class TrainState:
             int(i): {name: _convert(value, own_rows) for name, value in moments.items()}
             for i, moments in saved["optimizer"].items()
         }
+        if isinstance(self.mlsae.sae, BatchTopKSAE):
+            self.threshold.load_state_dict(saved["threshold"])
+            self.mlsae.sae.threshold.copy_(self.threshold.value())
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
+    @property
+    def _batchtopk(self) -> bool:
+        return self.mlsae.config.k_max is not None
+
     def _empty_metrics(self) -> StepMetrics:
-        return StepMetrics(len(self.mlsae.config.layers), self.mlsae.config.d_in, self.device)
+        config = self.mlsae.config
+        return StepMetrics(len(config.layers), config.d_in, self.device, self._batchtopk)
 
 
 def _convert(value: Any, rows: Callable[[Tensor], Tensor]) -> Any:

@@ -40,6 +40,9 @@ def print_summary(
     layers = loop.stream.reader.layers
     if word := describe_top_share(validations[0].top_share.tolist(), layers):
         console.print(word, soft_wrap=True)
+    for run_dir in loop.run_dirs:
+        if word := run_dir.describe_cap():
+            console.print(word, soft_wrap=True)
     stages = loop.timer.seconds()
     total = sum(stages.values())
     stages["encode"] = min(stages.pop("SAE"), encoding)

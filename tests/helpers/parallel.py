@@ -22,10 +22,10 @@ L, N, D, M, K = 2, 61, 8, 49, 4
 SHARDS = [1, 2, 4]  # of the latents, on 4 processes
 
 
-def make(mesh, optimizer="adam"):
+def make(mesh, optimizer="adam", k_max=None):
     """A trainer with the same initial weights on every mesh."""
     torch.manual_seed(0)
-    mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 3)), shards=mesh.latents).double()
+    mlsae = MLSAE(MLSAEConfig(D, M, K, (0, 3), k_max=k_max), shards=mesh.latents).double()
     state = TrainState(
         mlsae, schedule=lambda tokens: 1e-2, dead_tokens=100, k_aux=6, aux_weight=1 / 32,
         optimizers=Optimizers(optimizer, optimizer, max_grad_norm=1.0),
@@ -86,3 +86,16 @@ def run(world, shards, seeds, saved=None, optimizer="adam"):
     own = [p.detach().clone() for p in state.mlsae.parameters()]
     counts = validation.counts if is_rank0 else None
     return metrics, whole if is_rank0 else None, counts, (mesh.latents.rank, own)
+
+
+def batchtopk(world, k_max, seeds):
+    """Train with BatchTopK, each process on its own part of the tokens; one process on the parts
+    of four. The threshold, the share of capped vectors and the parameters."""
+    mesh = make_mesh(world, torch.device("cpu"), 1, timeout=30) if world.size > 1 else ALONE
+    state = make(mesh, k_max=k_max)
+    for seed in seeds:
+        x = residuals(seed)
+        parts = mine(x, mesh) if world.size > 1 else [x[:, own] for own in splits(N, 4)]
+        train_step([state], map(unmasked, parts), N)
+    told = state.threshold.value(), state.window.capped_share()
+    return *told, [p.detach().clone() for p in state.mlsae.parameters()]

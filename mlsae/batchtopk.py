@@ -1,0 +1,103 @@
+"""BatchTopK over layers: a budget of k active latents per vector, shared by the vectors of a batch.
+
+Training keeps the k · N largest activations of N vectors together (see `training.selection`), so
+that the tokens and layers that need more latents get them (Bussmann et al., arXiv 2412.06410).
+Inference cannot ask what else is in the batch: it keeps what exceeds a threshold that training
+learned. Both choose among the k_max largest of each vector, so that the scores are never stored.
+
+Legend: D inputs, M latents; "…" any leading shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_topk import SAEOutput, SparseTopKSAE, TopK, topk_encode, topk_sae
+
+from .errors import InputError
+
+
+class BatchTopKSAE(SparseTopKSAE):
+    """A `SparseTopKSAE` whose latents are active above a `threshold`, k_max per vector at most:
+
+        h = ReLU(TopK_{k_max}((x − b_dec) W_encᵀ + b_enc)), and 0 where h ≤ threshold
+        x̂ = Σ h · W_dec rows + b_dec
+
+    Codes have the shape (…, k_max), with the values 0 where fewer latents are active; k is how many
+    are on average, as far as the data are those of the training. Differentiable as a
+    `SparseTopKSAE`, the threshold being fixed.
+    """
+
+    threshold: Tensor
+    """() float32, ≥ 0: a buffer that `state_dict` leaves out; `config.json` has it."""
+
+    def __init__(
+        self,
+        d_in: int,
+        n_latents: int,
+        k: int,
+        k_max: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(d_in, n_latents, k, bias=bias, device=device)
+        self.k_max = k_max
+        self.register_buffer("threshold", torch.zeros((), device=device), persistent=False)
+
+    def encode(self, x: Tensor) -> TopK:
+        """The active latents of each vector: values ≥ 0 and int64 indices, each (…, k_max)."""
+        values, indices = topk_encode(x - self.b_dec, self.W_enc, self.b_enc, self.k_max)
+        low = values.to(torch.promote_types(values.dtype, torch.float32)) <= self.threshold
+        return TopK(values.masked_fill(low, 0), indices)  # NaN is not low, and stays
+
+    def reconstruct(self, x: Tensor) -> SAEOutput:
+        """x̂ (…, D), and the active latents (…, k_max)."""
+        codes = self.encode(x)
+        x_hat = self.decode(codes)
+        if not torch.is_autocast_enabled(self.W_dec.device.type):
+            x_hat = x_hat.to(x.dtype)
+        return SAEOutput(x_hat, *codes)
+
+    @torch.no_grad()
+    def scale_sums(self, x: Tensor) -> Tensor:
+        """As `SparseTopKSAE.scale_sums`, with the k largest of each vector: before the training,
+        there is no threshold."""
+        out = topk_sae(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k)
+        centered, fitted = (x - self.b_dec).double(), (out.x_hat - self.b_dec).double()
+        return torch.stack([(fitted * centered).sum(), fitted.square().sum()])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, k_max={self.k_max}, threshold={self.threshold:g}"
+
+
+def resolve_k_max(activation: str, k: int, k_max: int | None, n_latents: int) -> int | None:
+    """k_max of an SAE of `n_latents`, by the settings of its training; None for topk. Raises
+    InputError if it exceeds the number of latents."""
+    if activation == "topk":
+        return None
+    if k_max is not None and k_max > n_latents:
+        raise InputError(
+            f"--sae.k_max must be in [{k}, {n_latents}] (--sae.k to the number of latents), got "
+            f"{k_max}"
+        )
+    return min(4 * k if k_max is None else k_max, n_latents)
+
+
+def check_activation(activation: str, k: int, k_max: int | None, shard_latents: int) -> None:
+    """Raise InputError for settings of the activation that no number of latents could make
+    right."""
+    if activation == "topk" and k_max is not None:
+        raise InputError(
+            f"--sae.k_max is for --sae.activation batchtopk, got {k_max} with topk; leave it out"
+        )
+    if k_max is not None and k_max < k:
+        raise InputError(
+            f"--sae.k_max must be at least {k} (--sae.k, the mean that it bounds), got {k_max}"
+        )
+    if activation == "batchtopk" and shard_latents > 1:
+        raise InputError(
+            "--shard_latents must be 1 with --sae.activation batchtopk, whose selection is within "
+            f"a process, got {shard_latents}; shard the tokens only, or use topk"
+        )
