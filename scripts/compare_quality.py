@@ -89,8 +89,8 @@ def _factor(text: str) -> float:
     return factor
 
 
-def train_in_process(cell: Cell, vectors: Vectors, envs: Path, out: Path) -> dict[str, Any]:
-    """Train in a process of the library's own environment; weights to `out`. The answer of
+def train_apart(cell: Cell, vectors: Vectors, envs: Path, out: Path) -> dict[str, Any]:
+    """Train in a process of its own, in the library's environment; weights to `out`. The answer of
     `scripts.quality.worker`."""
     package = TRAINERS[cell["trainer"]].package
     python = environment(package, envs) if package else Path(sys.executable)
@@ -111,7 +111,7 @@ Train = Callable[[Cell, Vectors, Path, Path], dict[str, Any]]
 
 
 def run(
-    cells: list[Cell], vectors: Vectors, results: Path, envs: Path, train: Train = train_in_process
+    cells: list[Cell], vectors: Vectors, results: Path, envs: Path, train: Train = train_apart
 ) -> None:
     """Train and measure the cells that the file has not, and append a line for each."""
     model: InModel | None = None
@@ -169,7 +169,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str], train: Train = train_in_process) -> None:
+def main(arguments: list[str], train: Train = train_apart) -> None:
     """Run the program."""
     given = parse(arguments)
     with exit_on_bad_input():
