@@ -127,6 +127,24 @@ def test_a_folder_of_other_residuals_is_refused(vectors, tmp_path, capsys):
     assert "--data must be a new folder or hold the residuals asked for" in capsys.readouterr().err
 
 
+def test_fvu_is_of_the_report_slice_and_never_active_is_of_both(vectors):
+    torch.manual_seed(0)
+    mlsae = MLSAE(MLSAEConfig(192, 2048, 1, vectors.about.layers)).requires_grad_(False)
+    found = measure.fit_figures(mlsae, vectors)
+    active = set()
+    for name in ("choose", "report"):
+        x = torch.cat(list(vectors.heldout(name)), dim=1)
+        values, indices = mlsae.encode(x)
+        active |= set(indices[values > 0].tolist())
+    mean = x.double().mean(1, keepdim=True)
+    error, spread = (x - mlsae(x)).double(), x.double() - mean
+    fvu = error.square().sum((1, 2)) / spread.square().sum((1, 2))
+    assert 0 < len(active) < 2048
+    assert found["never_active"] == pytest.approx(1 - len(active) / 2048, abs=1e-5)
+    assert found["fvu"] == pytest.approx(fvu.mean().item(), abs=1e-5)
+    assert found["fvu_layers"] == pytest.approx(fvu.tolist(), abs=1e-4)
+
+
 def test_delta_ce_is_that_of_an_evaluation_also_when_ablations_are_not_run_again(vectors):
     torch.manual_seed(0)
     model, config = InModel(vectors), MLSAEConfig(192, 64, 4, vectors.about.layers)
