@@ -26,7 +26,7 @@ class Trainer(NamedTuple):
     rate: Callable[[Cell], float]
     """The peak learning rate at factor 1: the library's default."""
     factor: float = 1.0
-    """What gave the lowest FVU in the sweep of docs/quality.md."""
+    """What gave the lowest FVU in a coarse sweep: see docs/quality.md."""
 
 
 def own_config(cell: Cell) -> TrainConfig:
