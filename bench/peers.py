@@ -28,7 +28,7 @@ from .results import BenchRun, Timing, describe_machine, save
 from .shapes import SHAPES, ProblemShape, scaled
 
 _ROOT = Path(__file__).parent.parent
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse_topk" / "peers"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse_topk" / "peers"
 
 Job = tuple[ProblemShape, str, str | None]
 """Shape, dtype, and, for a scaling row, the size that is varied."""
@@ -84,7 +84,7 @@ def main() -> None:
     """The program."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--envs", type=Path, default=_CACHE, help="folder of the environments")
+    parser.add_argument("--envs", type=Path, default=CACHE, help="folder of the environments")
     parser.add_argument(
         "--only",
         nargs="+",
