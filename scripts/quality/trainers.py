@@ -43,7 +43,7 @@ def own_config(cell: Cell) -> TrainConfig:
         config = replace(config, optimizer="adam")
     if cell["trainer"] == "0.2":
         old = replace(sae, init="unit")
-        config = replace(config, optimizer="adam", betas=(0.9, 0.999), sae=old)
+        config = replace(config, optimizer="adam", betas=(0.9, 0.999), decay=0.2, sae=old)
     return config
 
 
