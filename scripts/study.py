@@ -35,9 +35,9 @@ from mlsae.config import SAEConfig, TrainConfig
 from mlsae.data.config import DataConfig
 from mlsae.data.stream import DataStream, read_shape
 from mlsae.errors import NonFiniteError
-from mlsae.training.init import fit_scale_, init_stats, mlsae_config
+from mlsae.training.init import mlsae_config
 from mlsae.training.loop import train_step
-from mlsae.training.run import new_state
+from mlsae.training.start import initialize, new_state
 from mlsae.training.state import TrainState
 from mlsae.training.validation import validate
 from sparse_topk import keep_freed_memory
@@ -86,17 +86,12 @@ def config_of(cell: Cell) -> TrainConfig:
 
 def start(cells: list[Cell], stream: DataStream, first: Tensor) -> list[TrainState]:
     """The SAEs of all cells, as they are before the first step on the rows `first` (B, T)."""
-    shape = read_shape(stream.config)
-    states = []
-    for cell in cells:
-        config = config_of(cell)
-        states.append(new_state(config, mlsae_config(config, shape), stream, config.tokens))
-    stream.resolve_drop(first)
-    batch = init_stats(states[0].mlsae, stream.residuals(first))
-    for cell, state in zip(cells, states, strict=True):
-        state.initialize(batch.moments, batch.center)
-        if cell["init"] == "fitted":
-            fit_scale_(state.mlsae.sae, batch.vectors)
+    shape, states = read_shape(stream.config), []
+    configs = [config_of(cell) for cell in cells]
+    for config in configs:
+        sae = mlsae_config(config, shape)
+        states.append(new_state(config, sae, stream.device, stream.mesh, config.tokens))
+    initialize(configs, states, stream, first)
     return states
 
 

@@ -5,7 +5,6 @@ Legend: L layers, B rows, T positions, N tokens, D width of the residual stream.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -19,7 +18,7 @@ from torch import Tensor
 from sparse_topk import backend_name
 
 from .. import distributed
-from ..config import TrainConfig, check_config, learning_rate, shared_folder
+from ..config import TrainConfig, check_config, shared_folder
 from ..data.sinks import DropRule
 from ..data.stream import DataStream, read_shape
 from ..distributed import Group, Mesh, choose_device, log_rank0
@@ -28,8 +27,8 @@ from ..formats import SavedSAE
 from ..hub import check_push, push_run
 from ..memory import check_memory, estimate
 from ..model import MLSAE, MLSAEConfig
-from .init import draw_linear_, fit_scale_, init_stats, mlsae_config
-from .init_from import check_fits, has_bias, load_initial, set_weights
+from .init import mlsae_config
+from .init_from import check_fits, has_bias, load_initial
 from .inputs import Fingerprints, fingerprints
 from .loop import TrainLoop
 from .optimizers import optimizers_of
@@ -43,7 +42,7 @@ from .run_dir import (
     newest_checkpoint,
 )
 from .settings import History, check_processes, history_of
-from .state import TrainState
+from .start import compute_dtype, initialize, new_state
 from .summary import encode_seconds, log_extension, print_summary, write_csv
 from .validation import Validation
 
@@ -99,14 +98,14 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     states = []
     for each, sae in zip(configs, start.saes, strict=True):
         first_tokens = start.history.first_tokens(each)
-        states.append(new_state(each, sae, stream, first_tokens, start.initial))
+        states.append(new_state(each, sae, device, mesh, first_tokens, start.initial))
     batches = stream.batches(start.batch_rows, saved["batches"] if saved else None)
     first: list[Tensor] = []
     if saved:
         stream.drop = DropRule.from_dict(saved.get("dropped", {}))
     else:
         first = [next(batches)]
-        _initialize(configs, states, stream, first[0])
+        initialize(configs, states, stream, first[0])
 
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
@@ -220,26 +219,6 @@ def _rows(config: TrainConfig, seq_len: int, mesh: Mesh) -> tuple[int, int]:
     return batch_rows, min(own_rows, micro_tokens // seq_len)
 
 
-def _initialize(
-    configs: Sequence[TrainConfig],
-    states: Sequence[TrainState],
-    stream: DataStream,
-    input_ids: Tensor,
-) -> None:
-    """Set what is dropped, the first variances and, unless the SAE was loaded, b_pre and the
-    encoder's scale from the first batch (B, T)."""
-    mlsae = states[0].mlsae
-    with stream.mesh.world.raise_together():
-        found = stream.resolve_drop(input_ids)
-        if found:
-            log_rank0(found)
-        first = init_stats(mlsae, stream.residuals(input_ids), stream.mesh.data)
-    for config, state in zip(configs, states, strict=True):
-        state.initialize(first.moments, None if config.init_from else first.center)
-        if config.sae.init == "fitted" and not config.init_from:
-            fit_scale_(state.mlsae.sae, first.vectors, stream.mesh.data)
-
-
 def _log_backend(stream: DataStream) -> None:
     """Say what trains on what."""
     try:
@@ -250,15 +229,6 @@ def _log_backend(stream: DataStream) -> None:
     layout = f", {world.size} processes: {data.size} × tokens, {latents.size} × latents"
     processes = layout if world.size > 1 else ""
     log_rank0(f"training on {stream.device} with the {kernels} kernels{processes}")
-
-
-def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    return torch.bfloat16 if half else torch.float32
-
-
-def _k_aux(config: TrainConfig, d_in: int) -> int:
-    return config.sae.k_aux or 2 ** round(math.log2(max(d_in / 2, 1)))
 
 
 def _memory_needed(
@@ -275,33 +245,5 @@ def _memory_needed(
         raise InputError(
             f"--shard_latents must be at most {fewest} (the number of latents), got {shards}"
         )
-    dtype = _compute_dtype(config, device)
+    dtype = compute_dtype(config, device)
     return estimate(saes, micro_tokens, dtype, shards, optimizers_of(config)[:2])
-
-
-def new_state(
-    config: TrainConfig,
-    sae: MLSAEConfig,
-    stream: DataStream,
-    first_tokens: int,
-    initial: SavedSAE | None = None,
-) -> TrainState:
-    """The state of an SAE at the start of its training, of `first_tokens` tokens; its weights are
-    those of `initial` if given."""
-    torch.manual_seed(config.weights_seed)  # so that no SAE's weights depend on what else there is
-    mlsae = MLSAE(sae, stream.device, stream.mesh.latents)
-    if initial:
-        set_weights(mlsae, initial)
-    elif config.sae.init == "linear":
-        draw_linear_(mlsae.sae)
-    return TrainState(
-        mlsae,
-        schedule=lambda tokens: learning_rate(config, sae.n_latents, tokens, first_tokens),
-        dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(first_tokens / 10)),
-        k_aux=_k_aux(config, sae.d_in),
-        aux_weight=config.sae.aux_weight,
-        optimizers=optimizers_of(config),
-        dtype=_compute_dtype(config, stream.device),
-        data=stream.mesh.data,
-        name=str(config.out),
-    )

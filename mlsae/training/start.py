@@ -1,0 +1,83 @@
+"""The state that a training begins with, from its settings and its first batch.
+
+Legend: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig, learning_rate
+from ..data.stream import DataStream
+from ..distributed import ALONE, Group, Mesh, log_rank0
+from ..formats import SavedSAE
+from ..model import MLSAE, MLSAEConfig
+from .init import FirstBatch, draw_linear_, fit_scale_, init_stats
+from .init_from import set_weights
+from .optimizers import optimizers_of
+from .state import TrainState
+
+
+def new_state(
+    config: TrainConfig,
+    sae: MLSAEConfig,
+    device: torch.device,
+    mesh: Mesh,
+    first_tokens: int,
+    initial: SavedSAE | None = None,
+) -> TrainState:
+    """The state of an SAE before its training, of `first_tokens` tokens; its weights are those of
+    `initial` if given."""
+    torch.manual_seed(config.weights_seed)  # so that no SAE's weights depend on what else there is
+    mlsae = MLSAE(sae, device, mesh.latents)
+    if initial:
+        set_weights(mlsae, initial)
+    elif config.sae.init == "linear":
+        draw_linear_(mlsae.sae)
+    return TrainState(
+        mlsae,
+        schedule=lambda tokens: learning_rate(config, sae.n_latents, tokens, first_tokens),
+        dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(first_tokens / 10)),
+        k_aux=config.sae.k_aux or 2 ** round(math.log2(max(sae.d_in / 2, 1))),
+        aux_weight=config.sae.aux_weight,
+        optimizers=optimizers_of(config),
+        dtype=compute_dtype(config, device),
+        data=mesh.data,
+        name=str(config.out),
+    )
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What the SAE computes in, by `--dtype`."""
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    return torch.bfloat16 if half else torch.float32
+
+
+def initialize(
+    configs: Sequence[TrainConfig],
+    states: Sequence[TrainState],
+    stream: DataStream,
+    input_ids: Tensor,
+) -> None:
+    """Set what is dropped, and of each state what the first batch (B, T) tells."""
+    mlsae, data = states[0].mlsae, stream.mesh.data
+    with stream.mesh.world.raise_together():
+        found = stream.resolve_drop(input_ids)
+        if found:
+            log_rank0(found)
+        first = init_stats(mlsae, stream.residuals(input_ids), data)
+    for config, state in zip(configs, states, strict=True):
+        begin(config, state, first, data)
+
+
+def begin(
+    config: TrainConfig, state: TrainState, first: FirstBatch, data: Group = ALONE.data
+) -> None:
+    """Set the first variances and, unless the SAE was loaded, b_pre and the encoder's scale."""
+    state.initialize(first.moments, None if config.init_from else first.center)
+    if config.sae.init == "fitted" and not config.init_from:
+        fit_scale_(state.mlsae.sae, first.vectors, data)
