@@ -126,7 +126,7 @@ def aux_residual_build(d: int, dtype: torch.dtype) -> Build:
 
 def normuon_builds(d: int) -> list[Build]:
     """Both passes of NorMuon on rows of D float32 weights of norm 1, with clipping and shadow."""
-    block, warps = adam.row_tile(d)
+    block, warps = normuon.row_tile(d)
     vectors = block // (warps * 32 * 4)  # of 16 bytes per thread
     constants = {"BLOCK_D": block, "ACC_DTYPE": precision.sum_type(), "UNIT_NORM": True}
     passes: list[tuple[Any, dict[str, str], int, int]] = [

@@ -38,9 +38,10 @@ class TrainSettings:
     lr: float | None = None
     """Peak learning rate. None: 2e-4 / √(n_latents / 2¹⁴), times (10⁹ / tokens)^0.32; with
     normuon four times that, and for fewer than 10⁵ tokens as for 10⁵."""
-    optimizer: Literal["adam", "normuon"] = "normuon"
+    optimizer: Literal["auto", "adam", "normuon"] = "auto"
     """What trains both weights. adam: Adam. normuon: its updates are orthogonalized and have one
-    size for every latent; it needs one moment instead of two. Biases always have Adam."""
+    size for every latent; it needs one moment instead of two. auto: normuon for runs of at most
+    4000 steps, adam for longer ones. Biases always have Adam."""
     decoder_optimizer: Literal["adam", "normuon"] | None = None
     """What trains the decoder, if it is another. None: `--optimizer`."""
     betas: tuple[float, float] | None = None
@@ -180,6 +181,9 @@ PRESETS = {
 }
 
 
+NORMUON_STEPS = 4000  # of a run, at most
+
+
 def shared_folder(configs: Sequence[TrainConfig]) -> Path:
     """Where SAEs that train together have their checkpoint: a single one's own folder, else the
     folder that holds those of all."""
@@ -223,6 +227,14 @@ def check_config(config: TrainConfig) -> None:
             raise InputError(f"--{name} must be in [0, 1], got {getattr(config, name)}")
 
 
+def optimizer_of(config: TrainConfig, first_tokens: int) -> Literal["adam", "normuon"]:
+    """The optimizer of a run that began with `first_tokens` tokens to train on. "auto" is NorMuon
+    as long as it wins: by 15 % of FVU after 200 steps, by nothing after 5000 (docs/choosing.md)."""
+    if config.optimizer != "auto":
+        return config.optimizer
+    return "normuon" if first_tokens <= NORMUON_STEPS * config.batch_tokens else "adam"
+
+
 def peak_rate(config: TrainConfig, n_latents: int, tokens: int) -> float:
     """The peak learning rate of a run of `tokens` tokens: `--lr`, or by default
 
@@ -235,7 +247,7 @@ def peak_rate(config: TrainConfig, n_latents: int, tokens: int) -> float:
     """
     if config.lr is not None:
         return config.lr
-    if config.optimizer == "normuon":
+    if optimizer_of(config, tokens) == "normuon":
         return 4 * 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / max(tokens, 1e5)) ** 0.32
     return 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / tokens) ** 0.32
 

@@ -63,6 +63,7 @@ def cells_of(arguments: argparse.Namespace) -> list[Cell]:
 
 def config_of(cell: Cell) -> TrainConfig:
     """The settings of a training, as `mlsae.train` takes them."""
+    betas = tuple(map(float, cell["betas"].split(","))) if cell["betas"] else None
     layers = tuple(map(int, cell["layers"].split(","))) if cell["layers"] else None
     config = TrainConfig(
         DataConfig(model=cell["model"], layers=layers),
@@ -71,7 +72,7 @@ def config_of(cell: Cell) -> TrainConfig:
         micro_tokens=MICRO_TOKENS,
         optimizer=cell["optimizer"],
         decoder_optimizer=cell["decoder_optimizer"],
-        betas=tuple(float(beta) for beta in cell["betas"].split(",")),
+        betas=betas,
         decay=cell["decay"],
         warmup=cell["warmup"],
         seed=cell["seed"],
@@ -171,12 +172,12 @@ _LISTS: dict[str, tuple[type, list[Any]]] = {
     "layers": (str, [None]),
     "optimizer": (str, ["normuon"]),
     "decoder_optimizer": (str, [None]),
-    "betas": (str, ["0.7,0.95"]),
+    "betas": (str, [None]),
     "factor": (float, [1.0]),
     "init": (str, ["fitted"]),
     "n_latents": (int, [3072]),
     "k": (int, [32]),
-    "decay": (float, [0.2]),
+    "decay": (float, [0.3]),
     "warmup": (float, [0.01]),
     "aux_weight": (float, [1 / 32]),
     "activation": (str, ["topk"]),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sparse_topk import NorMuon, SparseTopKSAE, UnitNormAdam
 from sparse_topk.shadows import Shadows
 
-from ..config import TrainConfig
+from ..config import TrainConfig, optimizer_of
 
 BETAS = {"adam": (0.7, 0.95), "normuon": (0.5, 0.95)}
 """The best for short runs: see docs/choosing.md."""
@@ -51,8 +51,8 @@ ADAM = Optimizers()
 """Adam for all of them."""
 
 
-def optimizers_of(config: TrainConfig) -> Optimizers:
-    """Those that `config` asks for."""
-    decoder = config.decoder_optimizer or config.optimizer
-    betas = config.betas or BETAS[config.optimizer]
-    return Optimizers(config.optimizer, decoder, betas, config.max_grad_norm)
+def optimizers_of(config: TrainConfig, first_tokens: int) -> Optimizers:
+    """Those of a run that began with `first_tokens` tokens to train on."""
+    encoder = optimizer_of(config, first_tokens)
+    decoder, betas = config.decoder_optimizer or encoder, config.betas or BETAS[encoder]
+    return Optimizers(encoder, decoder, betas, config.max_grad_norm)

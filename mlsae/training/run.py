@@ -159,15 +159,16 @@ def _load(
         saes.append(replace(sae, bias=bias))
     if writes:
         check_folders(configs, saes)
-    needed = _memory_needed(config, saes, micro_rows * shape.seq_len, device, mesh)
+    history = history_of(config, inputs, saved)
+    optimizers = optimizers_of(config, history.first_tokens(config))[:2]
+    needed = _memory_needed(config, saes, micro_rows * shape.seq_len, device, mesh, optimizers)
     stream = DataStream(
         config.data, shape, device, mesh,
         micro_rows=micro_rows, seed=config.seed, whole=False, reserved=needed,
     )  # fmt: skip
     check_memory(needed, device)
     heldout = stream.heldout(config.eval_tokens) if writes else None
-    _log_backend(stream)
-    history = history_of(config, inputs, saved)
+    _log_backend(stream, optimizers)
     return _Start(saved, history, saes, initial, stream, batch_rows, heldout)
 
 
@@ -219,7 +220,7 @@ def _rows(config: TrainConfig, seq_len: int, mesh: Mesh) -> tuple[int, int]:
     return batch_rows, min(own_rows, micro_tokens // seq_len)
 
 
-def _log_backend(stream: DataStream) -> None:
+def _log_backend(stream: DataStream, optimizers: Sequence[str]) -> None:
     """Say what trains on what."""
     try:
         kernels = backend_name(stream.device)
@@ -228,7 +229,8 @@ def _log_backend(stream: DataStream) -> None:
     world, data, latents = stream.mesh
     layout = f", {world.size} processes: {data.size} × tokens, {latents.size} × latents"
     processes = layout if world.size > 1 else ""
-    log_rank0(f"training on {stream.device} with the {kernels} kernels{processes}")
+    names = " and ".join(dict.fromkeys(optimizers))  # of W_enc and W_dec
+    log_rank0(f"training on {stream.device} with the {kernels} kernels and {names}{processes}")
 
 
 def _memory_needed(
@@ -237,6 +239,7 @@ def _memory_needed(
     micro_tokens: int,
     device: torch.device,
     mesh: Mesh,
+    optimizers: Sequence[str],
 ) -> int:
     """Bytes that training all of `saes` takes on `device`, beside the transformer. Raises
     InputError if they have fewer latents than shards."""
@@ -246,4 +249,4 @@ def _memory_needed(
             f"--shard_latents must be at most {fewest} (the number of latents), got {shards}"
         )
     dtype = compute_dtype(config, device)
-    return estimate(saes, micro_tokens, dtype, shards, optimizers_of(config)[:2])
+    return estimate(saes, micro_tokens, dtype, shards, optimizers)

@@ -44,7 +44,7 @@ def new_state(
         dead_tokens=config.sae.dead_tokens or min(10_000_000, math.ceil(first_tokens / 10)),
         k_aux=config.sae.k_aux or 2 ** round(math.log2(max(sae.d_in / 2, 1))),
         aux_weight=config.sae.aux_weight,
-        optimizers=optimizers_of(config),
+        optimizers=optimizers_of(config, first_tokens),
         dtype=compute_dtype(config, device),
         data=mesh.data,
         name=str(config.out),

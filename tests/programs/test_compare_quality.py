@@ -71,7 +71,11 @@ def compare(results, vectors, *arguments, train=train_here):
         # its rounding: a rate 1e-7 higher changes FVU by 2e-4.
         ("normuon", ["--optimizer", "normuon"], 6e-4),
         ("adam", ["--optimizer", "adam"], 2e-5),
-        ("0.2", ["--optimizer", "adam", "--betas", "0.9,0.999", "--init", "unit"], 2e-5),
+        (
+            "0.2",
+            ["--optimizer", "adam", "--betas", "0.9,0.999", "--init", "unit", "--decay", "0.2"],
+            2e-5,
+        ),
     ],
 )
 def test_our_trainer_ends_where_the_training_program_does(
@@ -89,7 +93,7 @@ def test_our_trainer_ends_where_the_training_program_does(
     layers = expected["fvu_layers"]
     assert line["fvu_layers"] == pytest.approx(layers, abs=2 * tolerance + 1e-4)
     assert line["never_active"] == expected["never_active"]
-    assert line["fvu"] < 0.9  # so that there is something to be equal in
+    assert line["fvu"] < 0.95  # so that there is something to be equal in
 
 
 def test_factor_one_is_the_rate_of_the_training_program():

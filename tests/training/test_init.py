@@ -121,13 +121,20 @@ def test_the_peak_rate_is_the_law():
     assert peak("normuon", 2**14, 10**5) == peak("normuon", 2**14, 1)
     assert peak("adam", 2**14, 10**4) == pytest.approx(2e-4 * 10**1.6)
     assert peak("normuon", 2**14, 10**9, lr=0.5) == 0.5
+    assert peak("auto", 2**14, 10**6) == peak("normuon", 2**14, 10**6)
+    assert peak("auto", 2**14, 10**7) == peak("adam", 2**14, 10**7)
 
 
 def test_each_weight_has_the_optimizer_that_is_asked_for():
-    def settings(*arguments):
-        return optimizers_of(parse(list(arguments))[0])[:3]
+    def settings(*arguments, tokens=10**6):
+        return optimizers_of(parse(list(arguments))[0], tokens)[:3]
 
     assert settings() == ("normuon", "normuon", (0.5, 0.95))
+    longest = 4000 * 2048  # of the default batch
+    assert settings(tokens=longest) == settings()
+    assert settings(tokens=longest + 1) == ("adam", "adam", (0.7, 0.95))
+    assert settings("--batch_tokens", "4096", tokens=longest + 1) == settings()
+    assert settings("--optimizer", "normuon", tokens=longest + 1) == settings()
     assert settings("--optimizer", "adam") == ("adam", "adam", (0.7, 0.95))
     assert settings("--decoder_optimizer", "adam") == ("normuon", "adam", (0.5, 0.95))
     assert settings("--betas", "0.9", "0.99") == ("normuon", "normuon", (0.9, 0.99))
@@ -156,4 +163,4 @@ def test_the_papers_preset_is_the_papers():
     assert paper.sae.init == "linear"
     assert mlsae_config(paper, Shape(8, (0,), 4)).n_latents == 512
     (default,) = parse([])
-    assert (default.optimizer, default.sae.init) == ("normuon", "fitted")
+    assert (default.optimizer, default.sae.init) == ("auto", "fitted")

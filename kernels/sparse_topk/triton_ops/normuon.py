@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import row_tile, unit_row
+from .adam import row_tile as row_tile
+from .adam import unit_row
 from .precision import sum_type
 
 __all__ = ["apply_rows_", "tangent_momentum_"]
