@@ -14,7 +14,7 @@ from mlsae.data.residuals import ResidualReader
 from mlsae.data.stream import DataStream
 from mlsae.errors import InputError, NonFiniteError
 from mlsae.train import parse
-from mlsae.training import checkpoint, run
+from mlsae.training import checkpoint, start
 from mlsae.training.run import train
 from mlsae.training.run_dir import RunDir
 
@@ -164,13 +164,13 @@ def test_a_signal_leaves_a_checkpoint_and_a_model_of_each(tmp_path, monkeypatch,
 )
 def test_what_is_not_finite_stops_all_and_names_whose_it_is(tmp_path, monkeypatch, bad, message):
     """A rate that ruins the weights of one: they never become a checkpoint."""
-    rate = run.learning_rate
+    rate = start.learning_rate
 
     def too_high(config, n_latents, tokens, first_tokens):
         high = config.sae.expansion == 3 and config.sae.k == 4 and tokens > 1000
         return bad if high else rate(config, n_latents, tokens, first_tokens)
 
-    monkeypatch.setattr(run, "learning_rate", too_high)
+    monkeypatch.setattr(start, "learning_rate", too_high)
     with pytest.raises(NonFiniteError, match=f"in .*x3-k4, ({message})") as stopped:
         train(*settings(tmp_path / "run"))
     path = checkpoint.newest(tmp_path / "run", print)
