@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -86,10 +87,10 @@ def time_encode(
         )
 
 
-def time_step(record: Record, shape: TrainShape, device: torch.device) -> None:
-    """A row of one training step, and the table of its kernels."""
+def time_step(record: Record, shape: TrainShape, device: torch.device, optimizer: str) -> None:
+    """A row of one training step with the optimizer of that name, and the table of its kernels."""
     bare = bare_product(shape.encode, device)
-    training = Training(shape, device)
+    training = Training(shape, device, optimizer=optimizer)
     training.step()  # compiles, and makes what later steps keep
 
     def work() -> None:
@@ -104,6 +105,7 @@ def time_step(record: Record, shape: TrainShape, device: torch.device) -> None:
         "training step",
         {
             "step": shape.name,
+            "optimizer": optimizer,
             "L": shape.layers,
             "N": shape.n,
             "D": shape.d,
@@ -120,7 +122,7 @@ def time_step(record: Record, shape: TrainShape, device: torch.device) -> None:
     )
     for kernel in kernels[:_KERNELS]:
         record.add(
-            f"kernels of a step, {shape.name}",
+            f"kernels of a step, {shape.name}, {optimizer}",
             {
                 "kernel": kernel.name[:60],
                 "calls": kernel.calls,
@@ -174,8 +176,9 @@ def run(record: Record, device: torch.device) -> None:
     memory is left out, and said."""
     kind = device.type
     parts: list[tuple[str, Callable[[], None]]] = []
-    for step in TRAININGS[kind]:
-        parts.append((step.name, partial(time_step, record, step, device)))
+    for optimizer, step in product(("adam", "normuon"), TRAININGS[kind]):
+        timed = partial(time_step, record, step, device, optimizer)
+        parts.append((f"{step.name} with {optimizer}", timed))
     for shape in ENCODES[kind]:
         parts.append((shape.name, partial(time_encode, record, "encode", shape, device, "ms")))
     for shape in FEW_TOKENS[kind]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_topk import SAEOutput, SparseTopKSAE, TopK, topk_encode, topk_sae
+from sparse_topk import SAEOutput, SparseTopKSAE, TopK, topk_encode
 
 from .errors import InputError
 
@@ -61,12 +61,12 @@ class BatchTopKSAE(SparseTopKSAE):
         return SAEOutput(x_hat, *codes)
 
     @torch.no_grad()
-    def scale_sums(self, x: Tensor) -> Tensor:
+    def scale_sums(self, x: Tensor, x_hat: Tensor | None = None) -> Tensor:
         """As `SparseTopKSAE.scale_sums`, with the k largest of each vector: before the training,
         there is no threshold."""
-        out = topk_sae(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k)
-        centered, fitted = (x - self.b_dec).double(), (out.x_hat - self.b_dec).double()
-        return torch.stack([(fitted * centered).sum(), fitted.square().sum()])
+        if x_hat is None:
+            x_hat = super().reconstruct(x).x_hat
+        return super().scale_sums(x, x_hat)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k_max={self.k_max}, threshold={self.threshold:g}"

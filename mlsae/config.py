@@ -235,6 +235,11 @@ def optimizer_of(config: TrainConfig, first_tokens: int) -> Literal["adam", "nor
     return "normuon" if first_tokens <= NORMUON_STEPS * config.batch_tokens else "adam"
 
 
+def law_of_rates(n_latents: int, tokens: float) -> float:
+    """2e-4 / √(M / 2¹⁴) · (10⁹ / tokens)^0.32, in whose units peak rates are told."""
+    return 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / tokens) ** 0.32
+
+
 def peak_rate(config: TrainConfig, n_latents: int, tokens: int) -> float:
     """The peak learning rate of a run of `tokens` tokens: `--lr`, or by default
 
@@ -248,8 +253,8 @@ def peak_rate(config: TrainConfig, n_latents: int, tokens: int) -> float:
     if config.lr is not None:
         return config.lr
     if optimizer_of(config, tokens) == "normuon":
-        return 4 * 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / max(tokens, 1e5)) ** 0.32
-    return 2e-4 / math.sqrt(n_latents / 2**14) * (1e9 / tokens) ** 0.32
+        return 4 * law_of_rates(n_latents, max(tokens, 1e5))
+    return law_of_rates(n_latents, tokens)
 
 
 def learning_rate(

@@ -51,7 +51,8 @@ def estimate(
     workspace = min(_KEY_BYTES, scores / 4) + min(_AUX_BYTES, 2 * dtype.itemsize * scores)
     selection = 60 if shards == 1 else 100
     activations = vectors * (48 * configs[0].d_in + selection * k)
-    update = 2 * dtype.itemsize * max(parameters) / 2 if "normuon" in optimizers else 0
+    # a direction and an update, each of one of the two weights
+    update = dtype.itemsize * max(parameters) if "normuon" in optimizers else 0
     running = per_parameter * sum(parameters) + max(activations + workspace, update)
     starting = 8 * sum(parameters) + 4 * n_latents * configs[0].d_in
     return math.ceil(max(running, starting))

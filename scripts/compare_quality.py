@@ -52,6 +52,7 @@ from mlsae.formats import SavedSAE
 from mlsae.model import MLSAE
 from scripts.quality.harvest import harvest
 from scripts.quality.measure import InModel, fit_figures
+from scripts.quality.results import append, read
 from scripts.quality.table import table
 from scripts.quality.trainers import TRAINERS, Cell
 from scripts.quality.vectors import Vectors
@@ -128,16 +129,7 @@ def run(
         model = model or InModel(vectors)
         line = cell | answer | fit_figures(mlsae, vectors) | model.figures(mlsae)
         line["seconds"] = round(time.perf_counter() - started)
-        with results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps({k: v for k, v in line.items() if "layers" not in k}), flush=True)
-
-
-def read(results: Path) -> list[dict[str, Any]]:
-    """The lines of the file; none if there is no such file."""
-    if not results.exists():
-        return []
-    return [json.loads(line) for line in results.read_text().splitlines()]
+        append(results, line)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

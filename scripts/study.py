@@ -18,10 +18,9 @@ has are not run again, so that a study that was stopped goes on with the same co
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlsae.config import SAEConfig, TrainConfig
+from mlsae.config import SAEConfig, TrainConfig, law_of_rates
 from mlsae.data.config import DataConfig
 from mlsae.data.stream import DataStream, read_shape
 from mlsae.errors import NonFiniteError
@@ -40,6 +39,8 @@ from mlsae.training.loop import train_step
 from mlsae.training.start import initialize, new_state
 from mlsae.training.state import TrainState
 from mlsae.training.validation import validate
+from scripts.quality.measure import figures_of
+from scripts.quality.results import append, read
 from sparse_topk import keep_freed_memory
 
 SLICE_TOKENS = 32_768
@@ -81,19 +82,7 @@ def config_of(cell: Cell) -> TrainConfig:
             aux_weight=cell["aux_weight"], activation=cell["activation"],
         ),
     )  # fmt: skip
-    law = 2e-4 / math.sqrt(cell["n_latents"] / 2**14) * (1e9 / cell["tokens"]) ** 0.32
-    return replace(config, lr=cell["factor"] * law)
-
-
-def start(cells: list[Cell], stream: DataStream, first: Tensor) -> list[TrainState]:
-    """The SAEs of all cells, as they are before the first step on the rows `first` (B, T)."""
-    shape, states = read_shape(stream.config), []
-    configs = [config_of(cell) for cell in cells]
-    for config in configs:
-        sae = mlsae_config(config, shape)
-        states.append(new_state(config, sae, stream.device, stream.mesh, config.tokens))
-    initialize(configs, states, stream, first)
-    return states
+    return replace(config, lr=cell["factor"] * law_of_rates(cell["n_latents"], cell["tokens"]))
 
 
 def measure(states: list[TrainState], stream: DataStream, heldout: Tensor) -> list[dict[str, Any]]:
@@ -101,70 +90,53 @@ def measure(states: list[TrainState], stream: DataStream, heldout: Tensor) -> li
     mlsaes = [state.mlsae for state in states]
     slices = heldout.chunk(2)
     choose, report = (validate(mlsaes, stream.kept_and_dropped(rows)) for rows in slices)
-    figures = []
-    for one, other, state in zip(choose, report, states, strict=True):
-        never = (one.counts + other.counts).sum(1) == 0
-        figures.append(
-            {
-                "fvu_choose": round(one.fvu.mean().item(), 5),
-                "fvu": round(other.fvu.mean().item(), 5),
-                "fvu_layers": [round(value, 4) for value in other.fvu.tolist()],
-                "never_active": round(never.double().mean().item(), 5),
-                "dead": round(state.dead_share(), 5),
-                "l0": round(other.l0.mean().item(), 3),
-                "l0_layers": [round(value, 2) for value in other.l0.tolist()],
-            }
-        )
-    return figures
+    return [
+        {
+            **figures_of(one, other),
+            "dead": round(state.dead_share(), 5),
+            "l0_layers": [round(value, 2) for value in other.l0.tolist()],
+        }
+        for one, other, state in zip(choose, report, states, strict=True)
+    ]
 
 
-def study(cells: list[Cell], path: Path, evals: list[int], save: Path | None) -> None:
+def study(cells: list[Cell], path: Path, evals: list[int]) -> None:
     """Train the cells, and append what comes out to the file at `path`."""
-    config = config_of(cells[0])
-    torch.manual_seed(0)
+    configs = [config_of(cell) for cell in cells]
+    config, shape = configs[0], read_shape(configs[0].data)
     stream = DataStream(
-        config.data, read_shape(config.data), torch.device("cpu"),
-        micro_rows=max(1, MICRO_TOKENS // read_shape(config.data).seq_len), whole=False,
+        config.data, shape, torch.device("cpu"),
+        micro_rows=max(1, MICRO_TOKENS // shape.seq_len), whole=False,
     )  # fmt: skip
     heldout = stream.heldout(2 * SLICE_TOKENS)
     batches = stream.batches(config.batch_tokens // stream.seq_len)
-    rows = next(batches)
-    states = start(cells, stream, rows)
+    rows, states = next(batches), []
+    for each in configs:
+        sae = mlsae_config(each, shape)
+        states.append(new_state(each, sae, stream.device, stream.mesh, each.tokens))
+    initialize(configs, states, stream, rows)
     started, due = time.time(), sorted(evals)
-    alive = list(range(len(cells)))
-    with tqdm(total=config.tokens, unit=" tokens", unit_scale=True, mininterval=30) as bar:
-        while states[alive[0]].tokens < config.tokens:
+    alive, tokens = list(range(len(cells))), 0
+    bar = tqdm(total=config.tokens, unit=" tokens", unit_scale=True, mininterval=30)
+    with closing(batches), bar:
+        while alive and tokens < config.tokens:
             n_tokens, parts = stream.count(rows), list(stream.masked_residuals(rows))
             for i in list(alive):  # apart, so that one that diverges does not end the others
                 try:
                     train_step([states[i]], parts, n_tokens)
                 except NonFiniteError as error:
-                    _append(path, cells[i] | {"error": str(error)})
+                    append(path, cells[i] | {"error": str(error)})
                     alive.remove(i)
-            if not alive:
-                return
-            tokens, rows = states[alive[0]].tokens, next(batches)
+            tokens, rows = tokens + n_tokens, next(batches)
             bar.update(n_tokens)
             done = tokens >= config.tokens
-            if done or (due and tokens >= due[0]):
-                due = [at for at in due if at > tokens]
-                living = [states[i] for i in alive]
-                for i, figures in zip(alive, measure(living, stream, heldout), strict=True):
-                    at = {} if done else {"at": tokens}
-                    seconds = round(time.time() - started)
-                    lr = config_of(cells[i]).lr
-                    _append(path, cells[i] | at | {"lr": lr, "seconds": seconds} | figures)
-    batches.close()
-    if save is not None:
-        for i in alive:
-            name = "-".join(f"{cells[i][key]}" for key in _LISTS if key not in ("model",))
-            states[i].mlsae.save_pretrained(save / name.replace("/", "_"))
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps({k: v for k, v in line.items() if k != "fvu_layers"}), flush=True)
+            if not done and not (due and tokens >= due[0]):
+                continue
+            due = [at for at in due if at > tokens]
+            about = {"seconds": round(time.time() - started)} | ({} if done else {"at": tokens})
+            figures = measure([states[i] for i in alive], stream, heldout) if alive else []
+            for i, own in zip(alive, figures, strict=True):
+                append(path, cells[i] | about | {"lr": configs[i].lr} | own)
 
 
 _LISTS: dict[str, tuple[type, list[Any]]] = {
@@ -184,8 +156,6 @@ _LISTS: dict[str, tuple[type, list[Any]]] = {
     "seed": (int, [0]),
 }
 
-_BEFORE = {"activation": "topk"}  # of lines that do not name it
-
 
 def main(arguments: list[str]) -> None:
     """Run the program."""
@@ -198,7 +168,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch_tokens", type=int, default=2048)
     parser.add_argument("--evals", type=int, nargs="*", default=[], help="tokens to measure at too")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
-    parser.add_argument("--save", type=Path, help="a folder for the SAEs")
     parser.add_argument(
         "--cell", nargs="+", action="append", metavar="NAME=VALUE",
         help="a cell that differs in these settings only; may be given several times",
@@ -210,12 +179,10 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(given.threads)
     keep_freed_memory()
     cells = cells_of(given)
-    if given.results.exists():
-        lines = [json.loads(line) for line in given.results.read_text().splitlines()]
-        done = [_BEFORE | line for line in lines if "at" not in line]
-        cells = [c for c in cells if not any(c.items() <= line.items() for line in done)]
+    done = [line for line in read(given.results) if "at" not in line]
+    cells = [c for c in cells if not any(c.items() <= line.items() for line in done)]
     if cells:
-        study(cells, given.results, given.evals, given.save)
+        study(cells, given.results, given.evals)
 
 
 if __name__ == "__main__":

@@ -267,9 +267,11 @@ class SparseTopKSAE(
         return self.scale_encoder_(self.scale_sums(x))
 
     @torch.no_grad()
-    def scale_sums(self, x: Tensor) -> Tensor:
-        """⟨ĉ, c⟩ and ⟨ĉ, ĉ⟩ of `fit_scale_`, (2,) float64: sums over the tokens of x (…, D)."""
-        centered, fitted = (x - self.b_dec).double(), (self(x) - self.b_dec).double()
+    def scale_sums(self, x: Tensor, x_hat: Tensor | None = None) -> Tensor:
+        """⟨ĉ, c⟩ and ⟨ĉ, ĉ⟩ of `fit_scale_`, (2,) float64: sums over the tokens of x (…, D), whose
+        reconstruction is x̂ (…, D), that of the SAE if None."""
+        x_hat = self(x) if x_hat is None else x_hat
+        centered, fitted = (x - self.b_dec).double(), (x_hat - self.b_dec).double()
         return torch.stack([(fitted * centered).sum(), fitted.square().sum()])
 
     @torch.no_grad()

@@ -56,10 +56,7 @@ def adam_unit_norm_(
     if not unit_norm and grad_scale is None and shadow is None:
         rows = len(flat[0])  # Adam alone is one pass already
     for w, g, m, v, copy in zip(*(t.split(rows) for t in flat), strict=True):
-        if grad_scale is not None:
-            g = g * grad_scale
-        if unit_norm:
-            g = g.addcmul((g * w).sum(1, keepdim=True), w, value=-1)
+        g = _tangent(w, g, grad_scale, unit_norm)
         adam(
             [w], [g], [m], [v], [], [steps.clone()],
             fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1],
@@ -71,6 +68,14 @@ def adam_unit_norm_(
             copy.copy_(w)
     for written in (weight, exp_avg, exp_avg_sq):  # torch's fused Adam does not count its writes
         torch.autograd.graph.increment_version(written)
+
+
+def _tangent(w: Tensor, g: Tensor, grad_scale: Tensor | None, unit_norm: bool) -> Tensor:
+    """The gradient (M, D), scaled if there is a scale, and with `unit_norm` without its part along
+    the rows of w."""
+    if grad_scale is not None:
+        g = g * grad_scale
+    return g.addcmul((g * w).sum(1, keepdim=True), w, value=-1) if unit_norm else g
 
 
 def _normalize_rows_(w: Tensor) -> None:
@@ -109,10 +114,7 @@ def tangent_momentum_(
     """
     direction = torch.empty_like(grad, dtype=dtype)
     for w, g, m, n in _blocks(weight, grad, exp_avg, direction):
-        if grad_scale is not None:
-            g = g * grad_scale
-        if unit_norm:
-            g = g.addcmul((g * w).sum(1, keepdim=True), w, value=-1)
+        g = _tangent(w, g, grad_scale, unit_norm)
         m.lerp_(g, 1 - beta)
         n.copy_(torch.lerp(g, m, beta))
     return direction

@@ -19,7 +19,7 @@ from ..formats.remote import folders_in, listed
 from ..formats.saved import read_json, read_tensors
 from ..model import MLSAE
 from ..training.settings import differ_in_weights_seed
-from .stability import Rows
+from .stability import LatentRows
 
 
 def runs_beside(run: Path, given: Sequence[Path] | None) -> list[Path]:
@@ -68,13 +68,13 @@ def siblings(run: Path) -> list[Path]:
     return found
 
 
-def read_rows(names: Sequence[Path], device: torch.device) -> Iterator[tuple[str, Rows]]:
-    """The name and the `Rows` of one SAE after another. Its latents that were active are those with
-    a count in latents.safetensors, on the held-out text of its training; without that file, all."""
+def read_rows(names: Sequence[Path], device: torch.device) -> Iterator[tuple[str, LatentRows]]:
+    """The name and the `LatentRows` of one SAE after another. Active are its latents with a count
+    in latents.safetensors, of the held-out text of its training; without that file, all."""
     for name in names:
         saved, active = _read(name)
         decoder, encoder = (saved.weights[which].to(device) for which in ("W_dec", "W_enc"))
-        yield str(name), Rows(decoder, encoder, active.to(device))
+        yield str(name), LatentRows(decoder, encoder, active.to(device))
 
 
 def _read(name: Path) -> tuple[SavedSAE, torch.Tensor]:

@@ -33,7 +33,7 @@ from .layer_spread import bootstrap_layer_spread, bootstrap_released_spread
 from .parquet import TokenText, activity_columns, direction_columns, write_examples, write_table
 from .prompt import latents_by_token, prompt_table, read_prompt, tokenize
 from .result import AnalysisResult
-from .stability import Rows, Stability, stability
+from .stability import LatentRows, Stability, stability
 
 _PROMPT_TOKENS = 24  # of the first row: shown if no prompt is given
 
@@ -79,7 +79,7 @@ def analyze(config: AnalyzeConfig) -> AnalysisResult:
     sae = mlsae.sae
     directions = compute_directions(sae.W_dec, sae.W_enc, stream.reader.model, len(text.strings))
     active = collected.whole.profile[0].sum(1) > 0
-    rows = Rows(sae.W_dec, sae.W_enc, active.to(stream.device))
+    rows = LatentRows(sae.W_dec, sae.W_enc, active.to(stream.device))
     found = stability(rows, read_rows(others, stream.device), stream.seed) if others else None
     threshold = config.count_threshold or max(1, round(token_mask.sum().item() / 1000))
     out.mkdir(parents=True, exist_ok=True)

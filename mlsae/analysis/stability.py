@@ -40,7 +40,7 @@ _CHANCE_QUANTILE = 0.99
 _BINS = 100  # of the histogram of cosines, over [−1, 1]
 
 
-class Rows(NamedTuple):
+class LatentRows(NamedTuple):
     """The weights of an SAE, and which of its latents take part."""
 
     decoder: Tensor
@@ -71,7 +71,7 @@ class Match(NamedTuple):
 
 
 @torch.no_grad()
-def match(one: Rows, other: Rows, seed: int) -> Match:
+def match(one: LatentRows, other: LatentRows, seed: int) -> Match:
     """The `Match` of `one` in `other`, both on one device; `seed` draws the random directions. Of
     latents with equal cosines, the first is the match.
 
@@ -180,7 +180,7 @@ class Stability:
         }
 
 
-def stability(one: Rows, others: Iterable[tuple[str, Rows]], seed: int) -> Stability:
+def stability(one: LatentRows, others: Iterable[tuple[str, LatentRows]], seed: int) -> Stability:
     """The `Stability` of `one` beside the named others, which are asked for one at a time."""
     names, matches = [], []
     for i, (name, other) in enumerate(others):

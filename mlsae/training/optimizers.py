@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sparse_topk import NorMuon, SparseTopKSAE, UnitNormAdam
 from sparse_topk.shadows import Shadows
@@ -25,26 +25,18 @@ class Optimizers(NamedTuple):
         """The optimizer of an SAE. It also writes `shadows`, and NorMuon multiplies in their
         dtype."""
         rest, decoder = sae.parameter_groups()
+        common: dict[str, Any] = {
+            "betas": self.betas,
+            "max_grad_norm": self.max_grad_norm,
+            "total_norm": sae.total_norm,
+            "shadows": shadows,
+        }
         if "normuon" not in (self.encoder, self.decoder):
-            return UnitNormAdam(
-                [rest, decoder],
-                betas=self.betas,
-                max_grad_norm=self.max_grad_norm,
-                total_norm=sae.total_norm,
-                shadows=shadows,
-            )
-        return NorMuon(
-            [
-                {**rest, "orthogonal": self.encoder == "normuon"},
-                {**decoder, "orthogonal": self.decoder == "normuon"},
-            ],
-            betas=self.betas,
-            max_grad_norm=self.max_grad_norm,
-            total_norm=sae.total_norm,
-            shadows=shadows,
-            sum_rows=sae.sum_over_rows,
-            dtype=shadows.dtype,
-        )
+            return UnitNormAdam([rest, decoder], **common)
+        rest["orthogonal"] = self.encoder == "normuon"
+        decoder["orthogonal"] = self.decoder == "normuon"
+        common |= {"sum_rows": sae.sum_over_rows, "dtype": shadows.dtype}
+        return NorMuon([rest, decoder], **common)
 
 
 ADAM = Optimizers()

@@ -25,7 +25,11 @@ PREDICTED_TOKENS = 8192
 def fit_figures(mlsae: MLSAE, vectors: Vectors) -> dict[str, Any]:
     """How well it reconstructs the held-out residuals: FVU of both slices, the share of latents
     that are active in neither, and L0."""
-    choose, report = (_validate(mlsae, vectors, name) for name in SLICES)
+    return figures_of(*(_validate(mlsae, vectors, name) for name in SLICES))
+
+
+def figures_of(choose: Validation, report: Validation) -> dict[str, Any]:
+    """What is told of two slices."""
     never = (choose.counts + report.counts).sum(1) == 0
     return {
         "fvu_choose": round(choose.fvu.mean().item(), 5),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
+from .results import Line
 from .trainers import TRAINERS, law
 
-Line = dict[str, Any]
 _HEADINGS = (
     "trainer", "peak rate", "seeds", "FVU", "ΔCE, nats", "recovered", "never active", "s a step",
 )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from mlsae.config import SAEConfig, TrainConfig, learning_rate
+from mlsae.config import SAEConfig, TrainConfig, law_of_rates, peak_rate
 
 Cell = dict[str, Any]
 """What tells one training from another: trainer, factor, lr, seed, tokens, batch_tokens, n_latents,
@@ -48,8 +48,8 @@ def own_config(cell: Cell) -> TrainConfig:
 
 
 def _own_rate(cell: Cell) -> float:
-    config = replace(own_config(cell), lr=None, warmup=0.0, decay=0.0)
-    return learning_rate(config, cell["n_latents"], 0)
+    config = replace(own_config(cell), lr=None)
+    return peak_rate(config, cell["n_latents"], cell["tokens"])
 
 
 def _by_size(rate: float) -> Callable[[Cell], float]:
@@ -75,6 +75,5 @@ TRAINERS = {
 
 
 def law(cell: Cell) -> float:
-    """2e-4 / √(M / 2¹⁴) · (10⁹ / tokens)^0.32: the unit in which the rates of our own trainers are
-    told, whatever their default is."""
-    return _by_size(2e-4)(cell) * (1e9 / cell["tokens"]) ** 0.32
+    """The unit in which the rates of our own trainers are told, whatever their default is."""
+    return law_of_rates(cell["n_latents"], cell["tokens"])

@@ -16,7 +16,7 @@ from mlsae.analysis import stability as module
 from mlsae.analysis.beside import runs_beside
 from mlsae.analysis.geometry import random_cosines
 from mlsae.analysis.run import AnalyzeConfig, analyze
-from mlsae.analysis.stability import Rows, Stability, match, stability
+from mlsae.analysis.stability import LatentRows, Stability, match, stability
 from mlsae.analysis.summary import print_analysis
 from mlsae.cli import parse
 from mlsae.formats.saved import read_tensors
@@ -28,15 +28,15 @@ def draw(n, d, seed, dead=()):
     active = torch.ones(n, dtype=torch.bool)
     active[list(dead)] = False
     lengths = torch.rand(2, n, 1, generator=generator) + 0.5
-    return Rows(*(torch.randn(2, n, d, generator=generator) * lengths), active)
+    return LatentRows(*(torch.randn(2, n, d, generator=generator) * lengths), active)
 
 
 def test_matches_by_hand():
     """In the plane: 0 and 1 both lie nearest to the other's 1, which lies nearest to 1."""
     decoder = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0], [5.0, 0.0]])
     encoder = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    one = Rows(decoder, encoder, torch.tensor([True, True, True, False]))
-    other = Rows(
+    one = LatentRows(decoder, encoder, torch.tensor([True, True, True, False]))
+    other = LatentRows(
         torch.tensor([[0.0, 0.0], [0.0, 1.0], [-6.0, -8.0], [9.0, 0.0]]),
         torch.tensor([[1.0, 0.0], [0.0, 7.0], [0.0, -3.0], [1.0, 0.0]]),
         torch.tensor([True, True, True, False]),  # 0 is pruned, and 3 was never active
@@ -51,8 +51,8 @@ def test_matches_by_hand():
 
 def test_a_pruned_latent_is_nobody_s_match():
     """Its cosine, 0, would be the largest."""
-    one = Rows(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2), torch.tensor([True]))
-    other = Rows(
+    one = LatentRows(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2), torch.tensor([True]))
+    other = LatentRows(
         torch.tensor([[0.0, 0.0], [-2.0, 0.0]]), torch.ones(2, 2), torch.tensor([True, True])
     )
     found = match(one, other, seed=0)
@@ -62,7 +62,7 @@ def test_a_pruned_latent_is_nobody_s_match():
 def test_a_permuted_copy_has_every_latent_again():
     one = draw(50, 8, 0)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
-    other = Rows(*(rows[order] for rows in one))
+    other = LatentRows(*(rows[order] for rows in one))
     found = match(one, other, seed=0)
     assert order[found.latent].tolist() == list(range(50))
     assert found.mutual.all()
@@ -215,7 +215,8 @@ def test_the_program_finds_the_runs_of_other_seeds(seeds, capsys):
     active = torch.tensor(latents.tokens_active.to_numpy() > 0)
     counts = read_tensors(other / "latents.safetensors")["counts"]
     expected = brute_force(
-        Rows(one.W_dec, one.W_enc, active), Rows(two.W_dec, two.W_enc, (counts > 0).any(1))
+        LatentRows(one.W_dec, one.W_enc, active),
+        LatentRows(two.W_dec, two.W_enc, (counts > 0).any(1)),
     )
     assert found["pairs"] == len(expected) == active.sum()
     shown = latents[latents.tokens_active > 0]

@@ -2,34 +2,25 @@
 on one device, in float32."""
 
 import dataclasses
-import json
-import re
-import shlex
-import shutil
 import sys
-from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from mlsae import MLSAE, MLSAEConfig, builtin
+from mlsae import builtin
 from mlsae.config import SAEConfig, TrainConfig
 from mlsae.data import shortened, transformer
 from mlsae.data.blocks import find_blocks
 from mlsae.data.config import DataConfig
 from mlsae.data.residuals import ResidualReader
-from mlsae.data.stream import DataStream, read_shape
-from mlsae.data.transformer import load_tokenizer, load_transformer
+from mlsae.data.transformer import load_transformer
 from mlsae.errors import InputError
-from mlsae.evaluation import heldout
 from mlsae.evaluation.patching import check_substitution
 from mlsae.evaluation.run import EvaluateConfig, evaluate
 from mlsae.training.run import train
-from mlsae.training.settings import settings_of
-from tests.helpers.models import CONFIGS, STATE_SPACE, UNCUT, WITH_IMAGES
+from tests.helpers.models import CONFIGS, STATE_SPACE, UNCUT, WITH_IMAGES, saved
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -38,14 +29,6 @@ IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def quiet():
     transformers.utils.logging.disable_progress_bar()
-
-
-def saved(config, folder):
-    """A random model of `config`, and the training config that loads it from `folder`."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.save_pretrained(folder)
-    return model, DataConfig(str(folder))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -254,199 +237,3 @@ def test_an_unknown_model_is_named(tmp_path):
 def test_an_unknown_device_map_is_named():
     with pytest.raises(InputError, match=r"--model_device_map must be auto, .* got 'nowhere'"):
         load_transformer(builtin_settings(model_device_map="nowhere"), CPU)
-
-
-def with_tokenizer(folder, **special):
-    """The built-in model and tokenizer in `folder`, the latter with other special tokens, and text
-    of short documents."""
-    shutil.copytree(builtin.MODEL_DIR, folder, dirs_exist_ok=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for name in ("bos_token", "unk_token", "pad_token"):
-        setattr(tokenizer, name, None)
-    for name, token in special.items():
-        setattr(tokenizer, name, token)
-    tokenizer.save_pretrained(folder)
-    documents = "\n".join(json.dumps({"text": f"def f(x): return {i}"}) for i in range(4000))
-    (folder / "text.jsonl").write_text(documents)
-    return DataConfig(str(folder), str(folder / "text.jsonl"), seq_len=64, layers=(0,))
-
-
-def stream_of(settings):
-    return DataStream(settings, read_shape(settings), CPU, micro_rows=8, whole=False)
-
-
-def advised_token(error):
-    (token,) = re.findall(r"--eos_token (.+)", str(error.value))
-    return shlex.split(token)[0]
-
-
-def test_a_tokenizer_without_eos_is_refused_and_the_advice_works(tmp_path):
-    settings = with_tokenizer(tmp_path, eos_token=None)
-    with pytest.raises(InputError, match=r"must have an EOS token, .* has none; name one") as error:
-        stream_of(settings)
-    token = advised_token(error)
-    assert token == "<|endoftext|>"
-    stream = stream_of(dataclasses.replace(settings, eos_token=token))
-    rows, plain = stream.heldout(640), stream_of(dataclasses.replace(settings, model=builtin.NAME))
-    assert torch.equal(rows, plain.heldout(640))
-    assert (rows == plain.tokenizer.eos_token_id).any()
-    for read, expected in zip(stream.residuals(rows), plain.residuals(rows), strict=True):
-        assert torch.equal(read, expected)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "advised"),
-    [(["a", "Ċ", "<a>"], "Ċ"), (["\u200b", "it's", "a"], "it's"), (["a", "b", "c", "Ċ"], "a")],
-)
-def test_an_advised_token_is_the_newline_s_or_any(tokens, advised, tmp_path):
-    """If none is special. It is on one line, quoted for a shell, and among the model's 3 tokens."""
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=tokens[0]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
-    transformers.LlamaConfig(vocab_size=3).save_pretrained(tmp_path)
-    settings = DataConfig(str(tmp_path))
-    with pytest.raises(InputError) as error:
-        load_tokenizer(settings)
-    assert advised_token(error) == advised
-    tokenizer = load_tokenizer(dataclasses.replace(settings, eos_token=advised))
-    assert tokenizer.eos_token_id == vocabulary[advised]
-
-
-def test_an_unknown_eos_token_is_named():
-    with pytest.raises(InputError, match=r"--eos_token must be a token .* got '<none>'") as error:
-        load_tokenizer(builtin_settings(eos_token="<none>"))
-    assert "such as '<|endoftext|>'" in str(error.value)
-
-
-@pytest.mark.parametrize("role", ["eos_token", "pad_token", None])
-def test_a_token_beyond_the_embedding_is_refused_before_training(role, tmp_path):
-    settings = with_tokenizer(tmp_path, **({role: "<added>"} if role else {}))
-    if role is None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        tokenizer.add_tokens(["<added>"])
-        tokenizer.save_pretrained(tmp_path)
-    rule = r"ids below 4096 \(the rows of the model's embedding\), and '<added>' has 4096"
-    with pytest.raises(InputError, match=rule):
-        stream_of(settings)
-    # Each of the two ways out.
-    resized = tmp_path / "resized"
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(resized)
-    tokenizer.save_pretrained(resized)
-    stream_of(dataclasses.replace(settings, model=str(resized)))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        content = json.loads((tmp_path / name).read_text())
-        (tmp_path / name).write_text(json.dumps(without(content, "<added>")))
-    options = {"eos_token": "<|endoftext|>"} if role == "eos_token" else {}
-    stream_of(dataclasses.replace(settings, **options))
-
-
-def without(content, token):
-    """JSON without a token."""
-    if isinstance(content, dict):
-        kept = {k: v for k, v in content.items() if k != token and v != token}
-        return {k: without(v, token) for k, v in kept.items()}
-    if isinstance(content, list):
-        kept = [v for v in content if not (isinstance(v, dict) and v.get("content") == token)]
-        return [without(v, token) for v in kept if v != token]
-    return content
-
-
-@pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """The cache of the hub, with two revisions of the model lab/model."""
-    folder = tmp_path / "models--lab--model"
-    for i, (name, commit) in enumerate((("main", "a" * 40), ("step3000", "b" * 40))):
-        snapshot = folder / "snapshots" / commit
-        shutil.copytree(builtin.MODEL_DIR, snapshot)
-        (folder / "refs").mkdir(exist_ok=True)
-        (folder / "refs" / name).write_text(commit)
-        if i:
-            weights = load_file(snapshot / "model.safetensors")
-            save_file({k: w / 2 for k, w in weights.items()}, snapshot / "model.safetensors",
-                      metadata={"format": "pt"})  # fmt: skip
-            tokenizer = transformers.AutoTokenizer.from_pretrained(snapshot)
-            tokenizer.pad_token = "a"
-            tokenizer.save_pretrained(snapshot)
-            config = json.loads((snapshot / "config.json").read_text())
-            config["max_position_embeddings"] = 77
-            (snapshot / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return folder
-
-
-def test_a_revision_is_that_of_the_weights_the_configuration_and_the_tokenizer(cached):
-    main, step = DataConfig("lab/model"), DataConfig("lab/model", revision="step3000")
-    assert transformer.load_config(step).max_position_embeddings == 77
-    assert transformer.load_config(main).max_position_embeddings > 77
-    assert load_tokenizer(step).pad_token == "a"
-    assert load_tokenizer(main).pad_token != "a"
-    for n_layers in (None, 2):
-        embeddings = [
-            load_transformer(each, CPU, n_layers).get_input_embeddings().weight
-            for each in (main, step)
-        ]
-        assert torch.equal(embeddings[1], embeddings[0] / 2)
-    with pytest.raises(InputError, match=r"MODEL .* 'lab/model' at revision 'step9' cannot be"):
-        transformer.load_config(dataclasses.replace(main, revision="step9"))
-
-
-def test_a_revision_is_recorded_and_measured_on(cached, tmp_path):
-    config = TrainConfig(
-        DataConfig("lab/model", revision="step3000", layers=(1,), seq_len=64),
-        sae=SAEConfig(expansion=2, k=8), tokens=1500, batch_tokens=512, eval_tokens=512,
-        out=tmp_path / "run",
-    )  # fmt: skip
-    mlsae = MLSAE(MLSAEConfig(read_shape(config.data).d_in, 16, 2, (1,), model="lab/model"))
-    mlsae.about = {"training": settings_of(config)}
-    mlsae.save_pretrained(config.out)
-    about = json.loads((config.out / "config.json").read_text())
-    assert about["training"]["revision"] == "step3000"
-    options = {"revision": "main"}, {"model": "lab/model"}, {}
-    opened = [heldout.open_run(EvaluateConfig(config.out, **each), CPU)[1] for each in options]
-    assert [stream.config.revision for stream in opened] == ["main", None, "step3000"]
-    embedding = opened[2].reader.model.get_input_embeddings().weight
-    assert torch.equal(embedding, opened[0].reader.model.get_input_embeddings().weight / 2)
-
-
-@pytest.mark.parametrize("local", [False, True])
-def test_a_revision_of_what_is_not_on_the_hub_is_refused(local, tmp_path):
-    settings = DataConfig(str(tmp_path) if local else builtin.NAME, revision="main")
-    for load in (transformer.load_config, load_tokenizer):
-        with pytest.raises(InputError, match=r"--revision must .* got 'main'; leave it out"):
-            load(settings)
-
-
-def test_code_from_a_model_s_repository_runs_only_on_request(tmp_path, monkeypatch):
-    """Nor is anybody asked at the keyboard."""
-    _, settings = saved(CONFIGS["llama"], tmp_path)
-    (tmp_path / "code.py").write_text(
-        "import transformers\n"
-        "class OwnConfig(transformers.LlamaConfig):\n    model_type = 'own'\n"
-        "class OwnModel(transformers.LlamaForCausalLM):\n    config_class = OwnConfig\n"
-    )
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {
-        "model_type": "own",
-        "auto_map": {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    for load in (transformer.load_config, lambda config: load_transformer(config, CPU, 2)):
-        with pytest.raises(InputError, match=r"needs Python code .* give --trust_remote_code if"):
-            load(settings)
-    model = load_transformer(dataclasses.replace(settings, trust_remote_code=True), CPU, 2)
-    assert type(model).__name__ == "OwnModel"
-    assert len(find_blocks(model)) == 2
-
-
-def test_a_run_cannot_permit_code_from_a_repository():
-    recorded = {"dataset": builtin.NAME, "trust_remote_code": True}
-    mlsae = MLSAE(MLSAEConfig(8, 16, 2, (0,), model="lab/model"))
-    data = heldout._data_config(EvaluateConfig(Path("run")), mlsae, recorded)
-    assert not data.trust_remote_code

@@ -5,6 +5,7 @@ import transformers
 
 from mlsae import builtin
 from mlsae.data.blocks import find_blocks
+from mlsae.data.config import DataConfig
 
 SMALL = {
     "vocab_size": 64,
@@ -163,3 +164,11 @@ def save_gpt2(folder, massive=0.0, token=None, late=False):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def saved(config, folder):
+    """A random model of `config`, and the training config that loads it from `folder`."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    return model, DataConfig(str(folder))

@@ -134,11 +134,7 @@ def adam_unit_norm_(
     Computed in float32, or in float64 if the weight has it, with `lr`, `betas` and `eps` rounded
     to float32. Raises ValueError if a tensor to be written is not contiguous.
     """
-    for name, t in (("weight", weight), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if not t.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got the strides {t.stride()}")
-    if shadow is not None and not shadow.is_contiguous():
-        raise ValueError(f"shadow must be contiguous, got the strides {shadow.stride()}")
+    check_contiguous(weight=weight, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, shadow=shadow)
     # m̂ / (√v̂ + ε) = m √(1 − β₂ᵗ) / (1 − β₁ᵗ) / (√v + ε √(1 − β₂ᵗ))
     root = math.sqrt(1 - betas[1] ** step)
     scalars = (lr * root / (1 - betas[0] ** step), eps * root, 1 - betas[0], 1 - betas[1])
@@ -169,3 +165,10 @@ def row_tile(d: int) -> tuple[int, int]:
 def adam_flat_tile() -> tuple[int, int]:
     """Weights and warps of one program: 8 weights per thread."""
     return 1024, 4
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Raise ValueError, which names the tensor, unless each that is given is contiguous."""
+    for name, t in tensors.items():
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got the strides {t.stride()}")

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import row_tile as row_tile
-from .adam import unit_row
+from .adam import check_contiguous, unit_row
+from .adam import row_tile as row_tile  # tuned here apart from Adam
 from .precision import sum_type
 
 __all__ = ["apply_rows_", "tangent_momentum_"]
@@ -98,7 +98,7 @@ def tangent_momentum_(
     grad_scale: Tensor | None = None,
 ) -> Tensor:
     """See `torch_optim.tangent_momentum_`. Raises ValueError as `apply_rows_` does."""
-    _check_contiguous(weight=weight, exp_avg=exp_avg)
+    check_contiguous(weight=weight, exp_avg=exp_avg)
     m, d = grad.shape
     direction = torch.empty_like(exp_avg, dtype=dtype)
     if m and d:
@@ -130,7 +130,7 @@ def apply_rows_(
     Computed in float32, or in float64 if the weight has it, with the scalars rounded to float32.
     Raises ValueError if a tensor to be written is not contiguous.
     """
-    _check_contiguous(weight=weight, row_sq=row_sq, shadow=shadow)
+    check_contiguous(weight=weight, row_sq=row_sq, shadow=shadow)
     m, d = weight.shape
     if m and d:
         block, warps = row_tile(d)
@@ -142,9 +142,3 @@ def apply_rows_(
     for written in (weight, row_sq, shadow):
         if written is not None:  # autograd does not see it, and must refuse a late backward
             torch.autograd.graph.increment_version(written)
-
-
-def _check_contiguous(**tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None and not t.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got the strides {t.stride()}")
