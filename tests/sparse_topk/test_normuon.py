@@ -233,6 +233,19 @@ def test_a_backward_after_the_step_is_refused(device):
         late.backward()
 
 
+def test_every_tensor_that_is_written_says_so(device):
+    """Torch counts what is written in place; a kernel must count its own."""
+    p = matrix(6, 4).to(device).requires_grad_()
+    optimizer = NorMuon([p])
+    versions = []
+    for seed in range(2):
+        p.grad = ill_conditioned(6, 4, seed).to(device)
+        optimizer.step()
+        state = optimizer.state[p]
+        versions.append([p._version, state["exp_avg"]._version, state["row_sq"]._version])
+    assert all(late > early for early, late in zip(*versions, strict=True))
+
+
 def test_nothing_to_update_is_no_error(device):
     empty = torch.zeros(0, 3, device=device, requires_grad=True)
     empty.grad = torch.zeros_like(empty)

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from mlsae import MLSAE
-from mlsae.config import TrainConfig, check_config, peak_rate
+from mlsae.config import SAEConfig, TrainConfig, check_config, peak_rate
 from mlsae.data.stream import Shape
-from mlsae.distributed import make_mesh
+from mlsae.distributed import ALONE, make_mesh
 from mlsae.errors import InputError
 from mlsae.model import MLSAEConfig
 from mlsae.sharding import ShardedSAE
 from mlsae.train import parse
-from mlsae.training.init import draw_linear_, fit_scale_, mlsae_config
+from mlsae.training.init import draw_linear_, fit_scale_, init_stats, mlsae_config
 from mlsae.training.optimizers import Optimizers, optimizers_of
+from mlsae.training.start import begin, new_state
 from sparse_topk import SparseTopKSAE
 from sparse_topk.shadows import Shadows
 
@@ -105,6 +106,44 @@ def test_the_papers_encoder_is_linears_own():
     torch.testing.assert_close(sae.W_enc.std(), linear.weight.std(), rtol=0.02, atol=0)
     torch.testing.assert_close(sae.W_enc.norm(dim=1).mean().item(), 3**-0.5, rtol=0.01, atol=0)
     torch.testing.assert_close(sae.W_dec, torch.nn.functional.normalize(sae.W_enc, dim=1))
+
+
+@pytest.mark.parametrize("init", ["fitted", "unit", "linear"])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_a_training_begins_with_the_encoder_that_is_asked_for(init, activation):
+    k_max = 4 * K if activation == "batchtopk" else None
+    size = MLSAEConfig(D, M, K, (0, 1), k_max=k_max)
+    x = vectors(2 * N).float().view(2, N, D)
+
+    def begun(**options):
+        sae = SAEConfig(n_latents=M, k=K, init=init, activation=activation)
+        config = TrainConfig(sae=sae, **options)
+        state = new_state(config, size, torch.device("cpu"), ALONE, 1000)
+        first = init_stats(state.mlsae, [x])
+        begin(config, state, first)
+        return state.mlsae.sae, first
+
+    sae, first = begun()
+    assert torch.equal(sae.b_dec, first.center)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(M))
+    if init == "linear":
+        torch.testing.assert_close(torch.nn.functional.normalize(sae.W_enc), sae.W_dec)
+        assert sae.W_enc.abs().max() <= D**-0.5
+        assert sae.W_enc.norm(dim=1).std() > 0.01
+    else:
+        expected = SparseTopKSAE(D, M, K, bias=False)
+        with torch.no_grad():
+            expected.W_dec.copy_(sae.W_dec)
+            expected.W_enc.copy_(sae.W_dec)
+            expected.b_dec.copy_(sae.b_dec)
+        if init == "fitted":
+            expected.fit_scale_(first.vectors)
+            assert 0.2 < expected.W_enc.norm(dim=1).mean() < 0.9
+        torch.testing.assert_close(sae.W_enc, expected.W_enc)
+    loaded, _ = begun(init_from="a trained SAE")  # whose weights stay
+    assert (loaded.b_dec == 0).all()
+    if init != "linear":
+        assert torch.equal(loaded.W_enc, loaded.W_dec)
 
 
 def test_the_peak_rate_is_the_law():
