@@ -70,7 +70,7 @@ def cells_of(given: argparse.Namespace) -> list[Cell]:
         cell: Cell = {
             "trainer": name, "factor": _factor(factor) if factor else TRAINERS[name].factor,
             "seed": seed, "tokens": given.tokens, "batch_tokens": given.batch_tokens,
-            "n_latents": given.n_latents, "k": given.k,
+            "layers": given.layers, "n_latents": given.n_latents, "k": given.k,
         }  # fmt: skip
         cell["lr"] = cell["factor"] * TRAINERS[name].rate(cell)
         cells.append(cell)
@@ -147,6 +147,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=400_000, help="default: 400000")
     parser.add_argument("--batch_tokens", type=int, default=2048, help="default: 2048")
     parser.add_argument("--slice_tokens", type=int, default=32_768, help="held out, default: 32768")
+    parser.add_argument("--layers", type=int, nargs="+", help="default: all")
     parser.add_argument("--n_latents", type=int, default=3072, help="default: 3072")
     parser.add_argument("--k", type=int, default=32, help="default: 32")
     parser.add_argument(
@@ -167,9 +168,13 @@ def main(arguments: list[str], train: Train = train_apart) -> None:
     with exit_on_bad_input():
         cells = cells_of(given)
         if not given.table:
-            vectors = harvest(given.data, given.tokens, given.batch_tokens, given.slice_tokens)
+            layers = tuple(given.layers) if given.layers else None
+            vectors = harvest(
+                given.data, given.tokens, given.batch_tokens, given.slice_tokens, layers
+            )
             run(cells, vectors, given.results, given.envs, train)
-        alike = {n: getattr(given, n) for n in ("tokens", "batch_tokens", "n_latents", "k")}
+        size = ("tokens", "batch_tokens", "layers", "n_latents", "k")
+        alike = {name: getattr(given, name) for name in size}
         print(table(line for line in read(given.results) if alike.items() <= line.items()))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from .vectors import SLICES, Harvest, Vectors
 MICRO_TOKENS = 2048
 
 
-def open_stream(*, whole: bool) -> DataStream:
+def open_stream(layers: tuple[int, ...] | None, *, whole: bool) -> DataStream:
     """The built-in model and corpus; with `whole`, all of the model, which then has logits."""
-    config = DataConfig()
+    config = DataConfig(layers=layers)
     shape = read_shape(config)
     micro_rows = max(1, MICRO_TOKENS // shape.seq_len)
     return DataStream(config, shape, torch.device("cpu"), micro_rows=micro_rows, whole=whole)
@@ -44,12 +44,22 @@ def drop_rule(about: Harvest) -> DropRule:
     return DropRule.from_dict(about.dropped or {})
 
 
-def harvest(folder: Path, tokens: int, batch_tokens: int, slice_tokens: int) -> Vectors:
-    """The residuals in `folder`, which is filled if it holds none.
+def harvest(
+    folder: Path,
+    tokens: int,
+    batch_tokens: int,
+    slice_tokens: int,
+    layers: tuple[int, ...] | None = None,
+) -> Vectors:
+    """The residuals of `layers` (None: all) in `folder`, which is filled if it holds none.
 
     Raises InputError if it holds others than asked for, or a residual exceeds float16.
     """
-    asked = {"tokens": tokens, "batch_tokens": batch_tokens, "slice_tokens": slice_tokens}
+    stream = open_stream(layers, whole=False)
+    asked: dict[str, Any] = {
+        "tokens": tokens, "batch_tokens": batch_tokens, "slice_tokens": slice_tokens,
+        "layers": stream.reader.layers,
+    }  # fmt: skip
     if (folder / "about.json").exists():
         vectors = Vectors(folder)
         found = {name: getattr(vectors.about, name) for name in asked}
@@ -59,8 +69,7 @@ def harvest(folder: Path, tokens: int, batch_tokens: int, slice_tokens: int) -> 
                 f"{folder} holds {_text(found)}; name another folder, or remove that one"
             )
         return vectors
-    stream = open_stream(whole=False)
-    about = Harvest(**asked, layers=stream.reader.layers, d_in=stream.d_in)
+    about = Harvest(**asked, d_in=stream.d_in)
     folder.mkdir(parents=True, exist_ok=True)
     batches = _train(folder, stream, about)  # which settles what is dropped
     slices = {}
@@ -108,5 +117,8 @@ def _write(file: BinaryIO, parts: Iterable[Tensor]) -> int:
     return n_tokens
 
 
-def _text(asked: dict[str, int]) -> str:
-    return ", ".join(f"{name} {value:,}" for name, value in asked.items())
+def _text(asked: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value if isinstance(value, tuple) else format(value, ',')}"
+        for name, value in asked.items()
+    )

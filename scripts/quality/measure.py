@@ -49,7 +49,7 @@ class InModel:
     """The transformer, and rows (B, T) of the report slice, to put reconstructions into."""
 
     def __init__(self, vectors: Vectors) -> None:
-        self.stream = open_stream(whole=True)
+        self.stream = open_stream(vectors.about.layers, whole=True)
         self.stream.drop = drop_rule(vectors.about)
         rows = heldout_rows(self.stream, vectors.about.slice_tokens)["report"]
         self.rows = rows[: max(1, PREDICTED_TOKENS // self.stream.seq_len)]

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from mlsae.config import SAEConfig, TrainConfig, law_of_rates, peak_rate
 
 Cell = dict[str, Any]
-"""What tells one training from another: trainer, factor, lr, seed, tokens, batch_tokens, n_latents,
-k."""
+"""What tells one training from another: trainer, factor, lr, seed, tokens, batch_tokens, layers,
+n_latents, k."""
 
 
 class Trainer(NamedTuple):

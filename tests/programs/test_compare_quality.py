@@ -14,6 +14,7 @@ import torch
 from mlsae.config import TrainConfig, learning_rate
 from mlsae.data.config import DataConfig
 from mlsae.data.stream import DataStream
+from mlsae.errors import InputError
 from mlsae.evaluation.faithfulness import measure_faithfulness
 from mlsae.evaluation.token_metrics import compute_token_metrics
 from mlsae.model import MLSAE, MLSAEConfig
@@ -105,7 +106,7 @@ def test_factor_one_is_the_rate_of_the_training_program():
 
 
 def test_batches_are_those_of_the_training_program_without_special_tokens(vectors):
-    stream = open_stream(whole=False)
+    stream = open_stream(None, whole=False)
     batches = stream.batches(BATCH // stream.seq_len)
     for (x, counted), rows in zip(vectors.batches(), batches, strict=False):
         expected = torch.cat(list(stream.residuals(rows)), dim=1)
@@ -190,7 +191,8 @@ def test_a_comparison_that_was_stopped_goes_on_where_it_was(tmp_path, vectors):
 
 def test_the_table_has_the_mean_and_half_the_difference_of_the_seeds(capsys, tmp_path):
     figures = {"recovered_mean": 0.5, "never_active": 0.01, "step_seconds": 0.25}
-    size = {"tokens": 400_000, "batch_tokens": 2048, "n_latents": 3072, "k": 32}
+    size = {"tokens": 400_000, "batch_tokens": 2048, "layers": None}
+    size |= {"n_latents": 3072, "k": 32}
     signum = {"trainer": "sparsify-signum", "factor": 1.0, "lr": 0.01} | size
     adam = {"trainer": "adam", "factor": 0.5, "seed": 3} | size
     adam["lr"] = 0.5 * 2e-4 / (3072 / 2**14) ** 0.5 * 2500**0.32
@@ -243,6 +245,16 @@ def test_a_worker_reads_a_cell_and_answers_in_one_line(vectors, tmp_path, monkey
     answer = json.loads(capsys.readouterr().out)
     assert answer["step_seconds"] > 0
     assert out.exists()
+
+
+def test_a_harvest_of_some_layers_has_those_of_one_of_all(vectors, tmp_path):
+    some = harvest(tmp_path / "some", TOKENS, BATCH, SLICE, (1, 3))
+    assert some.about.layers == (1, 3)
+    for (x, counted), (every, expected) in zip(some.batches(), vectors.batches(), strict=True):
+        assert torch.equal(x, every[[1, 3]])
+        assert counted == expected
+    with pytest.raises(InputError, match=r"layers \(1, 3\)"):
+        harvest(tmp_path / "some", TOKENS, BATCH, SLICE)
 
 
 def test_a_harvest_that_was_cut_off_is_made_anew(vectors, tmp_path):
