@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_topk import torch_encode
 from sparse_topk import torch_ops as ops
 from tests.helpers.oracles import stable_topk
 
@@ -56,7 +57,7 @@ def test_topk_encode_goes_block_by_block(monkeypatch):
     """Several blocks of rows, the last one short, give what one block gives."""
     x, W, _, _ = random_case(1000, 8, 100, 5)
     whole = ops.topk_encode(x, W, None, 5)
-    monkeypatch.setattr(ops, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(torch_encode, "_TILE_BYTES", 1)
     for actual, expected in zip(ops.topk_encode(x, W, None, 5), whole, strict=True):
         assert torch.equal(actual, expected)
 
@@ -67,7 +68,7 @@ def test_topk_encode_goes_block_by_block(monkeypatch):
 def test_topk_encode_goes_tile_by_tile(monkeypatch, tile_bytes, dtype, m, k):
     """Tiles of one group, of several, and of all; the last tile is short. Ties abound, also across
     tiles, and small integers are exact in bfloat16."""
-    monkeypatch.setattr(ops, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(torch_encode, "_TILE_BYTES", tile_bytes)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-2, 3, (50, 3), generator=generator).to(dtype)
     W = torch.randint(-2, 3, (m, 3), generator=generator).to(dtype)
