@@ -57,15 +57,17 @@ def standardize(
     std = torch.full_like(mean, eps is None)
     shift = x.new_zeros(d, dtype=acc_dtype) if center is None else -center.to(acc_dtype)
     columns = _ColumnMoments(x, mask)
-    for rows, tokens, keep in columns.blocks():
-        tokens = _kept(tokens.to(acc_dtype), keep)
-        columns.add(tokens, keep)
+    for rows, tokens, dropped in columns.blocks():
+        tokens = tokens.to(acc_dtype)
+        if len(dropped):
+            tokens = tokens.index_fill(0, dropped, 0)
+        columns.add(tokens, dropped)
         if eps is None:
             block = tokens + shift
         else:
             block = _deviations(tokens, mean[rows], std[rows])
             torch.addcdiv(shift, block, (std[rows] + eps)[:, None], out=block)
-        centered[rows] = _kept(block, keep)
+        centered[rows] = block.index_fill_(0, dropped, 0)
     return centered, mean, std, columns.total()
 
 
@@ -82,11 +84,6 @@ def _deviations(tokens: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     torch.linalg.vector_norm(deviations, dim=1, out=std)
     std /= math.sqrt(tokens.shape[1] - 1) if tokens.shape[1] > 1 else 0.0
     return deviations
-
-
-def _kept(block: Tensor, keep: Tensor | None) -> Tensor:
-    """The block (T, D), with 0 in the rows where `keep` (T,) is False."""
-    return block if keep is None else block.where(keep[:, None], 0)
 
 
 @torch.no_grad()
@@ -147,13 +144,13 @@ def _error(
     error = x.new_empty(n_layers * n, d, dtype=dtype)
     sq_errors = mean.new_empty(n_layers * n, dtype=torch.float64)
     columns = _ColumnMoments(x, mask)
-    for rows, tokens, keep in columns.blocks():
+    for rows, tokens, dropped in columns.blocks():
         missed = tokens - mean[rows, None]
-        missed = _kept(missed.addcmul_(decoded(rows), std[rows, None], value=-1), keep)
+        missed.addcmul_(decoded(rows), std[rows, None], value=-1).index_fill_(0, dropped, 0)
         sq_errors[rows] = torch.linalg.vector_norm(missed, dim=1)
         if eps is not None:
             missed /= (std[rows] + eps)[:, None]
-        columns.add(missed, keep)
+        columns.add(missed, dropped)
         error[rows] = missed
     return error, sq_errors.square_().view(n_layers, n).sum(1), columns.total()
 
@@ -206,27 +203,30 @@ class _ColumnMoments:
     and in its own dtype, merged in float64 (Chan, Golub and LeVeque, 1983)."""
 
     def __init__(self, x: Tensor, mask: Tensor | None) -> None:
-        (_, n, d), self.x, self.mask = x.shape, x, mask
+        (_, n, d), self.x = x.shape, x
         self.size = max(1, _BLOCK_BYTES // (4 * max(1, d)))  # T
         kept = x.new_ones(n, dtype=torch.bool) if mask is None else mask
         self.count = kept.sum(dtype=torch.float64)
         self.counts = torch.stack([part.sum(dtype=torch.float64) for part in kept.split(self.size)])
+        # Few tokens are dropped: their ids cost less than a pass over the block with the mask.
+        self.dropped = [(~part).nonzero()[:, 0] for part in kept.split(self.size)]
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Each block's place in (L·N, D), its tokens (T, D), and which of them are kept (T,)."""
+    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each block's place in (L·N, D), its tokens (T, D), and the ids in it of those that are
+        dropped."""
         n_layers, n, _ = self.x.shape
         for layer in range(n_layers):
             for start in range(0, n, self.size):
                 block = slice(start, min(start + self.size, n))
                 rows = slice(layer * n + block.start, layer * n + block.stop)
-                yield rows, self.x[layer, block], None if self.mask is None else self.mask[block]
+                yield rows, self.x[layer, block], self.dropped[start // self.size]
 
-    def add(self, block: Tensor, keep: Tensor | None) -> None:
-        """Add the next block (T, D), which is 0 in the rows that are not kept."""
+    def add(self, block: Tensor, dropped: Tensor) -> None:
+        """Add the next block (T, D), which is 0 in the rows that are dropped."""
         count = self.counts[len(self.parts) % len(self.counts)].clamp_min(1)
         mean = block.sum(0) / count
-        deviations = _kept(block - mean, keep)
+        deviations = (block - mean).index_fill_(0, dropped, 0)
         shift = deviations.sum(0) / count  # `mean` is off by a rounding
         self.parts.append((mean, shift, deviations.square_().sum(0)))
 
