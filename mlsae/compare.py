@@ -21,7 +21,14 @@ from pathlib import Path
 from rich.console import Console
 
 from . import cli
-from .config import PRESETS, SAEConfig, TrainArguments, TrainConfig, check_config
+from .config import (
+    PRESETS,
+    SAEConfig,
+    TrainArguments,
+    TrainConfig,
+    check_config,
+    heldout_tokens,
+)
 from .data.sinks import DropRule
 from .distributed import launched, log_rank0
 from .errors import InputError, NonFiniteError
@@ -85,7 +92,8 @@ def _one(
     what `drop` names; None: as in training."""
     train(replace(config, out=out, data=replace(config.data, layers=trained)))
     return evaluate(
-        EvaluateConfig(out, tokens=config.eval_tokens, layers=measured, device=config.device), drop
+        EvaluateConfig(out, tokens=heldout_tokens(config), layers=measured, device=config.device),
+        drop,
     )
 
 

@@ -63,16 +63,20 @@ class TrainSettings:
     """Seconds that a process waits for the others before it ends the run."""
     max_grad_norm: float | None = None
     """Clip the gradient of all weights together to this norm. None: no clipping."""
-    eval_tokens: int = 65_536
-    """Held-out tokens that the validation metrics are measured on."""
+    eval_tokens: int | None = None
+    """Held-out tokens that the validation metrics are measured on. None: a fiftieth of the run's
+    tokens, but 4,096 at least and 65,536 at most."""
     eval_every: int | None = None
     """Tokens between two validations. None: only at the end."""
     log_tokens: int | None = None
     """Tokens between two lines of metrics.jsonl. None: a hundredth of the run."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also log to TensorBoard (OUT/tensorboard) or Weights & Biases, which must be installed."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints, which are written while training goes on; the last one is
+    of the end."""
     checkpoint_tokens: int | None = None
-    """Tokens between two checkpoints. None: a twentieth of the run."""
+    """Tokens between two checkpoints, instead of minutes."""
     keep_checkpoints: int = 2
     """Checkpoints to keep, the newest ones."""
     init_from: str | None = None
@@ -206,7 +210,7 @@ def check_config(config: TrainConfig) -> None:
             value = getattr(owner, name)
             if value is not None and value < 1:
                 raise InputError(f"{prefix}{name} must be at least 1, got {value}")
-    for name in ("lr", "max_grad_norm", "timeout"):
+    for name in ("lr", "max_grad_norm", "timeout", "checkpoint_minutes"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be greater than 0, got {value}")
@@ -233,6 +237,13 @@ def optimizer_of(config: TrainConfig, first_tokens: int) -> Literal["adam", "nor
     if config.optimizer != "auto":
         return config.optimizer
     return "normuon" if first_tokens <= NORMUON_STEPS * config.batch_tokens else "adam"
+
+
+def heldout_tokens(config: TrainConfig) -> int:
+    """Held-out tokens to validate on: few in a short run, of which they would take most."""
+    if config.eval_tokens is not None:
+        return config.eval_tokens
+    return min(65_536, max(4096, config.tokens // 50))
 
 
 def law_of_rates(n_latents: int, tokens: float) -> float:

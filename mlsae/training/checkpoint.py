@@ -7,16 +7,19 @@ in the format of `sha256sum --check`, written last: a checkpoint without one is 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from ..files import replacing, sync_folder, write_file
@@ -41,6 +44,69 @@ def save(run: Path, tokens: int, state: dict[str, Any], keep: int) -> Path:
         _digest_path(old).unlink(missing_ok=True)
         old.unlink()
     return path
+
+
+class Writer:
+    """Writes checkpoints of the run in a folder while training goes on, one at a time. A state is
+    copied to main memory, from a GPU without waiting for it; a thread saves the copy, and calls
+    `then`.
+
+    What goes wrong in the thread, such as a full disk, the next call of `save`, `check` or `wait`
+    raises.
+    """
+
+    def __init__(self, run: Path, keep: int, then: Callable[[], None] = lambda: None) -> None:
+        self.run, self.keep, self.then = run, keep, then
+        self.saved: Path | None = None
+        """The newest checkpoint that is whole."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending: Future[None] | None = None
+
+    def save(self, tokens: int, state: dict[str, Any]) -> None:
+        """Begin to save `state`, which may change from now on."""
+        self.wait()
+        copied = _copied(state)
+        done = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if done is not None:
+            done.record()
+        self._pending = self._thread.submit(self._save, tokens, copied, done)
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint that could not be saved."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is whole."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread, once it has saved what it was given."""
+        self._thread.shutdown()
+
+    def _save(self, tokens: int, state: dict[str, Any], copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        self.saved = save(self.run, tokens, state, self.keep)
+        self.then()
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a nested dict with its tensors in main memory: those of a GPU arrive, in pinned
+    memory, once it has done what it was given so far."""
+    copied: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            copied[key] = _copied(value)
+        elif isinstance(value, Tensor) and value.is_cuda:
+            copied[key] = value.detach().contiguous().to("cpu", non_blocking=True)
+        elif isinstance(value, Tensor):
+            copied[key] = value.detach().clone(memory_format=torch.contiguous_format)
+        else:
+            copied[key] = copy.deepcopy(value)
+    return copied
 
 
 def newest(run: Path, report: Callable[[str], None]) -> Path | None:

@@ -138,7 +138,8 @@ class TrainLoop:
         self.timer = StageTimer(stream.device)
         self.seconds = 0.0
         self.passes = 1  # over the text: which one the last batch ended in
-        self.saved: Path | None = None  # the newest checkpoint
+        keep, out = self.config.keep_checkpoints, self.out
+        self.checkpoints = checkpoint.Writer(out, keep, lambda: previous.discard(out))
 
     @property
     def tokens(self) -> int:
@@ -147,7 +148,7 @@ class TrainLoop:
 
     def resume(self, state: dict[str, Any], path: Path) -> None:
         """Restore the loop's own part of the checkpoint at `path`."""
-        self.seconds, self.saved = state["seconds"], path
+        self.seconds, self.checkpoints.saved = state["seconds"], path
         self.passes = state.get("passes", 1)  # not in the files of 0.2
         self.timer.add(state["stages"])
 
@@ -156,8 +157,9 @@ class TrainLoop:
         config, timer = self.config, self.timer
         log_every = Every(config.log_tokens or math.ceil(config.tokens / 100), self.tokens)
         eval_every = Every(config.eval_every or math.inf, self.tokens)
-        save_every = Every(config.checkpoint_tokens or math.ceil(config.tokens / 20), self.tokens)
+        save_every = Every(config.checkpoint_tokens or math.inf, self.tokens)
         started = time.perf_counter() - self.seconds
+        self._saved_at = time.perf_counter()
         self._mark = (self.tokens, time.perf_counter())
         world, batches = self.mesh.world, iter(batches)
         remember = Signals(only_remember=world.size > 1)
@@ -178,9 +180,11 @@ class TrainLoop:
                     bar.set_postfix_str(self.log())
                 if eval_every.passed(self.tokens) and not done:
                     self.validate()
-                caught = world.max_int(signals.caught or 0)  # in any process
-                if save_every.passed(self.tokens) or done or caught:
+                # In any process; the clock is that of rank 0.
+                caught, late = divmod(world.max_int(2 * (signals.caught or 0) + self._late()), 2)
+                if save_every.passed(self.tokens) or done or caught or late:
                     self.save()
+                self.checkpoints.check()
                 timer.lap("logs and checkpoints")
                 if caught and not done:
                     bar.close()
@@ -212,8 +216,8 @@ class TrainLoop:
         return validations
 
     def save(self) -> None:
-        """Write a checkpoint: one file for all SAEs, so that they are of the same moment. Rank 0
-        writes it; the processes with the same rows send it their shards of the latents."""
+        """Begin to write a checkpoint: one file for all SAEs, so that they are of the same moment.
+        Rank 0 writes it; the processes with the same rows send it their shards of the latents."""
         if self.mesh.data.rank > 0:
             return
         state = {
@@ -228,14 +232,20 @@ class TrainLoop:
             "runs": {run_dir.name: run_dir.state_dict() for run_dir in self.run_dirs},
         }
         if is_rank0():
-            keep = self.config.keep_checkpoints
-            self.saved = checkpoint.save(self.out, self.tokens, state, keep)
-            previous.discard(self.out)
+            self.checkpoints.save(self.tokens, state)
+        self._saved_at = time.perf_counter()
 
     def about(self) -> dict[str, Any]:
         """What config.json says of the training beside its settings."""
         extensions = self.history.extensions
         return {"passes": self.passes} | ({"extensions": extensions} if extensions else {})
+
+    def _late(self) -> bool:
+        """Whether rank 0 finds that the last checkpoint was long ago."""
+        config = self.config
+        if config.checkpoint_tokens is not None or not is_rank0():
+            return False
+        return time.perf_counter() - self._saved_at > 60 * config.checkpoint_minutes
 
     def _count_passes(self, bar: tqdm[None]) -> None:
         """Note the pass of the batch, and warn once, when the second begins."""
@@ -252,9 +262,10 @@ class TrainLoop:
         """End the program after a signal, with models that load."""
         for run_dir in self.run_dirs:
             run_dir.save_model(**self.about())
+        self.checkpoints.wait()
         log_rank0(
             f"stopped by {signal.Signals(caught).name} after {self.tokens:,} tokens; "
-            f"saved {self.saved}; resume with the same command and --resume"
+            f"saved {self.checkpoints.saved}; resume with the same command and --resume"
         )
         sys.exit(128 + caught)
 
@@ -275,5 +286,7 @@ class TrainLoop:
         try:
             yield
         except NonFiniteError as error:
-            good = f"the last good checkpoint is {self.saved}" if self.saved else "none saved yet"
+            self.checkpoints.wait()
+            saved = self.checkpoints.saved
+            good = f"the last good checkpoint is {saved}" if saved else "none saved yet"
             raise NonFiniteError(f"{error}; {good}") from error

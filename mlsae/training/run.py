@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_topk import backend_name
 
 from .. import distributed
-from ..config import TrainConfig, check_config, shared_folder
+from ..config import TrainConfig, check_config, heldout_tokens, shared_folder
 from ..data.sinks import DropRule
 from ..data.stream import DataStream, read_shape
 from ..distributed import Group, Mesh, choose_device, log_rank0
@@ -119,6 +119,7 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
                 run_dir = RunDir(each, state, own, writes, stream.drop)
                 run_dirs.append(stack.enter_context(closing(run_dir)))
         loop = TrainLoop(configs, states, run_dirs, stream, batches, heldout, start.history)
+        stack.enter_context(closing(loop.checkpoints))
         if saved and path:
             loop.resume(saved, path)
             log_rank0(f"resuming from {path}, after {loop.tokens:,} tokens")
@@ -126,6 +127,7 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
                 log_extension(loop)
         loop.run(chain(first, batches))
         validations = loop.validate()
+        loop.checkpoints.wait()
     _finish(loop, run_dirs, validations)
     return {each.out: state.mlsae for each, state in zip(configs, states, strict=True)}
 
@@ -167,7 +169,7 @@ def _load(
         micro_rows=micro_rows, seed=config.seed, whole=False, reserved=needed,
     )  # fmt: skip
     check_memory(needed, device)
-    heldout = stream.heldout(config.eval_tokens) if writes else None
+    heldout = stream.heldout(heldout_tokens(config)) if writes else None
     _log_backend(stream, optimizers)
     return _Start(saved, history, saes, initial, stream, batch_rows, heldout)
 

@@ -32,6 +32,7 @@ _FREE = (  # what may differ from the run that is resumed, since the result does
     "log_tokens",
     "eval_every",
     "eval_tokens",
+    "checkpoint_minutes",
     "checkpoint_tokens",
     "keep_checkpoints",
 )

@@ -1,6 +1,7 @@
 """Checkpoints: what is read is what was written, or it is refused."""
 
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -88,3 +89,45 @@ def test_a_failed_write_leaves_the_older_one(tmp_path, monkeypatch):
         f"{10:015}.safetensors",
         f"{10:015}.sha256",
     }
+
+
+def test_training_goes_on_while_one_is_written(tmp_path, monkeypatch):
+    """What is written is the state as it was, whatever happens to it meanwhile."""
+    save, may_go_on, events = checkpoint.save, threading.Event(), []
+
+    def slow(*arguments):
+        assert may_go_on.wait(10)
+        events.append("written")
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    weight, nested = torch.ones(3, 2), {"list": [1]}
+    writer = checkpoint.Writer(tmp_path, keep=2, then=lambda: events.append("then"))
+    writer.save(10, {"weight": weight.T, "nested": nested})
+    weight.zero_()
+    nested["list"].append(2)
+    assert writer.saved is None
+    writer.check()
+    assert events == []
+    may_go_on.set()
+    writer.wait()
+    assert events == ["written", "then"]
+    assert writer.saved == checkpoint.newest(tmp_path, pytest.fail)
+    found = checkpoint.load(writer.saved)
+    assert equal(found, {"weight": torch.ones(2, 3), "nested": {"list": [1]}})
+    writer.close()
+
+
+@pytest.mark.parametrize("call", ["save", "check", "wait"])
+def test_a_write_that_failed_is_told_by_the_next_call(tmp_path, monkeypatch, call):
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    writer = checkpoint.Writer(tmp_path, keep=2)
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    writer.save(10, STATE)
+    writer.close()
+    with pytest.raises(OSError, match="No space"):
+        getattr(writer, call)(*((20, STATE) if call == "save" else ()))
+    assert writer.saved is None
+    assert checkpoint.newest(tmp_path, pytest.fail) is None
