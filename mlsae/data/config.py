@@ -51,7 +51,8 @@ class DataConfig:
     """Share of the dataset's records that may be bad (null, not text, not readable). They are
     skipped and counted; more of them end the run."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the transformer computes in. auto: as it was saved on CUDA, else float32."""
+    """What the transformer computes in. auto: on CUDA, as its configuration says, but bfloat16 if
+    that is float32 or says nothing; else float32."""
     model_device_map: str | None = None
     """Where the transformer is, if not whole on the SAE's device: a device (cuda:1), or one of
     accelerate's ways to spread it (accelerate must be installed). auto: over all GPUs, leaving

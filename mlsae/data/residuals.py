@@ -5,7 +5,7 @@ Legend: L layers read, B rows, T positions, D width of the residual stream, V vo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ class _AllReadError(Exception):
     """Raised by the last hook, to end the forward pass above the last block that is read."""
 
 
+_TOKENS_AT_ONCE = 16_384  # enough for a GPU; more only take memory
 _PROBE_IDS = [[0, 1, 2, 3]]  # of the pass that shows what blocks return
 
 
@@ -49,18 +50,31 @@ class ResidualReader:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """input_ids (B, T) → residuals (L, B, T, D)."""
-        residuals: dict[int, Tensor] = {}
-        with suppress(_AllReadError):
-            self._run(input_ids, residuals, stop=True)
-        return torch.stack([residuals[layer] for layer in self.layers])
+        """input_ids (B, T) → residuals (L, B, T, D). The model has at most 16,384 tokens at a time,
+        whose residuals are copied as soon as their block has run, so that it frees its own."""
+        buffer: Tensor | None = None
+        at_once = max(1, _TOKENS_AT_ONCE // input_ids.shape[1])
+        for start in range(0, len(input_ids), at_once):
+            rows = slice(start, start + at_once)
+
+            def keep(layer: int, residual: Tensor, rows: slice = rows) -> None:
+                nonlocal buffer
+                if buffer is None:
+                    shape = len(self.layers), len(input_ids), *residual.shape[1:]
+                    buffer = residual.new_empty(shape)
+                buffer[self.layers.index(layer), rows] = residual
+
+            with suppress(_AllReadError):
+                self._run(input_ids[rows], keep, stop=True)
+        assert buffer is not None, "there are rows, and the hooks have run"
+        return buffer
 
     @torch.no_grad()
     def with_logits(self, input_ids: Tensor) -> tuple[list[Tensor], Tensor]:
         """input_ids (B, T) → L residuals of (B, T, D), and the model's logits (B, T, V), in one
         whole forward pass."""
         residuals: dict[int, Tensor] = {}
-        logits = self._run(input_ids, residuals, stop=False)
+        logits = self._run(input_ids, residuals.__setitem__, stop=False)
         return [residuals[layer] for layer in self.layers], logits
 
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -141,16 +155,16 @@ class ResidualReader:
             f"{type(self.model).__name__} cannot be read: {symptom}"
         )
 
-    def _run(self, input_ids: Tensor, residuals: dict[int, Tensor], stop: bool) -> Tensor:
-        """Run the model, fill `residuals` by layer, and return the logits. With `stop`, raise
-        _AllReadError after the last block that is read."""
+    def _run(self, input_ids: Tensor, keep: Callable[[int, Tensor], None], stop: bool) -> Tensor:
+        """Run the model, give each layer and its residual (B, T, D) to `keep`, and return the
+        logits. With `stop`, raise _AllReadError after the last block that is read."""
 
         def hook_for(layer: int) -> Any:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
                 # A block returns its hidden states, alone or first in a tuple.
                 alone = isinstance(output, Tensor)
                 residual = output if alone else output[0]
-                residuals[layer] = residual.to(input_ids.device)
+                keep(layer, residual.to(input_ids.device))
                 self._block_devices[layer] = residual.device
                 self._n_extra_outputs = None if alone else len(output) - 1
                 if stop and layer == self.layers[-1]:

@@ -67,10 +67,8 @@ def load_transformer(
 
     Raises InputError if the model cannot be loaded, or a package that it needs is not installed.
     """
-    dtype: Any = config.model_dtype
-    if dtype == "auto" and device.type != "cuda":
-        dtype = torch.float32
-    options: dict[str, Any] = {"dtype": dtype}
+    model_config = _load_config(config)
+    options: dict[str, Any] = {"dtype": dtype_of(config, model_config, device)}
     if config.model_device_map is not None:
         check_installed("accelerate", "--model_device_map")
         _check_device_map(config.model_device_map)
@@ -83,7 +81,6 @@ def load_transformer(
         bits = {f"load_in_{config.model_quantize}": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
         options.setdefault("device_map", {"": device})  # bitsandbytes forbids moving it later
-    model_config = _load_config(config)
     trust = {"trust_remote_code": config.trust_remote_code}
     with _raise_unloadable(config):
         auto_class = _auto_class(model_config)
@@ -102,6 +99,19 @@ def load_transformer(
     if "device_map" not in options:
         model = model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def dtype_of(config: DataConfig, model_config: Any, device: torch.device) -> Any:
+    """What the transformer computes in, as `from_pretrained` takes it. On a GPU, float32 would take
+    most of a run's time, and a checkpoint of float32 was mostly trained in less."""
+    if config.model_dtype != "auto":
+        return config.model_dtype
+    if device.type != "cuda":
+        return torch.float32
+    declared = getattr(model_config.get_text_config(), "dtype", None)
+    if declared in (None, torch.float32, "float32"):
+        return torch.bfloat16
+    return "auto"
 
 
 def check_token_ids(tokenizer: Any, model: Any) -> None:

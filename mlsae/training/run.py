@@ -232,7 +232,11 @@ def _log_backend(stream: DataStream, optimizers: Sequence[str]) -> None:
     layout = f", {world.size} processes: {data.size} × tokens, {latents.size} × latents"
     processes = layout if world.size > 1 else ""
     names = " and ".join(dict.fromkeys(optimizers))  # of W_enc and W_dec
-    log_rank0(f"training on {stream.device} with the {kernels} kernels and {names}{processes}")
+    dtype = str(stream.reader.model.dtype).removeprefix("torch.")
+    log_rank0(
+        f"training on {stream.device} with the {kernels} kernels and {names}{processes}; the "
+        f"transformer computes in {dtype}"
+    )
 
 
 def _memory_needed(

@@ -93,24 +93,29 @@ class RunDir:
     def log_metrics(self, tokens_per_second: float, seconds: float, passes: int) -> dict[str, Any]:
         """Log a line of metrics of the steps since the last one, the last of which was in pass
         number `passes` over the text."""
-        state, mlsae = self.state, self.state.mlsae
+        state = self.state
         window = state.end_window()
+        told = [window.loss[None] / window.steps, window.aux[None] / window.steps, window.fvu()]
+        if state.mlsae.config.k_max is not None:
+            told += [window.capped_share[None], state.threshold.value()[None]]
+        loss, aux, *rest = torch.cat(told).tolist()  # all in one transfer
+        fvu_layers = rest[: len(state.mlsae.config.layers)]
         line = {
             "tokens": state.tokens,
             "steps": state.steps,
             "passes": passes,
-            "loss": window.loss.item() / window.steps,
-            "fvu": window.fvu().mean().item(),
-            "fvu_layers": window.fvu().tolist(),
-            "aux": window.aux.item() / window.steps,
+            "loss": loss,
+            "fvu": sum(fvu_layers) / len(fvu_layers),
+            "fvu_layers": fvu_layers,
+            "aux": aux,
             "dead": state.dead_share(),
             "lr": state.optimizer.param_groups[0]["lr"],
             "tokens_per_second": tokens_per_second,
             "seconds": seconds,
         }
-        if mlsae.threshold is not None:
-            self.capped = window.capped_share()
-            line |= {"capped": self.capped, "threshold": mlsae.threshold}
+        if state.mlsae.config.k_max is not None:
+            self.capped, line["threshold"] = rest[-2:]
+            line["capped"] = self.capped
         if self.log:
             self.log.write(line)
         return line

@@ -93,9 +93,8 @@ class TrainState:
         return self.last_active <= self.tokens - self.dead_tokens
 
     def dead_share(self) -> float:
-        """The share of all latents that are dead. Collective: every process must call it."""
-        n_dead = self.mlsae.shards.sum_int(int(self.dead().sum()))
-        return n_dead / self.mlsae.config.n_latents
+        """The share of all latents that are dead after the last step."""
+        return self.n_dead_anywhere / self.mlsae.config.n_latents
 
     def initialize(self, moments: metrics.Moments, center: Tensor | None) -> None:
         """Begin with the first batch's moments (see `init.init_stats`), and b_pre at `center`, or

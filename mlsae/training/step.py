@@ -55,10 +55,11 @@ class StepMetrics:
         """() float64, the mean over the tokens of the thresholds that they were selected by."""
         return self._sum("threshold", ()) / self.moments.n_tokens.clamp_min(1)
 
-    def capped_share(self) -> float:
-        """The share of vectors whose candidates all stayed; see `selection`."""
+    @property
+    def capped_share(self) -> Tensor:
+        """() float64, the share of vectors whose candidates all stayed; see `selection`."""
         n_vectors = self.moments.n_tokens * self._shape[0]
-        return (self._sum("capped", ()) / n_vectors.clamp_min(1)).item()
+        return self._sum("capped", ()) / n_vectors.clamp_min(1)
 
     def fvu(self) -> Tensor:
         """(L,) of the tokens summed over; see `metrics.fvu`."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from mlsae.data import residuals as reading
 from mlsae.data.blocks import find_blocks
 from mlsae.data.residuals import ResidualReader
 from mlsae.errors import InputError
@@ -39,6 +40,22 @@ def test_every_layer_is_the_output_of_its_block(model):
     norm = model.get_submodule(FINAL_NORMS.get(model.config.model_type, "model.norm"))
     assert not torch.allclose(residuals[2], hidden[3])
     torch.testing.assert_close(norm(residuals[2]), hidden[3])
+
+
+def test_many_rows_go_through_the_model_a_few_at_a_time(model, monkeypatch):
+    ids = torch.randint(0, 64, (7, 5), generator=torch.Generator().manual_seed(1))
+    reader, seen = ResidualReader(model), []
+    whole = reader(ids)
+    handle = reader.blocks[0].register_forward_hook(
+        lambda _module, _args, output: seen.append(
+            (output if isinstance(output, torch.Tensor) else output[0]).shape[0]
+        )
+    )
+    monkeypatch.setattr(reading, "_TOKENS_AT_ONCE", 17)
+    parts = reader(ids)
+    handle.remove()
+    assert seen == [3, 3, 1]
+    torch.testing.assert_close(parts, whole)
 
 
 def test_the_forward_pass_ends_after_the_last_layer_that_is_read(model):

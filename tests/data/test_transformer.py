@@ -177,6 +177,29 @@ def test_residuals_have_the_model_s_dtype():
         assert ResidualReader(model)(IDS).dtype == getattr(torch, name)
 
 
+@pytest.mark.parametrize(
+    ("declared", "on_a_gpu"),
+    [
+        ("float32", torch.bfloat16),
+        (None, torch.bfloat16),
+        ("bfloat16", "auto"),
+        ("float16", "auto"),
+    ],
+)
+def test_float32_on_a_gpu_is_for_those_who_ask_for_it(declared, on_a_gpu):
+    """ "auto" is what transformers finds in the configuration."""
+    config = transformers.GPT2Config(dtype=declared)
+    gpu = torch.device("cuda")
+    assert transformer.dtype_of(DataConfig(), config, gpu) == on_a_gpu
+    assert transformer.dtype_of(DataConfig(), config, CPU) == torch.float32
+    assert transformer.dtype_of(DataConfig(model_dtype="float32"), config, gpu) == "float32"
+
+
+def test_attention_is_torch_s_own_kernel():
+    model = load_transformer(builtin_settings(), CPU)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_training_and_evaluation_are_the_same_on_a_spread_model(tmp_path, monkeypatch):
     config = TrainConfig(
         DataConfig(layers=(1, 3), seq_len=64), sae=SAEConfig(expansion=2, k=8), tokens=1500,

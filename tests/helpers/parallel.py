@@ -97,5 +97,5 @@ def batchtopk(world, k_max, seeds):
         x = residuals(seed)
         parts = mine(x, mesh) if world.size > 1 else [x[:, own] for own in splits(N, 4)]
         train_step([state], map(unmasked, parts), N)
-    told = state.threshold.value(), state.window.capped_share()
+    told = state.threshold.value(), state.window.capped_share
     return *told, [p.detach().clone() for p in state.mlsae.parameters()]

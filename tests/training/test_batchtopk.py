@@ -94,7 +94,7 @@ def test_loss_and_gradients_are_those_of_the_largest_of_all_tokens_and_layers(
     assert counts.max() - counts.min() > 0.1  # the layers do differ in what they get
     torch.testing.assert_close(step.metrics.loss, loss)
     torch.testing.assert_close(step.metrics.threshold, smallest)
-    assert step.metrics.capped_share() == 0
+    assert step.metrics.capped_share == 0
     for name, grad in gradients(theirs).items():
         torch.testing.assert_close(gradients(ours)[name], grad, rtol=1e-6, atol=1e-9)
 
@@ -110,9 +110,9 @@ def test_a_cap_that_no_vector_meets_changes_nothing():
     torch.testing.assert_close(one.metrics.threshold, two.metrics.threshold)
     for name, grad in gradients(whole).items():
         torch.testing.assert_close(gradients(capped)[name], grad)
-    assert two.metrics.capped_share() == 0
+    assert two.metrics.capped_share == 0
     full = int(((codes > 0).sum(2) == most).sum())
-    assert three.metrics.capped_share() == pytest.approx(full / (L * N))
+    assert three.metrics.capped_share == pytest.approx(full / (L * N))
 
 
 def test_vectors_at_the_cap_are_counted_and_the_others_get_what_they_leave():
@@ -265,5 +265,5 @@ def test_a_saved_state_goes_on_to_the_same_bits():
         train_step([state], [unmasked(residuals(7))], N)
     assert torch.equal(one.threshold.value(), two.threshold.value())
     assert one.mlsae.threshold == two.mlsae.threshold
-    assert one.window.capped_share() == two.window.capped_share()
+    assert one.window.capped_share == two.window.capped_share
     assert torch.equal(one.mlsae.sae.W_enc, two.mlsae.sae.W_enc)
