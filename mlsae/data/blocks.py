@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import InputError
 
@@ -61,6 +60,8 @@ def _decoder(model: Any) -> nn.Module:
 def _recorded_types(decoder: nn.Module) -> tuple[type, ...]:
     """The types of modules whose outputs are a decoder's hidden states, as transformers names them;
     its models that name none have blocks of a type that tells."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds to import
+
     named = (getattr(decoder, "_can_record_outputs", None) or {}).get("hidden_states", ())
     types = named if isinstance(named, list | tuple) else [named]
     return tuple(t for t in types if isinstance(t, type)) or (GradientCheckpointingLayer,)

@@ -8,8 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from datasets import IterableDataset, load_dataset
-
 from .. import builtin
 from ..distributed import log_rank0
 from ..errors import InputError, first_line
@@ -197,9 +195,11 @@ class _HubRecords:
     """The records of a dataset on the hub, streamed."""
 
     def __init__(self, config: DataConfig) -> None:
+        from datasets import load_dataset  # takes a second to import, and most runs need it not
+
         self.name, self.column = config.dataset, config.column
         try:
-            self._stream: IterableDataset = load_dataset(
+            self._stream = load_dataset(
                 self.name,
                 config.dataset_config,
                 split=config.dataset_split,

@@ -199,7 +199,7 @@ def test_what_is_asked_of_the_hub_goes_there(monkeypatch):
         asked.append((arguments, options))
         return datasets.Dataset.from_list([{"text": "x"}]).to_iterable_dataset()
 
-    monkeypatch.setattr(documents, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     options = {"dataset_config": "en", "dataset_split": "validation", "dataset_revision": "v1"}
     assert read("allenai/c4-of-the-hub", **options) == ["x"]
     expected = {"split": "validation", "revision": "v1", "streaming": True}
