@@ -15,6 +15,7 @@ from ..data.stream import DataStream
 from ..model import MLSAE
 from .accumulate import Accumulator, Adjacent
 from .examples import Examples
+from .flow import Flow, FlowCounts
 from .layer_spread import LayerSums, ReleasedSums
 from .parquet import TokenText
 
@@ -34,6 +35,8 @@ class Collected(NamedTuple):
     """Sums over each group of rows that the bootstrap draws."""
     rows: ReleasedSums
     adjacent: Adjacent
+    flow: Flow | None
+    """None if there is a single layer."""
     examples: Examples | None
 
 
@@ -53,6 +56,8 @@ def collect(
     examples = (
         Examples(n_latents, n_layers, n_examples, stream.seed, device) if n_examples else None
     )
+    n_tokens = int(token_mask.sum())
+    flow = FlowCounts(n_latents, n_layers, n_tokens, device) if n_layers > 1 else None
     places = torch.arange(input_ids.numel()).view_as(input_ids)
     bar = tqdm(total=input_ids.numel(), unit=" tokens", unit_scale=True, desc="analyzing")
     with bar:
@@ -64,12 +69,17 @@ def collect(
             place = places[rows][token_mask[rows]]
             accumulator.update(codes, (place // input_ids.shape[1]).to(device))
             adjacent.update(x)
+            if flow:
+                flow.update(codes)
             if examples:
                 examples.update(codes, text.segment[place].to(device), place.to(device))
             bar.update(input_ids[rows].numel())
     whole, grouped, row_sums = accumulator.finish()
-    counts = accumulator.counts.view(n_latents, n_layers).cpu()
-    return Collected(counts, accumulator.max.cpu(), whole, grouped, row_sums, adjacent, examples)
+    counts = accumulator.counts.view(n_latents, n_layers)
+    return Collected(
+        counts.cpu(), accumulator.max.cpu(), whole, grouped, row_sums, adjacent,
+        flow.finish(counts) if flow else None, examples,
+    )  # fmt: skip
 
 
 def _mean_residual(stream: DataStream, input_ids: Tensor) -> Tensor:

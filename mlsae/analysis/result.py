@@ -8,6 +8,7 @@ from typing import Any
 from ..bootstrap import Interval
 from ..evaluation.provenance import Provenance
 from .accumulate import Adjacent
+from .flow import Flow
 from .geometry import Directions
 from .layer_spread import RATIOS
 from .stability import Stability
@@ -24,6 +25,8 @@ class AnalysisResult:
     """The `RATIOS` by name, as the paper's released code estimates them."""
     directions: Directions
     adjacent: Adjacent
+    flow: Flow | None
+    """None if there is a single layer."""
     stability: Stability | None
     """None if there is no other SAE to compare with."""
     count_threshold: int
@@ -56,6 +59,7 @@ class AnalysisResult:
             },
             **self.directions.as_dict(),
             "adjacent": self.adjacent.as_dict(),
+            **({"flow": self.flow.as_dict()} if self.flow else {}),
             **({"stability": self.stability.as_dict()} if self.stability else {}),
             "examples": self.examples,
             "pass_seconds": self.pass_seconds,

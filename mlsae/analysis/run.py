@@ -100,6 +100,7 @@ def analyze(config: AnalyzeConfig) -> AnalysisResult:
         released,
         directions,
         collected.adjacent,
+        collected.flow,
         found,
         count_threshold=threshold,
         active_latents=int(active.sum()),
@@ -161,6 +162,7 @@ def _write_tables(
         **activity_columns(whole, counts, threshold, n_tokens),
         "max_activation": collected.max,
         **direction_columns(directions, text.strings),
+        **(collected.flow.columns() if collected.flow else {}),
         **(found.columns() if found else {}),
     }
     write_table(out / "analysis_latents.parquet", columns)
@@ -170,6 +172,7 @@ def _write_tables(
         "totals": whole.totals[0],
         "profile": whole.profile[0] / active[:, None],
         "tokens_active": active.round().long(),
+        **({"continued": collected.flow.continued} if collected.flow else {}),
     }
     write_file(out / "analysis.safetensors", safetensors.torch.save(arrays))
     return write_examples(out / "analysis_examples.parquet", collected.examples, text)

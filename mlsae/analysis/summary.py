@@ -49,6 +49,7 @@ def print_analysis(result: AnalysisResult, out: Path, asked_tokens: int) -> None
             f"{name} {cosine:.3f}" if cosine is not None else f"{name}: of another width"
             for name, cosine in cosines.items()
         ),
+        *_flow_lines(result),
         *_stability_lines(result),
         f"analyzed in {about.seconds:.0f} s, {result.pass_seconds:.0f} s of it over the text "
         f"({about.tokens / result.pass_seconds:,.0f} tokens/s)",
@@ -94,6 +95,29 @@ def _stability_lines(result: AnalysisResult) -> list[str]:
         f"latents); {above}; by chance it is {found['chance']['median']:.3f}, and 99% are below "
         f"{found['chance']['upper']:.3f}"
     ]
+
+
+def _flow_lines(result: AnalysisResult) -> list[str]:
+    """How many latents go on from layer to layer, and the strongest pair of which one follows the
+    other; none with a single layer."""
+    if result.flow is None:
+        return []
+    flow = result.flow.as_dict()
+    active, ended = sum(flow["active"][:-1]), sum(flow["ended"][:-1])
+    lines = [
+        f"of the latents active at a token and layer, {1 - ended / active:.1%} are active at the "
+        "next layer, too"
+        if active
+        else "no latent was active below the last layer"
+    ]
+    if flow["pairs"]:
+        first = flow["pairs"][0]
+        lines.append(
+            f"what ends at one layer and what begins at the next: the strongest pair is latent "
+            f"{first['ended']} and then {first['began']}, at {first['share']:.1%} of the former's "
+            f"ends ({first['chance']:.1%} by chance)"
+        )
+    return lines
 
 
 def _layer_table(result: AnalysisResult) -> Table:

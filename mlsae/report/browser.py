@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .pack import pack_json, rounded
 from .run_data import Analysis
-from .schema import LATENT_NUMBERS, MATCH_NUMBERS, check_example_values
+from .schema import FLOW_NUMBERS, LATENT_NUMBERS, MATCH_NUMBERS, check_example_values
 
 Integers = NDArray[np.int64]
 
@@ -162,8 +162,15 @@ def _columns(analysis: Analysis, rows: Integers, examples: _ExampleOrder) -> dic
     with np.errstate(invalid="ignore"):
         summed = totals / totals.sum(1, keepdims=True)
     shares = {"profile": analysis.profile.numpy()[ids], "profile_totals": summed}
+    if analysis.continued is not None:  # of the tokens at which it is active at all
+        at_all = table["tokens_active"].to_numpy()[:, None]
+        shares |= {
+            "alive": analysis.counts.numpy()[ids] / at_all,
+            "continued": analysis.continued.numpy()[ids] / at_all,
+        }
     stability = analysis.summary.get("stability")
     numbers = LATENT_NUMBERS + (MATCH_NUMBERS if stability else ())
+    numbers += FLOW_NUMBERS if analysis.continued is not None else ()
     return {
         "layers": analysis.summary["layers"],
         "n_latents": analysis.latents.num_rows,

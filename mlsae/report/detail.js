@@ -36,10 +36,13 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
       lines.push(["match in other SAEs", fixed(2)(data.match_decoder[row]) + how]);
       lines.push(["… of its encoder", fixed(2)(data.match_encoder[row])]);
     }
+    if (data.continued) lines.push(["goes on at the next layer", data.continues[row] === null ? "–" : percent(data.continues[row])]);
     const list = element("dl", { class: "stats" });
     const add = (name, ...value) => list.append(element("div", {}, element("dt", {}, name), element("dd", {}, ...value)));
     for (const [name, value] of lines) add(name, value);
     add("nearest latent", link(data.nearest[row]), ` (cosine ${fixed(2)(data.nearest_cosine[row])})`);
+    if (data.continued && data.follower[row] >= 0)
+      add("where it ends, there begins", link(data.follower[row]), ` (${percent(data.follower_share[row])}; by chance ${percent(data.follower_chance[row])})`);
     if (data.tokens_in[row]?.length) add("nearest input tokens", ...chips(data.tokens_in[row]));
     if (data.tokens_out[row]?.length) add("nearest output tokens", ...chips(data.tokens_out[row]));
     return list;
@@ -56,6 +59,26 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
       box.append(element("div", {}, data.layers.length <= 13 ? element("div", { class: "share" }, percent(mean[i]).replace(" ", "\u202f")) : "", column, element("div", {}, i % step ? "\u00a0" : String(layer))));
     });
     return element("figure", {}, box, element("figcaption", {}, "Share of each layer. Bars: mean over tokens; lines: summed activation."));
+  }
+
+  // A dot for each layer, its area by how often the latent is active there; between two, a line as wide as it goes on.
+  function lifeline(row) {
+    const L = data.layers.length;
+    const alive = data.alive.slice(row * L, (row + 1) * L).map((share) => share / 1000);
+    const on = data.continued.slice(row * (L - 1), (row + 1) * (L - 1)).map((share) => share / 1000);
+    const [width, height, radius] = [100 / L, 34, 12];
+    const svg = (name, attributes, title) => {
+      const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+      for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+      if (title) node.append(Object.assign(document.createElementNS("http://www.w3.org/2000/svg", "title"), { textContent: title }));
+      return node;
+    };
+    const at = (i) => `${((i + 0.5) * width).toFixed(2)}%`;
+    const label = data.layers.map((layer, i) => `layer ${layer}: ${percent(alive[i])}${i < L - 1 ? `, goes on ${percent(on[i])}` : ""}`).join("; ");
+    const box = svg("svg", { class: "lifeline", height, role: "img", "aria-label": label });
+    on.forEach((share, i) => box.append(svg("line", { x1: at(i), x2: at(i + 1), y1: height / 2, y2: height / 2, "stroke-width": (2 * radius * share).toFixed(2) }, `${percent(share)} of its tokens: at layer ${data.layers[i]} and at ${data.layers[i + 1]}`)));
+    alive.forEach((share, i) => box.append(svg("circle", { cx: at(i), cy: height / 2, r: (share ? Math.max(1.5, radius * Math.sqrt(share)) : 0).toFixed(2) }, `active at layer ${data.layers[i]} in ${percent(share)} of its tokens`)));
+    return element("figure", {}, box, element("figcaption", {}, "Its life along the layers. Dots: the share of its tokens at which it is active there (area). Lines: at which it is active at both layers."));
   }
 
   function example({ layer, kind, activation, position, document, tokens, activations }) {
@@ -106,7 +129,7 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
     current = row;
     const button = (label, by, name) => element("button", { type: "button", title: name, "aria-label": name, onclick: () => move(by) }, label);
     const head = element("header", {}, element("h3", {}, `Latent ${data.latent[row]}`), button("‹", -1, "previous latent in the list"), button("›", 1, "next latent in the list"));
-    const body = [head, stats(row), profile(row)];
+    const body = [head, stats(row), profile(row), ...(data.continued ? [lifeline(row)] : [])];
     panel.replaceChildren(...body);
     const rows = await examplesOf(row);
     if (current === row) panel.replaceChildren(...body, gallery(row, rows));

@@ -120,6 +120,43 @@ def adjacent(statistics: dict[str, Any], layers: Sequence[int]) -> go.Figure:
     )
 
 
+def flow(statistics: dict[str, Any], layers: Sequence[int]) -> go.Figure:
+    """Per layer, the mean number of latents active at a token that were active at the layer before,
+    and that begin; below, those that are not active at the next.
+
+    `statistics`: "flow" of analysis.json.
+    """
+    active, began, ended = (statistics[name] for name in ("active", "began", "ended"))
+    names = [str(layer) for layer in layers]
+    went_on = [a - b for a, b in zip(active, began, strict=True)]
+    # What is active at the first layer began before, and what is at the last goes on unseen.
+    unknown = [began[0]] + [0.0] * (len(names) - 1)
+    known_began, known_ended = [0.0, *began[1:]], [*(-e for e in ended[:-1]), 0.0]
+    traces = [
+        go.Bar(
+            x=names,
+            y=y,
+            name=label,
+            marker={"color": color, "pattern": {"shape": shape, "fillmode": "overlay"}},
+            customdata=[abs(value) for value in y],
+            hovertemplate="layer %{x}: %{customdata:.1f} latents<extra>" + label + "</extra>",
+        )
+        for y, label, color, shape in (
+            (unknown, "active at the first layer", GRAY, ""),
+            (went_on, "active at the layer before, too", BLUE, ""),
+            (known_began, "begin", GREEN, "/"),
+            (known_ended, "end: not active at the next", ORANGE, "\\"),
+        )
+    ]
+    return plot(
+        traces,
+        {"title": {"text": "layer"}, "type": "category", "showgrid": False},
+        {"title": {"text": "latents per token"}},
+        barmode="relative",
+        height=320,
+    )
+
+
 def training(
     log: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], layers: Sequence[int]
 ) -> go.Figure:

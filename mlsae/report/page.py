@@ -82,6 +82,8 @@ def _plots(run: RunData) -> dict[str, go.Figure]:
         plots["cosines"] = latent_plots.cosines(summary["cosine_histogram"])
         if "stability" in summary:
             plots["matches"] = latent_plots.matches(summary["stability"])
+        if "flow" in summary:
+            plots["flow"] = layer_plots.flow(summary["flow"], layers)
         plots["adjacent"] = layer_plots.adjacent(summary["adjacent"], layers)
     elif run.totals is not None:
         share = latent_plots.layer_shares(run.totals)

@@ -45,6 +45,11 @@ class Analysis:
     """(M, L) float64: mean over active tokens of P(layer | token, latent); NaN rows if none."""
     totals: Tensor
     """(M, L) float64: summed activation."""
+    counts: Tensor
+    """(M, L) int64: tokens at which a latent is active."""
+    continued: Tensor | None
+    """(M, L − 1) int64: those at which it is active at the next layer, too; None with one layer,
+    and in analyses of 0.2."""
     latents: pyarrow.Table
     """One row per latent."""
     examples: Path
@@ -187,7 +192,8 @@ def _analysis(folder: Path) -> Analysis | None:
     latents, where = folder / "analysis_latents.parquet", "analysis_latents.parquet"
     table = pyarrow.parquet.read_table(latents)
     matches = schema.MATCH_NUMBERS if "stability" in summary else ()
-    numbers = ("latent", *schema.LATENT_NUMBERS, *matches)
+    flow = schema.FLOW_NUMBERS if "flow" in summary else ()
+    numbers = ("latent", *schema.LATENT_NUMBERS, *matches, *flow)
     check_columns(table.schema, numbers, schema.is_number_type, "numbers", where)
     texts = ("tokens_in", "tokens_out")
     check_columns(table.schema, texts, schema.is_text_list, "lists of text", where)
@@ -195,14 +201,20 @@ def _analysis(folder: Path) -> Analysis | None:
     check_range(table["tokens_active"], 2**63, "tokens_active", where)
 
     arrays = safetensors.torch.load_file(folder / "analysis.safetensors")
+    shape, place = (table.num_rows, n_layers), "analysis.safetensors"
     for name in ("profile", "totals"):
-        check_tensor(arrays, name, (table.num_rows, n_layers), "analysis.safetensors")
+        check_tensor(arrays, name, shape, place)
+    check_tensor(arrays, "counts", shape, place, "integer")
+    if flow:
+        check_tensor(arrays, "continued", (shape[0], n_layers - 1), place, "integer")
     examples = folder / "analysis_examples.parquet"
     schema.check_examples(pyarrow.parquet.read_schema(examples), examples.name)
     return Analysis(
         summary,
         arrays["profile"].double(),
         arrays["totals"].double(),
+        arrays["counts"],
+        arrays["continued"] if flow else None,
         table,
         examples,
         _prompt(folder / "analysis_prompt.json"),

@@ -68,6 +68,10 @@ _RATIOS = {
     "var_given_latent": NUMBER_OR_NULL,
     "var_given_latent_token": NUMBER_OR_NULL,
 }
+_PAIR = {
+    "ended": COUNT, "began": COUNT, "tokens": COUNT,
+    "share": NUMBER, "chance": NUMBER, "strength": NUMBER,
+}  # fmt: skip
 EVALUATED = (
     "fvu", "fvu_paper", "l0", "l1", "dead", "explained", "pca", "delta_ce", "kl", "top1",
     "recovered_mean", "recovered_zero",
@@ -80,6 +84,8 @@ LATENT_NUMBERS = (
 """Columns of analysis_latents.parquet."""
 MATCH_NUMBERS = ("match_decoder", "match_encoder", "match_mutual")
 """Columns that are there if the analysis had other SAEs to compare with."""
+FLOW_NUMBERS = ("continues", "follower", "follower_share", "follower_chance")
+"""Columns that are there if the analysis was of several layers."""
 
 
 def training_step(n_layers: int) -> dict[str, Any]:
@@ -128,6 +134,13 @@ def analysis(n_layers: int, n_bins: int, n_match_bins: int) -> dict[str, Any]:
             "cosine": Each(NUMBER_OR_NULL, max(n_layers - 1, 0)),
             "norm": Each(NUMBER_OR_NULL, n_layers),
         },
+        "flow": Optional(
+            {
+                **dict.fromkeys(("active", "began", "ended"), Each(NUMBER, n_layers)),
+                "pair_tokens": COUNT,
+                "pairs": Each(_PAIR),
+            }
+        ),
         "stability": Optional(
             {
                 "others": Each(TEXT),
@@ -185,12 +198,19 @@ def length(value: Any, *keys: str) -> int:
     return len(value) if isinstance(value, list) else 0
 
 
-def check_tensor(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], where: str) -> None:
-    """Raise InputError unless the file `where` holds a tensor of this name and shape."""
-    tensor = tensors.get(name)
-    if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+def check_tensor(
+    tensors: dict[str, Tensor],
+    name: str,
+    shape: tuple[int, int],
+    where: str,
+    kind: str = "floating-point",
+) -> None:
+    """Raise InputError unless the file `where` holds a tensor of this name, shape and kind, which
+    else is "integer"."""
+    tensor, floats = tensors.get(name), kind == "floating-point"
+    if tensor is None or tuple(tensor.shape) != shape or tensor.is_floating_point() != floats:
         got = "none" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise InputError(f"{name} in {where} must be floating-point of shape {shape}, got {got}")
+        raise InputError(f"{name} in {where} must be {kind} of shape {shape}, got {got}")
 
 
 def check_columns(

@@ -120,6 +120,7 @@ def _analyze(folder, config, totals, weight, random, prompt):
     counts = (tokens_active[:, None] * (weight > 0.01)).astype(np.int64)
     arrays = {"counts": counts, "totals": totals, "profile": profile}
     arrays["tokens_active"] = tokens_active
+    arrays["continued"] = np.minimum(counts[:, :-1], counts[:, 1:]) // 2
     safetensors.numpy.save_file(arrays, folder / "analysis.safetensors")
     index = np.arange(n_layers)
     mean = profile @ index
@@ -138,6 +139,7 @@ def _analyze(folder, config, totals, weight, random, prompt):
         "nearest_cosine": random.uniform(0.1, 0.9, n_latents),
         "encoder_cosine": random.uniform(0.3, 1, n_latents), "tokens_in": pick(),
         "tokens_out": pick(),
+        **_flow_columns(counts, arrays["continued"]),
     }  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.table(latents), folder / "analysis_latents.parquet")
     ends = lambda value: {"value": value, "low": 0.96 * value, "high": 1.04 * value}  # noqa: E731
@@ -159,9 +161,38 @@ def _analyze(folder, config, totals, weight, random, prompt):
                      "norm": np.linspace(5, 40, n_layers).tolist()},
         "seconds": 10.0, "peak_bytes": 10**9, "versions": {},
     }  # fmt: skip
+    if n_layers > 1:
+        about["flow"] = _flow(counts / 65_536, arrays["continued"] / 65_536)
     (folder / "analysis.json").write_text(json.dumps(about))
     _write_prompt(folder, config["layers"], weight, random, prompt)
     return latents
+
+
+def _flow_columns(counts, continued):
+    """None of a single layer."""
+    n = len(counts)
+    if not continued.shape[1]:
+        return {}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        continues = continued.sum(1) / counts[:, :-1].sum(1)
+    follower = np.where(np.arange(n) % 2, (np.arange(n) + 4) % n, -1)
+    return {
+        "continues": continues, "follower": follower,
+        "follower_share": np.where(follower >= 0, 0.25, np.nan),
+        "follower_chance": np.where(follower >= 0, 0.0625, np.nan),
+    }  # fmt: skip
+
+
+def _flow(active, continued):
+    active, continued = active.sum(0), continued.sum(0)
+    began, ended = active.copy(), active.copy()
+    began[1:] -= continued
+    ended[:-1] -= continued
+    pair = {"tokens": 4321, "share": 0.4567, "chance": 0.0123, "strength": 0.5}
+    return {
+        "active": active.tolist(), "began": began.tolist(), "ended": ended.tolist(),
+        "pair_tokens": 16_384, "missed": 0, "pairs": [{"ended": 1, "began": 3, **pair}],
+    }  # fmt: skip
 
 
 def _matches(folder, table, others):
