@@ -29,6 +29,7 @@ from ..distributed import is_rank0, log_rank0
 from ..errors import NonFiniteError
 from . import checkpoint, previous
 from .gradients import forward_backward
+from .needs import checkpoint_interval
 from .run_dir import RunDir
 from .settings import History, joint_settings
 from .signals import Signals
@@ -156,7 +157,7 @@ class TrainLoop:
         config, timer = self.config, self.timer
         log_every = Every(config.log_tokens or math.ceil(config.tokens / 100), self.tokens)
         eval_every = Every(config.eval_every or math.inf, self.tokens)
-        save_every = Every(config.checkpoint_tokens or math.ceil(config.tokens / 20), self.tokens)
+        save_every = Every(checkpoint_interval(config), self.tokens)
         started = time.perf_counter() - self.seconds
         self._mark = (self.tokens, time.perf_counter())
         world, batches = self.mesh.world, iter(batches)
