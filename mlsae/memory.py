@@ -139,40 +139,59 @@ def parts(
     return Memory(*map(math.ceil, (state, residuals, activations, validation, dead)))
 
 
-def _cpu(s: _Sizes) -> tuple[float, float, float]:
-    """Bytes of residuals; of start and step; of validation. In copies of (V, D), of what is held at
-    the peak of each:
+class _Live(NamedTuple):
+    """Bytes that torch has allocated on a CPU at the peak of each phase, beside the state."""
 
-        start        the vectors of the center and, of 2¹³ of them, two copies while it encodes
-        step         the centered vectors and the codes, while it encodes;
-                     these and the error, and 29 B per selection, in the backward
-        validation   the residuals kept, as they are, standardized and centered, while it encodes;
-                     7 with what is reconstructed
+    start: float
+    step: float
+    """Beside the residuals."""
+    validation: float
+
+
+def _cpu(s: _Sizes) -> tuple[float, float, float]:
+    """Bytes of residuals; of start and step; of what validation adds.
 
     Freed memory stays in the process, in pieces that the next phase uses again (see
     `sparse_topk.keep_freed_memory`); only the encoder's block, which is large, finds none that
     fits. So the largest phase counts, and of the two others that block.
     """
+    residuals, live = s.model_itemsize * s.vectors * s.d_in, _live(s)
+    block, first_block = _encoding(s, s.vectors), _encoding(s, min(s.first, _FIT_VECTORS))
+    start, step = live.start + block, residuals + live.step + first_block
+    both = max(start, step)
+    validation = live.validation + first_block + block
+    return residuals, both - residuals, max(0, validation - both)
+
+
+def _live(s: _Sizes) -> _Live:
+    """What is held at the peak of each phase, in copies of the vectors (V, D):
+
+    start        the vectors of the center and, of 2¹³ of them, two copies while it encodes; or
+                 4 of a part beside them, as it is read
+    step         the centered vectors and the codes, while it encodes;
+                 these and the error, and 29 B per selection, in the backward
+    validation   the residuals read, kept, standardized and centered, while it encodes;
+                 7 with what is reconstructed
+    """
     copy, codes = s.vectors * s.d_in, (s.itemsize + 8) * s.vectors * s.k
     block = _encoding(s, s.vectors)
+    fitted, first = min(s.first, _FIT_VECTORS), 4 * s.first * s.d_in
+    fitting = 8 * fitted * s.d_in + (s.itemsize + 8) * fitted * s.k + _encoding(s, fitted)
     forward = s.itemsize * copy + codes + block
     backward = 2 * s.itemsize * copy + codes + 29 * s.vectors * s.k
     reading = 16 * s.model_itemsize * s.tokens * s.d_in  # within a block of the transformer
-    step = max(forward, backward, reading)
-    validation = max(16 * copy + codes + block, 28 * copy + codes) - s.model_itemsize * copy
-    fitted, first = min(s.first, _FIT_VECTORS), 4 * s.first * s.d_in
-    first_block = _encoding(s, fitted)
-    fitting = first + 8 * fitted * s.d_in + (s.itemsize + 8) * fitted * s.k + first_block
-    start = max(fitting, first + 16 * copy, 3 * first)
-    both = max(start + block, step + first_block)
-    return s.model_itemsize * copy, both, max(0, validation + first_block + block - both)
+    return _Live(
+        start=first + max(fitting, 16 * copy, 2 * first),
+        step=max(forward, backward, reading),
+        validation=codes + max(16 * copy + block, 28 * copy),
+    )
 
 
 def _encoding(s: _Sizes, vectors: int) -> float:
     """Bytes that the encoder holds on a CPU beside its result: the scores of a block of rows, and
     what finds their K largest (see `sparse_topk.torch_ops`)."""
     rows = min(vectors, max(_BLOCK_ROWS, _BLOCK_BYTES // (s.n_latents * s.itemsize)))
-    selection = 24 * s.k
+    selection = 24.0 * s.k
     if s.n_latents >= 128 * s.k:  # by groups of 32 latents at least
         group = max(32, math.sqrt(s.n_latents / s.k))
         selection += 4 * s.n_latents / group + 4 * s.k * group

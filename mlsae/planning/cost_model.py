@@ -18,7 +18,7 @@ from ..training.needs import Needs
 from ..training.optimizers import optimizers_of
 from . import gpus
 from .gpus import GPU, efficiency, rates_of, roofline
-from .times import Span, StepTime, Times
+from .times import Span, StepTime, Times, n_validations
 from .transformer import Transformer
 
 _ACTIVATIONS = 34  # of D numbers, per token and block of a transformer: read or written in a pass
@@ -34,34 +34,35 @@ def modelled(
     micro_rows: int,
 ) -> Times:
     """What a training of `configs` takes on `gpu`, by the model; nothing runs."""
-    config, rates = configs[0], rates_of(gpu)
-    n_parts = needs.step_tokens / (micro_rows * shape.seq_len)
-    itemsize = 4 if config.dtype == "float32" else 2
-    share = efficiency(shape.d_in)
-    part = optimizer = 0.0
+    config, tokens = configs[0], micro_rows * shape.seq_len
+    shards = config.shard_latents  # each process has a part of the latents, and reads some rows
+    part = update = 0.0
     for each, sae in zip(configs, saes, strict=True):
-        tokens = micro_rows * shape.seq_len
-        k = sae.k_max or sae.k
-        of = TrainShape("", len(shape.layers), tokens, sae.d_in, sae.n_latents, k)
-        name = optimizers_of(each, each.tokens).encoder
-        of_part = roofline(costs.training_part(of, itemsize), rates) / share
-        part += max(of_part, gpus.HOST_SECONDS)
-        optimizer += roofline(costs.optimizer_step(of, itemsize, name), rates) / share
-    per_token = transformer_seconds(transformer, shape.seq_len, gpu)
-    model = per_token * needs.step_tokens
-    step = StepTime(_waited(model), _waited(n_parts * part), _waited(optimizer))
-    encode = part / 3
-    validation = config.eval_tokens * per_token + config.eval_tokens / tokens * encode
-    times = 1 + (
-        min(needs.steps - 1, (config.tokens - 1) // config.eval_every) if config.eval_every else 0
-    )
+        k, latents = sae.k_max or sae.k, sae.n_latents // shards
+        of = TrainShape("", len(shape.layers), tokens, sae.d_in, latents, k)
+        forward, update_of_it = _sae_seconds(each, of, gpu)
+        part, update = part + forward, update + update_of_it
+    model = transformer_seconds(transformer, shape.seq_len, gpu) / shards
+    n_parts = needs.step_tokens / tokens
+    step = StepTime(_waited(model * needs.step_tokens), _waited(n_parts * part), _waited(update))
+    validation = config.eval_tokens * (model + part / tokens)
     text = max(0.0, config.tokens / gpus.TEXT_RATE - step.total.wall * needs.steps)
     once = {
-        "validation": _waited(validation * times),
+        "validation": _waited(validation * n_validations(config, needs.steps)),
         "checkpoints": _waited(needs.checkpoints * needs.disk.checkpoint / gpus.DISK_RATE),
         "waiting for text": _waited(text),
     }
     return Times("model", step, needs.steps, needs.step_tokens, once, _rests_on(gpu, transformer))
+
+
+def _sae_seconds(config: TrainConfig, shape: TrainShape, gpu: GPU) -> tuple[float, float]:
+    """Seconds of a part of a batch, and of the optimizer."""
+    itemsize = 4 if config.dtype == "float32" else 2
+    rates, share = rates_of(gpu, itemsize), efficiency(shape.d)
+    names = optimizers_of(config, config.tokens)[:2]
+    part = roofline(costs.training_part(shape, itemsize), rates) / share
+    updates = [roofline(costs.optimizer_step(shape, itemsize, name), rates) for name in names]
+    return max(part, gpus.HOST_SECONDS), sum(updates) / len(updates) / share
 
 
 def transformer_seconds(transformer: Transformer, seq_len: int, gpu: GPU) -> float:
@@ -91,11 +92,7 @@ def _rests_on(gpu: GPU, transformer: Transformer) -> list[str]:
         f"{gpus.DISK_RATE / 1e9:.1f} GB/s, as there",
     ]
     if transformer.dtype.itemsize < 4:
-        lines.append(
-            f"that it reaches this share in {transformer.dtype} was never measured".replace(
-                "torch.", ""
-            )
-        )
+        lines.append("that it reaches this share of the peak in half precision was never measured")
     if gpu.name != gpus.MEASURED:
         lines.append(
             f"nothing was measured on {gpu.name}: extrapolated from its published peaks, "

@@ -73,6 +73,8 @@ HOST_SECONDS = 4.8e-3
 """Of a part of a batch, at least: what the host took to launch the smallest step timed there."""
 TEXT_RATE, TEXT_CORES = 0.92e6, 16
 """Tokens/s that text was tokenized at, beside the training, and on how many cores."""
+SINGLE_FACTOR = 3.93 / 0.737
+"""How much longer an encode takes in float32 than in bfloat16: N 8192, D 512, M 32768, K 32."""
 DISK_RATE = 0.5e9
 """Bytes/s of a checkpoint there: 400 MB in 0.8 s."""
 
@@ -87,11 +89,13 @@ def gpu_named(name: str) -> GPU:
     return PEAKS[name.lower()]
 
 
-def rates_of(gpu: GPU) -> Rates:
-    """What `gpu` reaches, if it reaches the same share of its peaks as the H100."""
+def rates_of(gpu: GPU, itemsize: int = 2) -> Rates:
+    """What `gpu` reaches, if it reaches the same share of its peaks as the H100; with products of
+    numbers of `itemsize` bytes."""
     h100 = PEAKS[MEASURED]
+    slower = SINGLE_FACTOR if itemsize == 4 else 1
     return Rates(
-        H100.flop_per_second * gpu.half / h100.half,
+        H100.flop_per_second * gpu.half / h100.half / slower,
         H100.bytes_per_second * gpu.bandwidth / h100.bandwidth,
     )
 

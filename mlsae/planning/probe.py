@@ -30,10 +30,10 @@ from ..training.needs import Needs
 from ..training.start import initialize, new_state
 from ..training.state import TrainState
 from ..training.validation import validate
-from .times import NOTHING, Span, StepTime, Times
+from .gpus import DISK_RATE
+from .times import NOTHING, Span, StepTime, Times, n_validations
 
 _FINISH = Span(1.0, 0.6)  # of the report: measured on 2 cores of a CPU, 2026-11-27
-_WRITE_RATE = 0.5e9  # bytes/s of a checkpoint: 400 MB in 0.8 s beside an H100, 2026-11-26
 _WARM, _LEAST = 1, 2  # steps that do not count, and that do at least
 _SHARE = 4  # a step of the probe takes a quarter of its time at most
 
@@ -116,9 +116,9 @@ def probe(
     step, n_steps = _steps(states, stream, first, clock, seconds)
     rests_on.append(f"{n_steps} steps timed, after {_WARM} to warm up")
     once |= _validations(configs, states, stream, heldout, needs, clock)
-    written = needs.checkpoints * needs.disk.checkpoint / _WRITE_RATE
+    written = needs.checkpoints * needs.disk.checkpoint / DISK_RATE
     once["checkpoints"] = Span(written, written)
-    rests_on.append(f"checkpoints at {_WRITE_RATE / 1e9:.1f} GB/s, which is no measurement of here")
+    rests_on.append(f"checkpoints at {DISK_RATE / 1e9:.1f} GB/s, which is no measurement of here")
     encoding = step.sae * (2 * len(small) / len(first))
     once["report"] = _FINISH + encoding
     return Times("probe", step, needs.steps, needs.step_tokens, once, rests_on)
@@ -159,11 +159,9 @@ def _steps(
     while n_steps < _LEAST or since(started, clock.now()).wall < seconds:
         run(rows)
         n_steps += 1
-    whole = len(first) / len(rows) / n_steps
-    time_of = StepTime(
-        spans["model"] * whole, spans["SAE"] * whole, spans["optimizer"] * (1 / n_steps)
-    )
-    return time_of, n_steps
+    once, whole = 1 / n_steps, len(first) / len(rows) / n_steps
+    model, sae = spans["model"] * whole, spans["SAE"] * whole
+    return StepTime(model, sae, spans["optimizer"] * once), n_steps
 
 
 def _validations(
@@ -179,9 +177,7 @@ def _validations(
     rows = heldout[: 2 * stream.micro_rows]
     with states[0].autocast(), clock.timed(spans, "validation"):
         validate([state.mlsae for state in states], stream.kept_and_dropped(rows))
-    times = 1
-    if config.eval_every:
-        times += min(needs.steps - 1, (config.tokens - 1) // config.eval_every)
+    times = n_validations(config, needs.steps)
     n_rows = max(1, config.eval_tokens // stream.seq_len)
     n_rows = min(n_rows, len(heldout)) if text_at_hand(config.data) else n_rows
     return {"validation": spans["validation"] * (times * n_rows / len(rows))}

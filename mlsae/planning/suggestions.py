@@ -5,7 +5,7 @@ Legend: M latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from sparse_topk import costs
 from sparse_topk.costs import TrainShape
 
-from ..config import TrainConfig
+from ..config import TrainConfig, check_config
 from ..errors import InputError
 from .cost_model import modelled
 from .gpus import PEAKS
@@ -43,8 +43,10 @@ def suggestions(plan: Plan, device: torch.device) -> list[Suggestion]:
     base = plan.memory.get("Python and torch", 0)
     for flag, configs in _alternatives(plan.setting):
         try:
+            for each in configs:
+                check_config(each)
             setting = setting_of(configs, device, plan.free)
-        except InputError:  # such as a part of a batch below a row
+        except InputError:  # such as fewer latents than k
             continue
         other = plan_of(setting, plan.device, device, base, None)
         saved = plan.peak - other.peak
@@ -56,9 +58,11 @@ def suggestions(plan: Plan, device: torch.device) -> list[Suggestion]:
     if not plan.fits or plan.times is None:
         return sorted(found, key=lambda s: -s.saves_bytes)
     total = plan.times.total.wall
-    return sorted(
-        found, key=lambda s: -max(s.saves_bytes / plan.peak, (s.saves_seconds or 0) / total)
-    )
+
+    def most(s: Suggestion) -> float:
+        return max(s.saves_bytes / plan.peak, (s.saves_seconds or 0) / total)
+
+    return sorted(found, key=most, reverse=True)
 
 
 def _alternatives(setting: Setting) -> Iterator[tuple[str, list[TrainConfig]]]:
@@ -72,22 +76,13 @@ def _alternatives(setting: Setting) -> Iterator[tuple[str, list[TrainConfig]]]:
     half = setting.micro_rows // 2 * shape.seq_len
     if half:
         yield f"--micro_tokens {half}", each(lambda one: replace(one, micro_tokens=half))
-    if config.sae.n_latents is not None:
-        sizes = _values(one.sae.n_latents or 0 for one in configs)
-        yield (
-            f"--sae.n_latents {sizes}",
-            each(
-                lambda one: replace(
-                    one, sae=replace(one.sae, n_latents=(one.sae.n_latents or 2) // 2)
-                )
-            ),
-        )
-    elif all(one.sae.expansion > 1 for one in configs):
-        sizes = _values(one.sae.expansion for one in configs)
-        yield (
-            f"--sae.expansion {sizes}",
-            each(lambda one: replace(one, sae=replace(one.sae, expansion=one.sae.expansion // 2))),
-        )
+    name = "expansion" if config.sae.n_latents is None else "n_latents"
+    sizes = [getattr(one.sae, name) for one in configs]
+    if min(sizes) > 1:
+        halves = " ".join(map(str, dict.fromkeys(size // 2 for size in sizes)))
+        pairs = zip(configs, sizes, strict=True)
+        smaller = [replace(one, sae=replace(one.sae, **{name: size // 2})) for one, size in pairs]
+        yield f"--sae.{name} {halves}", smaller
     if len(shape.layers) > 1:
         fewer = shape.layers[1::2]
         named = " ".join(map(str, fewer))
@@ -110,10 +105,6 @@ def _alternatives(setting: Setting) -> Iterator[tuple[str, list[TrainConfig]]]:
     tokens = config.eval_tokens // 2
     if tokens >= shape.seq_len:
         yield f"--eval_tokens {tokens}", each(lambda one: replace(one, eval_tokens=tokens))
-
-
-def _values(numbers: Iterator[int] | Sequence[int]) -> str:
-    return " ".join(map(str, dict.fromkeys(number // 2 for number in numbers)))
 
 
 def _seconds(plan: Plan, other: Setting) -> float:
@@ -147,10 +138,9 @@ def scaled(times: Times, before: Setting, after: Setting) -> Times:
 
 def _shapes(setting: Setting) -> list[TrainShape]:
     tokens = setting.needs.step_tokens
+    n_layers = len(setting.shape.layers)
     return [
-        TrainShape(
-            "", len(setting.shape.layers), tokens, sae.d_in, sae.n_latents, sae.k_max or sae.k
-        )
+        TrainShape("", n_layers, tokens, sae.d_in, sae.n_latents, sae.k_max or sae.k)
         for sae in setting.saes
     ]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..config import TrainConfig
+
 
 class Span(NamedTuple):
     """A time, by the clock and by the processor."""
@@ -67,5 +69,13 @@ class Times:
 
     @property
     def tokens_per_second(self) -> float:
-        """While it trains."""
-        return self.step_tokens / self.step.total.wall
+        """While it trains, and waits for text."""
+        waiting = self.once.get("waiting for text", NOTHING).wall
+        return self.step_tokens / (self.step.total.wall + waiting / self.steps)
+
+
+def n_validations(config: TrainConfig, steps: int) -> int:
+    """How often a run validates: at intervals, and at its end."""
+    if config.eval_every is None:
+        return 1
+    return 1 + min(steps - 1, (config.tokens - 1) // config.eval_every)

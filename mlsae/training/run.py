@@ -113,9 +113,8 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
         run_dirs = []
         with world.raise_together():
             if writes and saved is None:
-                check_folders(
-                    configs, start.saes, stream.seq_len
-                )  # again: much may have happened meanwhile
+                # again: much may have happened meanwhile
+                check_folders(configs, start.saes, stream.seq_len)
                 stack.enter_context(replacing_run(shared_folder(configs)))
             for each, state in zip(configs, states, strict=True):
                 own = saved["runs"][each.sae.name] if saved else None
