@@ -29,7 +29,7 @@ from sparse_topk import keep_freed_memory
 from . import cli
 from .config import PRESETS, TrainArguments
 from .distributed import choose_device
-from .errors import InputError
+from .errors import InputError, NonFiniteError
 from .planning.plan import make_plan
 from .planning.show import as_dict, print_plan
 from .planning.suggestions import suggestions
@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> None:
 def main() -> None:
     """Run the program."""
     keep_freed_memory()
-    cli.run_program(lambda: run(sys.argv[1:]))
+    cli.run_program(lambda: run(sys.argv[1:]), NonFiniteError)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def _rests_on(gpu: GPU, transformer: Transformer) -> list[str]:
     lines = [
         "the SAE's step: FLOPs and bytes at 750 TFLOP/s and 3.0 TB/s, and of that "
         f"{low:.0%} (D 512) to {high:.0%} (D 2048), as two steps reached on one H100 (2026-11-26, "
-        "commit ec756b1; the step has been written anew since, and not been timed)",
+        "commit ec756b1; the step has been written anew since, and not been timed); five other "
+        "steps timed there come out 20 % too short to 48 % too long",
         f"the transformer: {gpus.TRANSFORMER_SHARE:.0%} of the peak, as Pythia-70m's sizes reached "
         "in float32 there",
         f"text at {gpus.TEXT_RATE / 1e6:.2f} M tokens/s on {gpus.TEXT_CORES} cores, checkpoints at "

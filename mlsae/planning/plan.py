@@ -6,7 +6,7 @@ Legend: D width of the residual stream, M latents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from .. import memory
 from ..config import TrainConfig, check_config, optimizer_of, peak_rate
 from ..data.stream import Shape, read_shape
 from ..distributed import ALONE, choose_device
-from ..errors import InputError
 from ..model import MLSAEConfig
 from ..training.init import mlsae_config
 from ..training.init_from import check_fits, has_bias, load_initial
@@ -109,7 +108,7 @@ def setting_of(configs: Sequence[TrainConfig], device: torch.device, free: int |
         sae = mlsae_config(each, shape)
         if initial:
             check_fits(initial, each, sae)
-            sae = MLSAEConfig(**{**vars(sae), "bias": has_bias(initial)})
+            sae = replace(sae, bias=has_bias(initial))
         saes.append(sae)
     check_shards(saes, config.shard_latents)
     transformer = size_of(config.data, shape.layers[-1], device.type)
@@ -142,10 +141,4 @@ def _times(plan: Plan, device: torch.device, gpu: GPU | None, seconds: float) ->
         return modelled(configs, saes, shape, needs, transformer, gpu, micro_rows)
     if not plan.fits or configs[0].shard_latents > 1:
         return None
-    try:
-        return probe(configs, saes, shape, needs, device, micro_rows, seconds)
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            "the probe has too little memory; make the run smaller with --micro_tokens, or give "
-            "--gpu for a model instead of a measurement"
-        ) from error
+    return probe(configs, saes, shape, needs, device, micro_rows, seconds)

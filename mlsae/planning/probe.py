@@ -19,7 +19,6 @@ from torch import Tensor
 from .. import builtin
 from ..config import TrainConfig
 from ..data.config import DataConfig
-from ..data.heldout_split import Split
 from ..data.stream import DataStream, Residuals, Shape
 from ..data.tokens import Rows
 from ..data.transformer import load_tokenizer
@@ -45,10 +44,7 @@ def text_at_hand(config: DataConfig) -> bool:
 
 def check_text(config: DataConfig, seq_len: int) -> None:
     """Raise InputError if the dataset cannot be read, or has not one row to train on."""
-    next(Rows(config, load_tokenizer(config), seq_len, _TRAIN))
-
-
-_TRAIN: Split = "train"
+    next(Rows(config, load_tokenizer(config), seq_len, "train"))
 
 
 class _Clock:

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from mlsae import memory, plan
 from mlsae.config import TrainConfig
 from mlsae.errors import InputError
-from mlsae.planning import gpus
+from mlsae.planning import cost_model, gpus
 from mlsae.planning import plan as planning
 from mlsae.planning.suggestions import suggestions
 from mlsae.planning.times import Span, StepTime, Times
@@ -22,6 +22,7 @@ from mlsae.train import parse
 from mlsae.training import needs
 from mlsae.training.run import train
 from mlsae.training.timer import Every
+from sparse_topk import costs
 from tests.helpers.programs import SMALL
 
 CPU = torch.device("cpu")
@@ -181,10 +182,28 @@ def test_a_suggestion_of_time_is_in_the_ratio_of_the_work():
 
 def test_the_model_gives_the_steps_that_were_timed():
     for shape, seconds in gpus.STEPS:
-        of = gpus.roofline(gpus.costs.training_step(shape, 2), gpus.H100)
+        of = gpus.roofline(costs.training_step(shape, 2), gpus.H100)
         assert of / gpus.efficiency(shape.d) == pytest.approx(seconds)
     assert gpus.efficiency(64) == gpus.efficiency(512) < gpus.efficiency(1024)
     assert gpus.efficiency(1024) < gpus.efficiency(2048) == gpus.efficiency(8192)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d_in", "n_latents", "k", "ms"),
+    [
+        (8192, 512, 32768, 32, 4.8),
+        (8192, 2048, 131072, 32, 17.4),
+        (8192, 1024, 131072, 32, 9.5),
+        (8192, 1024, 65536, 256, 9.7),
+        (65536, 512, 32768, 32, 10.6),
+    ],
+)
+def test_the_model_is_as_far_off_as_it_says(tokens, d_in, n_latents, k, ms):
+    """Steps of one SAE that were timed too (docs/speed.md), and that the model does not rest on."""
+    shape = costs.TrainShape("", 1, tokens, d_in, n_latents, k)
+    config = TrainConfig(optimizer="adam")
+    part, update = cost_model._sae_seconds(config, shape, gpus.PEAKS["h100"])
+    assert 0.795 < (part + update) / (ms / 1e3) < 1.485
 
 
 def test_a_gpu_that_was_not_measured_is_said_to_be_extrapolated(capsys):
