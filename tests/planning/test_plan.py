@@ -79,12 +79,14 @@ def test_a_checkpoint_has_the_size_that_was_told(run):
     folder, arguments, _ = run
     path = max((folder / "checkpoints").glob("*.safetensors"))
     with safetensors.safe_open(path, "pt") as file:
-        waiting = [name for name in file.keys() if name.startswith("batches/")]  # noqa: SIM118
-        text = sum(file.get_tensor(name).nbytes for name in waiting)
+        held = {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118
+    text = sum(n_bytes for name, n_bytes in held.items() if name.startswith("batches/"))
     most = 4 * (64 * needs._BUFFER_ROWS + 512 + needs._REST)
     told = planned(*arguments).setting.needs.disk.checkpoint
     assert text <= most
-    assert told - most == pytest.approx(path.stat().st_size - text, rel=0.01)
+    # a few sums per layer are not told
+    assert sum(held.values()) - text == pytest.approx(told - most - needs._HEADER, abs=200)
+    assert path.stat().st_size - sum(held.values()) < 2 * needs._HEADER
 
 
 def test_training_tells_memory_steps_and_files_in_two_lines(run):
@@ -97,7 +99,7 @@ def test_training_tells_memory_steps_and_files_in_two_lines(run):
     assert lines[at + 2].startswith("4 steps of 512 tokens; 2 checkpoints of ")
 
 
-@pytest.mark.parametrize("interval", [None, 100, 512, 700, 1500, 5000])
+@pytest.mark.parametrize("interval", [None, 100, 512, 700, 1024, 2048, 5000])
 @pytest.mark.parametrize("tokens", [512, 4000, 4096])
 def test_checkpoints_are_counted_as_the_loop_writes_them(tokens, interval):
     config = TrainConfig(tokens=tokens, batch_tokens=512, checkpoint_tokens=interval)
