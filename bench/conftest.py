@@ -11,9 +11,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from sparse_topk import keep_freed_memory
+from sparse_topk.costs import Cost
 
 from . import results
-from .costs import Cost
 from .memory import peak_bytes
 from .rates import copy_bandwidth, matmul_rate, sync
 from .shapes import ProblemShape

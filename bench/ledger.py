@@ -35,15 +35,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_topk import auxk, ops
+from mlsae.planning.gpus import H100
+from sparse_topk import auxk, costs, ops
 
-from . import costs
 from .ledger_costs import Moved, moved_by_op, moved_by_torch
 from .results import table
 from .shapes import TRAININGS, TrainShape
 from .training import Training
 
-COPY, PRODUCT = 3.0e12, 750e12  # bytes/s, FLOP/s
+COPY, PRODUCT = H100.bytes_per_second, H100.flop_per_second
 _L2_RATE, _RATE, _L2_BYTES = 7e12, 2.8e12, 50e6  # bytes/s of gathered rows, within the cache or not
 
 

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sparse_topk import torch_ops
+from sparse_topk import costs, torch_ops
+from sparse_topk.costs import Cost
 
-from . import costs
-from .costs import Cost
 from .shapes import ProblemShape
 
 

@@ -25,9 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_topk import SparseTopKSAE, keep_freed_memory, reference
+from sparse_topk import SparseTopKSAE, costs, keep_freed_memory, reference
 
-from . import costs
 from .impls import DENSE, OURS, fused_adam
 from .memory import peak_bytes
 from .rates import copy_bandwidth, matmul_rate, sync

@@ -5,18 +5,8 @@ Legend: L layers, N tokens, D inputs, M latents, K active latents per token.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class ProblemShape(NamedTuple):
-    """N, D, M and K of one benchmark, and what tables call it."""
-
-    name: str
-    n: int
-    d: int
-    m: int
-    k: int
-
+from sparse_topk.costs import ProblemShape as ProblemShape
+from sparse_topk.costs import TrainShape as TrainShape
 
 SHAPES = {
     "cuda": (
@@ -74,25 +64,6 @@ FEW_TOKENS = {
     "cpu": [ENCODES["cpu"][0]._replace(n=n) for n in (1, 16)],
 }
 """Encodes of few tokens, as inference has them."""
-
-
-class TrainShape(NamedTuple):
-    """The sizes of a training step of an MLSAE: one part of N tokens, then the optimizer."""
-
-    name: str
-    layers: int
-    n: int
-    d: int
-    m: int
-    k: int
-    dead: int = 0
-    """Dead latents; AuxK activates `k_aux` of them per token and layer."""
-    k_aux: int = 0
-
-    @property
-    def encode(self) -> ProblemShape:
-        """Its encode, of L · N vectors."""
-        return ProblemShape(self.name, self.layers * self.n, self.d, self.m, self.k)
 
 
 _PYTHIA_70M = TrainShape("pythia-70m", 6, 16384, 512, 32768, 32)

@@ -10,9 +10,8 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from sparse_topk import SparseTopKSAE
+from sparse_topk import SparseTopKSAE, costs
 
-from . import costs
 from .cases import each_dtype, each_impl, each_shape, tokens, weight
 from .conftest import Measure
 from .impls import Impl

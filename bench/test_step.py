@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_topk import SparseTopKSAE
+from sparse_topk import SparseTopKSAE, costs
 
-from . import costs
 from .cases import KIND, each_dtype, each_impl, each_shape, tokens
 from .conftest import Measure
 from .impls import OURS, Impl, loss

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"train", "evaluate", "analyze", "compare", "convert"}
-FLOORS = ["builtin", "formats", "data", "report", "training", "evaluation", "analysis"]
+PROGRAMS = {"train", "plan", "evaluate", "analyze", "compare", "convert"}
+FLOORS = ["builtin", "formats", "data", "report", "training", "evaluation", "analysis", "planning"]
 """The packages of mlsae from the ground up: each may import those before it."""
 
 

@@ -98,6 +98,10 @@ class DataStream:
         model = load_transformer(config, device, n_layers, reserved)
         check_token_ids(self.tokenizer, model)
         self.reader = ResidualReader(model, layers)
+        self.n_bytes: int = sum(p.nbytes for p in model.parameters())
+        """Of the transformer's weights that are loaded."""
+        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        """Of the residual stream."""
 
     def batches(
         self, batch_rows: int, state: dict[str, Any] | None = None

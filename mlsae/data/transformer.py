@@ -114,6 +114,22 @@ def dtype_of(config: DataConfig, model_config: Any, device: torch.device) -> Any
     return "auto"
 
 
+def empty_transformer(config: DataConfig, n_layers: int) -> Any:
+    """The first `n_layers` blocks of the language model that `config` names, as `load_transformer`
+    loads them, but on the meta device: shapes without weights, and no file of weights is read.
+
+    Raises InputError if its configuration cannot be loaded.
+    """
+    model_config = _load_config(config)
+    trust = {"trust_remote_code": config.trust_remote_code}
+    with _raise_unloadable(config), torch.device("meta"):
+        auto_class = _auto_class(model_config)
+        short = shortened_config(
+            model_config, n_layers, lambda each: auto_class.from_config(each, **trust)
+        )
+        return auto_class.from_config(short, **trust)
+
+
 def check_token_ids(tokenizer: Any, model: Any) -> None:
     """Raise InputError if a token of `tokenizer`, added ones included, has no row in the embedding
     of `model`."""

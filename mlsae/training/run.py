@@ -25,12 +25,13 @@ from ..distributed import Group, Mesh, choose_device, log_rank0
 from ..errors import InputError, check_installed
 from ..formats import SavedSAE
 from ..hub import check_push, push_run
-from ..memory import check_memory, estimate
+from ..memory import available, check_memory
 from ..model import MLSAE, MLSAEConfig
 from .init import mlsae_config
 from .init_from import check_fits, has_bias, load_initial
 from .inputs import Fingerprints, fingerprints
 from .loop import TrainLoop
+from .needs import check_shards, needs_of
 from .optimizers import optimizers_of
 from .previous import replacing_run
 from .run_dir import (
@@ -42,7 +43,7 @@ from .run_dir import (
     newest_checkpoint,
 )
 from .settings import History, check_processes, history_of
-from .start import compute_dtype, initialize, new_state
+from .start import initialize, new_state
 from .summary import encode_seconds, log_extension, print_summary, write_csv
 from .validation import Validation
 
@@ -112,7 +113,8 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
         run_dirs = []
         with world.raise_together():
             if writes and saved is None:
-                check_folders(configs, start.saes)  # again: much may have happened meanwhile
+                # again: much may have happened meanwhile
+                check_folders(configs, start.saes, stream.seq_len)
                 stack.enter_context(replacing_run(shared_folder(configs)))
             for each, state in zip(configs, states, strict=True):
                 own = saved["runs"][each.sae.name] if saved else None
@@ -147,7 +149,7 @@ def _load(
         check_processes(configs, saved.get("processes", 1), mesh.data.size)
     initial = load_initial(configs) if saved is None else None
     shape = read_shape(config.data)
-    batch_rows, micro_rows = _rows(config, shape.seq_len, mesh)
+    batch_rows, micro_rows = rows_of(config, shape.seq_len, mesh)
     saes = []
     for each in configs:
         sae = mlsae_config(each, shape)
@@ -160,17 +162,27 @@ def _load(
             bias = False
         saes.append(replace(sae, bias=bias))
     if writes:
-        check_folders(configs, saes)
+        check_folders(configs, saes, shape.seq_len)
     history = history_of(config, inputs, saved)
     optimizers = optimizers_of(config, history.first_tokens(config))[:2]
-    needed = _memory_needed(config, saes, micro_rows * shape.seq_len, device, mesh, optimizers)
+    check_shards(saes, mesh.latents.size)
+    told: dict[str, Any] = {
+        "micro_tokens": micro_rows * shape.seq_len,
+        "first_tokens": history.first_tokens(config),
+        "processes": mesh.world.size,
+    }
+    needed = needs_of(configs, saes, shape, device, **told).memory.total
     stream = DataStream(
         config.data, shape, device, mesh,
         micro_rows=micro_rows, seed=config.seed, whole=False, reserved=needed,
     )  # fmt: skip
-    check_memory(needed, device)
+    told |= {"transformer": stream.n_bytes, "model_dtype": stream.dtype, "free": available(device)}
+    needs = needs_of(configs, saes, shape, device, **told)
+    check_memory(needs.memory.total, device)
     heldout = stream.heldout(heldout_tokens(config)) if writes else None
     _log_backend(stream, optimizers)
+    for line in needs.lines(device.type):
+        log_rank0(line)
     return _Start(saved, history, saes, initial, stream, batch_rows, heldout)
 
 
@@ -207,7 +219,7 @@ def _check(configs: Sequence[TrainConfig], world: Group) -> torch.device:
     return choose_device(config.device, distributed.local_rank())
 
 
-def _rows(config: TrainConfig, seq_len: int, mesh: Mesh) -> tuple[int, int]:
+def rows_of(config: TrainConfig, seq_len: int, mesh: Mesh) -> tuple[int, int]:
     """Rows per batch, and rows whose residuals a process has at a time. Raises InputError if a
     batch, or a part of one, is shorter than a row."""
     micro_tokens = config.micro_tokens or config.batch_tokens
@@ -237,22 +249,3 @@ def _log_backend(stream: DataStream, optimizers: Sequence[str]) -> None:
         f"training on {stream.device} with the {kernels} kernels and {names}{processes}; the "
         f"transformer computes in {dtype}"
     )
-
-
-def _memory_needed(
-    config: TrainConfig,
-    saes: Sequence[MLSAEConfig],
-    micro_tokens: int,
-    device: torch.device,
-    mesh: Mesh,
-    optimizers: Sequence[str],
-) -> int:
-    """Bytes that training all of `saes` takes on `device`, beside the transformer. Raises
-    InputError if they have fewer latents than shards."""
-    shards, fewest = mesh.latents.size, min(sae.n_latents for sae in saes)
-    if fewest < shards:
-        raise InputError(
-            f"--shard_latents must be at most {fewest} (the number of latents), got {shards}"
-        )
-    dtype = compute_dtype(config, device)
-    return estimate(saes, micro_tokens, dtype, shards, optimizers)

@@ -31,6 +31,7 @@ from ..report import write_report
 from . import checkpoint, previous
 from .inputs import Fingerprints, check_inputs
 from .logs import MetricsLog
+from .needs import disk_of
 from .settings import check_same, settings_of
 from .state import TrainState
 from .validation import Validation
@@ -237,19 +238,17 @@ def load_checkpoint(
     return state
 
 
-def check_folders(configs: Sequence[TrainConfig], saes: Iterable[MLSAEConfig]) -> None:
-    """Raise InputError if the folder cannot take the run, or something would be lost.
-
-    The disk must hold, for each SAE: both weights, the counts of latents and the report; and in
-    each checkpoint, counting one that is being written, the weights and two moments of each."""
-    config, out, bytes_needed = configs[0], shared_folder(configs), 0
-    for sae in saes:
-        bytes_needed += 4 * sae.n_latents * (2 * sae.d_in + 3 * len(sae.layers)) + 12 * 2**20
-        bytes_needed += (config.keep_checkpoints + 1) * 24 * sae.n_latents * sae.d_in
+def check_folders(
+    configs: Sequence[TrainConfig], saes: Iterable[MLSAEConfig], seq_len: int
+) -> None:
+    """Raise InputError if the folder cannot take a run on rows of `seq_len` tokens, or something
+    would be lost. For what the disk must hold see `needs.disk_of`."""
+    config, out = configs[0], shared_folder(configs)
     for each in configs:
         check_folder(each.out, files=() if config.overwrite else PUSHED_FILES)
     own = (*RUN_FILES, "runs.csv", *RUN_FOLDERS)
-    check_out(out, config.overwrite, config.resume, own, bytes_needed)
+    needed = disk_of(configs, saes, seq_len).most
+    check_out(out, config.overwrite, config.resume, own, needed)
     for pattern in RUN_FOLDERS:
         for folder in out.glob(pattern):
             check_out(folder, config.overwrite, config.resume, RUN_FILES, 0)

@@ -150,6 +150,9 @@ def validate(
             sums.update(kept.float(), dropped.float())
         if kept.shape[1]:
             center = kept.mean(1, keepdim=True) if center is None else center
-            sq_deviation.append((kept - center).float().square().sum(-1))
+            sums_of_squares = (kept - center).float().square().sum(-1)
+            # Copied, because it lies beyond what was computed on the way, and would keep the next
+            # part from the memory before it.
+            sq_deviation.append(sums_of_squares.clone())
     top_share = metrics.top_share(data.all_cat(torch.cat(sq_deviation, 1)))
     return [sums.validation(top_share, data) for sums in all_sums]

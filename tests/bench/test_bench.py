@@ -8,11 +8,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from bench import costs, report, results
+from bench import report, results
 from bench.memory import peak_bytes
 from bench.peers import jobs
 from bench.results import BenchRun, Timing
 from bench.shapes import SHAPES, ProblemShape, scaled
+from sparse_topk import costs
 
 TINY = ProblemShape("tiny", n=2, d=3, m=5, k=1)
 MACHINE = results.describe_machine() | {"device": "A (TM) chip 2", "driver": None}

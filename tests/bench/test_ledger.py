@@ -6,11 +6,10 @@ Legend: N tokens, D inputs, M latents, K active latents per token.
 import pytest
 import torch
 
-from bench import costs
 from bench.ledger import count_step, counting, describe, must_move
 from bench.ledger_costs import OPS
 from bench.shapes import TRAININGS, ProblemShape, TrainShape
-from sparse_topk import NorMuon, UnitNormAdam, ops
+from sparse_topk import NorMuon, UnitNormAdam, costs, ops
 
 LAUNCHES = {False: 40, True: 80}
 """Of a training step with one part of a batch, without dead latents and with some."""

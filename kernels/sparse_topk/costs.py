@@ -11,7 +11,34 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .shapes import ProblemShape, TrainShape
+
+class ProblemShape(NamedTuple):
+    """N, D, M and K of one benchmark, and what tables call it."""
+
+    name: str
+    n: int
+    d: int
+    m: int
+    k: int
+
+
+class TrainShape(NamedTuple):
+    """The sizes of a training step of an MLSAE: one part of N tokens, then the optimizer."""
+
+    name: str
+    layers: int
+    n: int
+    d: int
+    m: int
+    k: int
+    dead: int = 0
+    """Dead latents; AuxK activates `k_aux` of them per token and layer."""
+    k_aux: int = 0
+
+    @property
+    def encode(self) -> ProblemShape:
+        """Its encode, of L · N vectors."""
+        return ProblemShape(self.name, self.layers * self.n, self.d, self.m, self.k)
 
 
 class Cost(NamedTuple):
@@ -170,17 +197,27 @@ def aux(s: ProblemShape, e: int) -> tuple[Cost, ...]:
 
 
 def training_step(t: TrainShape, e: int, optimizer: str = "adam") -> tuple[Cost, ...]:
-    """What a training step of an MLSAE must do, with weights and gradients in float32, copies of
-    the weights in e bytes, and residuals in e bytes: one part of a batch, then the optimizer of
-    both weights."""
+    """What a training step of an MLSAE must do: one part of a batch, then the optimizer of both
+    weights."""
+    return training_part(t, e) + optimizer_step(t, e, optimizer)
+
+
+def training_part(t: TrainShape, e: int) -> tuple[Cost, ...]:
+    """Forward and backward of a part of a batch, with weights and gradients in float32, copies of
+    the weights in e bytes, and residuals in e bytes."""
     s = t.encode
-    copies = Cost(0, 2 * e * s.m * s.d)  # of both weights, written by the optimizer
     wide = Cost(0, (4 - e) * s.m * s.d)  # gradients are in float32
     parts = [standardize(s, e), topk_encode(s, e), decode_error(s, e), gather_dot(s, e)]
     parts += [csc_by_latent(s), scatter_outer(s, e) + wide, scatter_outer(s, e) + wide]
-    parts += [sum_by_latent(s, e), copies]
-    orthogonal = [normuon(s, e, unit_norm) for unit_norm in (False, True)]
-    parts += orthogonal if optimizer == "normuon" else [adam(s), adam(s)]
+    parts += [sum_by_latent(s, e)]
     if t.dead:
         parts += aux(s._replace(m=t.dead, k=min(t.k_aux, t.dead)), e)
     return tuple(parts)
+
+
+def optimizer_step(t: TrainShape, e: int, optimizer: str = "adam") -> tuple[Cost, ...]:
+    """The update of both weights, and of their copies in e bytes."""
+    s = t.encode
+    copies = Cost(0, 2 * e * s.m * s.d)
+    orthogonal = [normuon(s, e, unit_norm) for unit_norm in (False, True)]
+    return (copies, *(orthogonal if optimizer == "normuon" else [adam(s), adam(s)]))
