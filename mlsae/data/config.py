@@ -56,7 +56,7 @@ class DataConfig:
     text, tokenizer and --seq_len reads them from the disk. It may have 34 GB; what was not used for
     longest is removed. None: mlsae/tokens in your folder for caches ($XDG_CACHE_HOME, ~/.cache),
     or $MLSAE_TOKEN_CACHE."""
-    no_token_cache: bool = False
+    no_token_cache: tyro.conf.FlagCreatePairsOff[bool] = False
     """Read the text and tokenize it, whatever the cache has, and keep nothing."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the transformer computes in. auto: as it was saved on CUDA, else float32."""

@@ -164,18 +164,19 @@ class Writer:
         rest = state["rest"].numpy().astype(entry.dtype)
         parts = [*(block.ravel() for block in self._blocks), rest]
         tokens = np.concatenate(parts, dtype=entry.dtype)
-        if self._others + self._own + tokens.nbytes > MOST_BYTES:
-            self._others = make_room(entry, self._own + tokens.nbytes)
+        rows = sum(map(len, self._blocks))
+        chunk = Chunk(rows, len(rest), zlib.crc32(tokens), state["documents"], ended)
+        about = json.dumps(chunk._asdict()).encode()
+        self._own += tokens.nbytes + len(about)
+        if self._others + self._own > MOST_BYTES:
+            self._others = make_room(entry, self._own)
         free = shutil.disk_usage(entry.folder).free
         if free - tokens.nbytes < _LEAST_FREE:
             raise OSError(f"its disk has {free / 1e9:.1f} GB free, of which 2.1 are left to others")
-        rows = sum(map(len, self._blocks))
-        chunk = Chunk(rows, len(rest), zlib.crc32(tokens), state["documents"], ended)
         _replace(entry.path(number, "tokens"), tokens.data)
-        _replace(entry.path(number, "json"), json.dumps(chunk._asdict()).encode())
+        _replace(entry.path(number, "json"), about)
         _say_where(entry.root)
         entry.chunks.append(chunk)
-        self._own += tokens.nbytes
         self._blocks = []
 
 

@@ -84,7 +84,7 @@ class HeldoutConfig:
     token_cache: Path | None = None
     """Folder that keeps the text's tokens, as in training. None: mlsae/tokens in your folder for
     caches ($XDG_CACHE_HOME, ~/.cache), or $MLSAE_TOKEN_CACHE."""
-    no_token_cache: bool = False
+    no_token_cache: tyro.conf.FlagCreatePairsOff[bool] = False
     """Read the text and tokenize it, whatever the cache has, and keep nothing."""
     seq_len: int | None = None
     """Tokens per row. None: as in the run."""
