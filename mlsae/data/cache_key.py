@@ -65,7 +65,7 @@ def open_entry(config: DataConfig, tokenizer: Any, seq_len: int, split: Split) -
     dataset = _dataset(config, split)
     if dataset is None:
         return None
-    about = {
+    about: dict[str, Any] = {
         "format": _FORMAT,
         "dataset": dataset,
         "split": split,

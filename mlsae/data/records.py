@@ -201,7 +201,7 @@ def raise_unreadable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _parse(line: bytes, column: str) -> str | list[Any] | Bad:
+def _parse(line: bytes, column: str) -> str | list[Any] | IntArray | Bad:
     try:
         return wanted(json.loads(line), column)
     except UnicodeDecodeError:

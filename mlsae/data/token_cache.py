@@ -92,7 +92,7 @@ class Entry:
         n_tokens = chunk.rows * self.seq_len
         if len(tokens) != n_tokens + chunk.rest:
             raise DamagedError(f"{path.name} has another size")
-        if zlib.crc32(tokens) != chunk.crc:
+        if zlib.crc32(tokens.data) != chunk.crc:
             raise DamagedError(f"the checksum of {path.name} differs")
         rest = torch.from_numpy(tokens[n_tokens:].astype(np.int32))
         rows = np.asarray(tokens[:n_tokens]).reshape(chunk.rows, self.seq_len)
@@ -165,7 +165,7 @@ class Writer:
         parts = [*(block.ravel() for block in self._blocks), rest]
         tokens = np.concatenate(parts, dtype=entry.dtype)
         rows = sum(map(len, self._blocks))
-        chunk = Chunk(rows, len(rest), zlib.crc32(tokens), state["documents"], ended)
+        chunk = Chunk(rows, len(rest), zlib.crc32(tokens.data), state["documents"], ended)
         about = json.dumps(chunk._asdict()).encode()
         self._own += tokens.nbytes + len(about)
         if self._others + self._own > MOST_BYTES:

@@ -51,6 +51,7 @@ class Rows:
         self.config, self.tokenizer, self.seq_len, self.split = config, tokenizer, seq_len, split
         self.seed, self.buffer_rows, self.endless = seed, buffer_rows, endless
         self._pinned = pinned(config)
+        self._buffer: Block
         self._entry = open_entry(self._pinned, tokenizer, seq_len, split)
         self._start_pass(0)
 
@@ -103,7 +104,7 @@ class Rows:
         self._pass = number
         self._text = TextRows(self._pinned, self.tokenizer, self.seq_len, self.split, self._entry)
         self._filled = False  # whether the buffer has been filled in this pass
-        self._buffer: Block = np.empty((0, self.seq_len), np.int32)
+        self._buffer = np.empty((0, self.seq_len), np.int32)
         self._random = random.Random((self.seed or 0) + number)
 
     def _next_into(self, target: Block) -> bool:
