@@ -2,6 +2,8 @@
 at once, since a run that is cut off has no summary."""
 
 import os
+import shutil
+import tempfile
 
 # Read when CUDA starts: deterministic algorithms, which some tests ask for, need it in cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -17,6 +19,12 @@ import torch
 # Triton reads it at its first import, so it is set before any kernel is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Programs keep tokens between runs: those of the tests, for the session, in a folder of their own,
+# which is not the user's. So the text of most of them is tokenized once.
+_OWN_CACHE = None
+if "MLSAE_TOKEN_CACHE" not in os.environ:  # the processes that xdist starts share the first one's
+    os.environ["MLSAE_TOKEN_CACHE"] = _OWN_CACHE = tempfile.mkdtemp(prefix="mlsae-tokens-")
 
 try:
     import hypothesis
@@ -78,3 +86,8 @@ def pytest_configure(config: pytest.Config) -> None:
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Announcer(terminal), "announcer")
+
+
+def pytest_unconfigure() -> None:
+    if _OWN_CACHE is not None:
+        shutil.rmtree(_OWN_CACHE, ignore_errors=True)

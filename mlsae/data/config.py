@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -50,6 +51,13 @@ class DataConfig:
     max_bad_records: float = 0.01
     """Share of the dataset's records that may be bad (null, not text, not readable). They are
     skipped and counted; more of them end the run."""
+    token_cache: Path | None = None
+    """Folder that keeps the text's tokens, packed into rows, so that the next run with the same
+    text, tokenizer and --seq_len reads them from the disk. It may have 34 GB; what was not used for
+    longest is removed. None: mlsae/tokens in your folder for caches ($XDG_CACHE_HOME, ~/.cache),
+    or $MLSAE_TOKEN_CACHE."""
+    no_token_cache: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read the text and tokenize it, whatever the cache has, and keep nothing."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the transformer computes in. auto: on CUDA, as its configuration says, but bfloat16 if
     that is float32 or says nothing; else float32."""

@@ -8,13 +8,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from .. import builtin
 from ..distributed import log_rank0
 from ..errors import InputError, first_line
 from .config import DataConfig
 from .heldout_split import HeldoutSplit, Piece, Split, id_segments, pieces, segments
 from .local_files import LocalFiles, has_splits
-from .records import Bad, Record, Start, Value, wanted
+from .records import INPUT_IDS, Bad, Record, Start, Value, wanted
 
 _ENOUGH_RECORDS = 1000  # after so many, the share of bad ones is known well enough
 
@@ -103,6 +105,13 @@ class Documents:
             setattr(self, f"_{name}", state[name])
         self._split.lowest, self._split.highest = state["lowest"], state["highest"]
 
+    def report(self) -> None:
+        """Say what was said of the bad records up to the position, which a state may hold."""
+        if self._bad:
+            self._report_first()
+        if self._ended:
+            self._check_bad(1)
+
     def check_side(self) -> None:
         """Raise InputError if all of the text, which has been read, is on the other side."""
         if self.dataset != builtin.NAME:
@@ -111,7 +120,7 @@ class Documents:
     def _rendered(self, value: Value) -> Value | _Chat:
         """A chat with its text; token ids and text as they are; Bad for any other list. Raises
         UnicodeEncodeError if a chat's text has lone surrogates."""
-        if not isinstance(value, list) or all(type(x) is int for x in value):
+        if not isinstance(value, list) or not value:
             return value
         if self._render_chat and all(isinstance(x, dict) and "role" in x for x in value):
             try:
@@ -131,8 +140,10 @@ class Documents:
             is_own = bool(value.text) and self._split.has_chat(value.messages)
             self._any_text |= bool(value.text)
             return pieces(segments([value.text]), lambda _: is_own)
-        if isinstance(value, list):
-            self._any_text |= bool(value)
+        if isinstance(value, list):  # an empty one
+            return iter(())
+        if isinstance(value, np.ndarray):
+            self._any_text |= len(value) > 0
             return pieces(id_segments(value), self._split.has_ids)
         return pieces(segments([value] if isinstance(value, str) else value), self._chooses)
 
@@ -148,17 +159,23 @@ class Documents:
         self._bad += 1
         if self._bad == 1:
             self._first_bad, self._columns = f"{place}: {bad.reason}", bad.columns
-            _log_once(f"bad records are skipped and counted; the first is {self._first_bad}")
+            self._report_first()
+
+    def _report_first(self) -> None:
+        _log_once(f"bad records are skipped and counted; the first is {self._first_bad}")
 
     def _check_bad(self, enough: int) -> None:
         """Raise InputError if, of at least `enough` records, too many are bad."""
         if not self._bad or self._read < enough:
             return
         if self._bad == self._read and self._columns is not None:
+            ids = INPUT_IDS in self._columns and self.config.column != INPUT_IDS
+            way_out = f"; to read its token ids, give --column {INPUT_IDS}" if ids else ""
+            texts = ", ".join(name for name in self._columns if not ids or name != INPUT_IDS)
             raise InputError(
                 f"--column must name a column of text in {self.dataset}, got "
                 f"{self.config.column!r}; its columns of text are: "
-                f"{', '.join(self._columns) or 'none'} (the first record is {self._first_bad})"
+                f"{texts or 'none'} (the first record is {self._first_bad}){way_out}"
             )
         if self._bad > self.config.max_bad_records * self._read:
             raise InputError(

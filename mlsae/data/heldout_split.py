@@ -16,8 +16,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..errors import InputError
 
@@ -30,14 +34,17 @@ PIECE_CHARS = 2**20  # tokenized at a time: what a tokenizer holds is some 400 t
 _UP_TO_A_SPACE = re.compile(r".*\S(?=\s)", re.DOTALL)
 
 
-Content = TypeVar("Content", str, list[int])
+IntArray = npt.NDArray[Any]
+"""Token ids, (n,), of any integer type; of type object if one needs more than 64 bits."""
+
+Content = TypeVar("Content", str, IntArray)
 """Text, or token ids."""
 
 
 class Piece(NamedTuple):
     """Text of one document and of one side, to be tokenized at a time; or its token ids."""
 
-    text: str | list[int]
+    text: str | IntArray
     ends: bool
     """Whether the next piece is of another document, or does not follow on this one in it."""
 
@@ -59,7 +66,7 @@ def segments(parts: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-def id_segments(ids: list[int]) -> Iterator[list[int]]:
+def id_segments(ids: IntArray) -> Iterator[IntArray]:
     """The segments of a document of token ids."""
     for start in range(0, len(ids), SEGMENT_IDS):
         yield ids[start : start + SEGMENT_IDS]
@@ -85,8 +92,17 @@ def pieces(segments: Iterable[Content], chosen: Callable[[Content], bool]) -> It
         yield Piece(_join(joined), True)
 
 
-def _join(contents: list[Any]) -> str | list[int]:
-    return "".join(contents) if isinstance(contents[0], str) else list(chain(*contents))
+def _join(contents: list[Any]) -> str | IntArray:
+    return "".join(contents) if isinstance(contents[0], str) else np.concatenate(contents)
+
+
+def _decimals(ids: IntArray) -> bytes:
+    """Numbers as text: " ".join(map(str, ids)), which takes three times as long."""
+    if ids.dtype == object:
+        return " ".join(map(str, ids)).encode()
+    decimals = pa.array(ids).cast(pa.string())
+    joined = pc.binary_join(pa.ListArray.from_arrays([0, len(ids)], decimals), " ")
+    return bytes(joined[0].as_buffer())
 
 
 def check_share(split: Split, share: float) -> None:
@@ -119,9 +135,9 @@ class HeldoutSplit:
         """Whether `text` is on this side. Raises UnicodeEncodeError if it has lone surrogates."""
         return self.has(text.encode())
 
-    def has_ids(self, ids: list[int]) -> bool:
-        """Whether token ids are on this side."""
-        return self.has(" ".join(map(str, ids)).encode())
+    def has_ids(self, ids: IntArray) -> bool:
+        """Whether token ids are on this side, by their decimals with spaces between."""
+        return self.has(_decimals(ids))
 
     def has_chat(self, messages: list[dict[str, Any]]) -> bool:
         """Whether a chat is on this side: of the messages, {role, content}, nothing else counts."""

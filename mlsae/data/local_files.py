@@ -57,7 +57,7 @@ class LocalFiles:
     """
 
     def __init__(self, path: Path, column: str, split: str = "train") -> None:
-        self.column = column
+        self.path, self.column = path, column
         self._files = _saved_files(path, split) or _readable_files(path)
         kinds = sorted({_kind(file)[0] for file in self._files})
         if len(kinds) != 1:
@@ -79,6 +79,14 @@ class LocalFiles:
             with raise_unreadable(path):
                 for record in _kind(path)[1](path, self.column, start):
                     yield [number, *record.start], record
+
+    def stats(self) -> list[tuple[str, int, int]]:
+        """The names of the files, relative to a folder, their sizes and times of change."""
+        stats = [(file, file.stat()) for file in self._files]
+        return [
+            (file.relative_to(self.path).as_posix(), stat.st_size, stat.st_mtime_ns)
+            for file, stat in stats
+        ]
 
 
 def has_splits(path: Path) -> bool:

@@ -14,10 +14,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import InputError, first_line
+from .heldout_split import IntArray
+
+INPUT_IDS = "input_ids"
+"""The column in which tokenized datasets have their token ids, by convention."""
 
 _CHUNK_CHARS = 2**20  # of a text file, read at a time
 _BATCH_ROWS = 64  # of a Parquet file, read at a time: a row may be large
@@ -39,13 +44,13 @@ class Bad(NamedTuple):
 
     reason: str
     columns: list[str] | None = None
-    """Columns of the record that hold text, if the wanted one is missing or holds something else.
-    None: the record cannot be read at all."""
+    """Columns of the record that hold text, and `input_ids`, if the wanted one is missing or holds
+    something else. None: the record cannot be read at all."""
 
 
-Value = str | list[Any] | Iterator[str] | Bad
-"""What a record has in the wanted column: a text, a list, or, of a text file, an iterator over
-parts of the text; else Bad."""
+Value = str | list[Any] | IntArray | Iterator[str] | Bad
+"""What a record has in the wanted column: a text, or an iterator over its parts if it is long; a
+list, or an array if it is of integers only; else Bad."""
 
 
 class Record(NamedTuple):
@@ -143,20 +148,35 @@ def read_arrow(path: Path, column: str, start: Start) -> Iterator[Record]:
             row += len(batch)
 
 
-def wanted(record: Any, column: str) -> str | list[Any] | Bad:
+def wanted(record: Any, column: str) -> str | list[Any] | IntArray | Bad:
     """What `record` holds in `column`, if it is a text or a list."""
     if not isinstance(record, Mapping):
         return Bad(f"it is {_kind(record)}, not an object with columns")
-    columns = [name for name, value in record.items() if isinstance(value, str)]
+    columns = [
+        name
+        for name, value in record.items()
+        if isinstance(value, str) or (name == INPUT_IDS and isinstance(value, list | np.ndarray))
+    ]
     if column not in record:
         return Bad(f"it has no column {column!r}", columns)
     return _checked(record[column], column, columns)
 
 
-def _checked(value: Any, column: str, columns: list[str]) -> str | list[Any] | Bad:
+def _checked(value: Any, column: str, columns: list[str]) -> str | list[Any] | IntArray | Bad:
+    if isinstance(value, list) and value and all(type(x) is int for x in value):
+        return _as_array(value)
     if isinstance(value, str | list):
         return value
+    if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.integer):
+        return value
     return Bad(f"its {column!r} is {_kind(value)}, not text", columns)
+
+
+def _as_array(ids: list[int]) -> IntArray:
+    try:
+        return np.asarray(ids, np.int64)
+    except OverflowError:  # no tokenizer has such an id: the reader of ids says so
+        return np.asarray(ids, object)
 
 
 def _kind(value: Any) -> str:
@@ -181,7 +201,7 @@ def raise_unreadable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _parse(line: bytes, column: str) -> str | list[Any] | Bad:
+def _parse(line: bytes, column: str) -> str | list[Any] | IntArray | Bad:
     try:
         return wanted(json.loads(line), column)
     except UnicodeDecodeError:
@@ -205,18 +225,40 @@ def _read_arrow(
     values: pa.Array, schema: pa.Schema, path: Path, column: str, row: int, start: int
 ) -> Iterator[Record]:
     """The records of consecutive rows, the first of which is number `row`, from `start` on."""
-    columns = [field.name for field in schema if _is_text(field.type)]
+    columns = [
+        field.name
+        for field in schema
+        if _is_text(field.type) or (field.name == INPUT_IDS and _is_list(field.type))
+    ]
     for i in range(max(0, start - row), len(values)):
         place = f"row {row + i + 1} of {path}"
-        value: str | list[Any] | Bad
+        value: Value | None
         if column not in schema.names:
             value = Bad(f"it has no column {column!r}", columns)
         else:
             try:
-                value = _checked(values[i].as_py(), column, columns)
+                value = _ids(values[i])
+                if value is None:
+                    value = _checked(values[i].as_py(), column, columns)
             except UnicodeDecodeError:
                 value = Bad("it holds bytes that are not UTF-8")
         yield Record(Start(row + i), place, value)
+
+
+def _ids(value: pa.Scalar) -> IntArray | None:
+    """The integers of a list, without a Python object for each; None if it is no such list."""
+    if not _is_list(value.type) or not pa.types.is_integer(value.type.value_type):
+        return None
+    if value.values is None or value.values.null_count:
+        return None
+    return np.asarray(value.values)
+
+
+def _is_list(arrow_type: pa.DataType) -> bool:
+    return any(
+        is_kind(arrow_type)
+        for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    )
 
 
 def _is_text(arrow_type: pa.DataType) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -118,11 +119,11 @@ class DataStream:
         n_rows = min(max(1, tokens // self.seq_len), sys.maxsize)  # which is what islice takes
         if self.config.dataset == builtin.NAME:
             # It is small, and shuffled whole: a few rows are of many files.
-            rows = list(islice(self._rows("heldout", self.seed), n_rows))
-        else:
-            rows = list(islice(self._rows("heldout"), n_rows))
-            random.Random(self.seed).shuffle(rows)
-        return torch.stack(rows)
+            return self._first_rows(n_rows, self.seed)
+        rows = self._first_rows(n_rows)
+        order = list(range(len(rows)))
+        random.Random(self.seed).shuffle(order)
+        return rows[order]
 
     def resolve_drop(self, input_ids: Tensor) -> str:
         """Complete the rule `drop` as `config.drop_norm` says of rows (B, T), which all processes
@@ -211,6 +212,11 @@ class DataStream:
         padded = F.pad(x, (0, 0, 0, 0, 0, max(lengths) - x.shape[1]))
         gathered = zip(group.all_gather(padded), lengths, strict=True)  # (S, L, B', T, D)
         return torch.cat([part[:, :length] for part, length in gathered], dim=1).flatten(1, 2)
+
+    def _first_rows(self, n: int, seed: int | None = None) -> Tensor:
+        """The first `n` held-out rows (B, T), or fewer if there are fewer."""
+        with closing(self._rows("heldout", seed)) as rows:
+            return torch.stack(list(islice(rows, n)))
 
     def _rows(self, split: Split, seed: int | None = None, endless: bool = False) -> Rows:
         return Rows(self.config, self.tokenizer, self.seq_len, split, seed=seed, endless=endless)

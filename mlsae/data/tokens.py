@@ -1,4 +1,4 @@
-"""Text → packed rows of tokens, split into train and held-out, shuffled with a seed, resumable.
+"""Rows of tokens to train on: split into train and held-out, shuffled with a seed, resumable.
 
 Legend: B rows, T positions.
 """
@@ -9,22 +9,18 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import islice
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..distributed import ALONE, Group
-from ..errors import InputError
+from .cache_key import open_entry, pinned
 from .config import DataConfig
-from .documents import Documents
-from .heldout_split import PIECE_CHARS, Piece, Split
-from .packing import TokenQueue
-
-_DOCUMENTS_AT_ONCE = 256  # tokenized together, which keeps the tokenizer's threads busy
-_FIRST_CHARS = 2**14  # tokenized together at first, then twice as many: a few rows cost little
+from .heldout_split import Split
+from .packing import Block
+from .text_rows import TextRows
 
 
 class Rows:
@@ -36,7 +32,7 @@ class Rows:
     with BOS, every row begins with it, as the model saw it in training. A text of more than 2²⁰
     characters is tokenized in pieces, whose ends are before white space. With a seed, rows are
     shuffled in a buffer of `buffer_rows`; pass i draws from `seed` + i. A `state_dict` taken
-    between two rows resumes with the very next one.
+    between two rows resumes with the very next one, with the cache of tokens or without.
 
     Raises InputError if the tokenizer has no EOS, or if the whole split is shorter than one row.
     """
@@ -54,28 +50,27 @@ class Rows:
     ) -> None:
         self.config, self.tokenizer, self.seq_len, self.split = config, tokenizer, seq_len, split
         self.seed, self.buffer_rows, self.endless = seed, buffer_rows, endless
-        self._eos = tokenizer.eos_token_id
-        if self._eos is None:
-            raise InputError(
-                "MODEL's tokenizer must have an EOS token, which joins documents, and it has "
-                "none; name one of its tokens with --eos_token"
-            )
-        bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-        self._row_start: list[int] = [bos] if adds_bos else []
+        self._pinned = pinned(config)
+        self._buffer: Block
+        self._entry = open_entry(self._pinned, tokenizer, seq_len, split)
         self._start_pass(0)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Tensor:
-        row = self._next_in_pass()
-        if row is None and self.endless:
-            self._start_pass(self._pass + 1)
-            row = self._next_in_pass()
-        if row is None:
+        rows = self.take(1)
+        if not len(rows):
             raise StopIteration
-        return row
+        return rows[0]
+
+    def take(self, n: int) -> Tensor:
+        """The next rows (n, T) int64; fewer at the end."""
+        rows = np.empty((n, self.seq_len), np.int64)
+        for i in range(n):
+            if not self._next_into(rows[i]):
+                return torch.from_numpy(rows[:i])
+        return torch.from_numpy(rows)
 
     @property
     def passes(self) -> int:
@@ -86,119 +81,71 @@ class Rows:
         """All that the next row depends on: tensors, and JSON-serializable values."""
         return {
             "pass": self._pass,
-            "documents": self._documents.state_dict(),
-            "rest": torch.from_numpy(self._tokens.all()),
-            "packed": self._packed,
+            **self._text.state_dict(),
             "filled": self._filled,
-            "buffer": torch.stack(self._buffer).int() if self._buffer else torch.empty(0, 0),
+            "buffer": torch.from_numpy(self._buffer.astype(np.int32)),
             "random": self._random.getstate(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state; the next row is the one that would have followed it."""
         self._start_pass(state["pass"])
-        self._documents.load_state_dict(state["documents"])
-        self._tokens.add(state["rest"].numpy())
-        self._packed, self._filled = state["packed"], state["filled"]
-        self._buffer[:] = state["buffer"].long()
+        self._text.load_state_dict(state)
+        self._filled = state["filled"]
+        self._buffer = state["buffer"].numpy().astype(np.int32)
         version, internal, gauss = state["random"]
         self._random.setstate((version, tuple(internal), gauss))
 
+    def close(self) -> None:
+        """Write the tokens that are packed so far to the cache."""
+        self._text.close()
+
     def _start_pass(self, number: int) -> None:
         self._pass = number
-        self._documents = Documents(self.config, self.split, self._render_chat)
-        self._pieces = iter(self._documents)
-        self._chars = _FIRST_CHARS  # to tokenize together next time
-        self._tokens = TokenQueue()  # of the documents read so far, not in a row yet
-        self._packed = 0  # rows packed in this pass
+        self._text = TextRows(self._pinned, self.tokenizer, self.seq_len, self.split, self._entry)
         self._filled = False  # whether the buffer has been filled in this pass
-        self._buffer: list[Tensor] = []
+        self._buffer = np.empty((0, self.seq_len), np.int32)
         self._random = random.Random((self.seed or 0) + number)
 
-    def _next_in_pass(self) -> Tensor | None:
-        """The next row, or None at the end of the pass. With a seed, it leaves a random slot of the
-        buffer, which the next packed row fills."""
-        if self.seed is None:
-            return self._pack()
-        if not self._filled:
-            self._buffer = list(islice(iter(self._pack, None), self.buffer_rows))
-            self._random.shuffle(self._buffer)
-            self._filled = True
-        if not self._buffer:
-            return None
-        incoming = self._pack()
-        if incoming is None:
-            return self._buffer.pop()
-        slot = self._random.randrange(len(self._buffer))
-        row, self._buffer[slot] = self._buffer[slot], incoming
-        return row
-
-    def _pack(self) -> Tensor | None:
-        """The next row in the order of the text, or None at the end of the pass."""
-        length = self.seq_len - len(self._row_start)
-        while len(self._tokens) < length:
-            if not self._tokenize():
-                self._check_not_short()
-                return None
-        self._packed += 1
-        return torch.tensor([*self._row_start, *self._tokens.take(length).tolist()])
-
-    def _tokenize(self) -> bool:
-        """Tokenize the next pieces of text. False at the end of the pass."""
-        batch: list[Piece] = []
-        chars = 0
-        while chars < self._chars and len(batch) < _DOCUMENTS_AT_ONCE:
-            piece = next(self._pieces, None)
-            if piece is None:
-                break
-            batch.append(piece)
-            chars += len(piece.text)
-        self._chars = min(2 * self._chars, PIECE_CHARS)
-        if not batch:
+    def _next_into(self, target: Block) -> bool:
+        """Copy the next row, of the next pass if `endless`, to `target`; False at the end."""
+        if self._next_in_pass(target):
+            return True
+        if not self.endless:
             return False
-        texts = [piece.text for piece in batch if isinstance(piece.text, str)]
-        encode = partial(self.tokenizer, add_special_tokens=False, verbose=False)
-        encoded = iter(encode(texts)["input_ids"] if texts else [])
-        for text, ends in batch:
-            if isinstance(text, str):
-                ids, has_eos = next(encoded), False  # if a text writes EOS out, that is its own
-            else:
-                ids, has_eos = self._checked(text), text[-1] == self._eos
-            self._tokens.add(ids)
-            if ends and not has_eos:
-                self._tokens.add([self._eos])
+        self._start_pass(self._pass + 1)
+        return self._next_in_pass(target)
+
+    def _next_in_pass(self, target: Block) -> bool:
+        """As `_next_into`, in this pass. With a seed, the row leaves a random slot of the buffer,
+        which the next row of the text fills."""
+        if self.seed is not None and not self._filled:
+            self._fill()
+        incoming = self._text.next_row()
+        if self.seed is None:
+            if incoming is not None:
+                target[:] = incoming
+            return incoming is not None
+        if not len(self._buffer):
+            return False
+        if incoming is None:
+            target[:] = self._buffer[-1]
+            self._buffer = self._buffer[:-1]
+            return True
+        slot = self._random.randrange(len(self._buffer))
+        target[:] = self._buffer[slot]
+        self._buffer[slot] = incoming
         return True
 
-    def _checked(self, ids: list[int]) -> list[int]:
-        """Token ids of the dataset. Raises InputError if the tokenizer has no such token."""
-        least, most = min(ids), max(ids)
-        if least < 0 or most >= len(self.tokenizer):
-            raise InputError(
-                f"--column {self.config.column} must hold token ids of MODEL's tokenizer, in "
-                f"[0, {len(self.tokenizer) - 1}], got {least if least < 0 else most}; give text, "
-                "or the model whose tokenizer made them"
-            )
-        return ids
-
-    def _render_chat(self, messages: list[Any]) -> str:
-        """A chat as text. Raises InputError if the tokenizer has no chat template."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InputError(
-                f"--column {self.config.column} holds chats, and MODEL's tokenizer has no chat "
-                "template to turn them into text; give a model that has one, or a column of text"
-            )
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-
-    def _check_not_short(self) -> None:
-        """Raise InputError if the pass that ends has no row."""
-        if self._packed:
-            return
-        self._documents.check_side()
-        raise InputError(
-            f"DATASET {self.config.dataset} is too short: its {self.split} text has fewer than the "
-            f"{self.seq_len} tokens of a row; give more text, shorter rows with --seq_len, or "
-            "another part with --heldout_share"
-        )
+    def _fill(self) -> None:
+        """Fill the buffer with the first rows of the pass, and shuffle them."""
+        rows: list[Block] = []
+        while len(rows) < self.buffer_rows and (row := self._text.next_row()) is not None:
+            rows.append(row.astype(np.int32))
+        order = list(range(len(rows)))
+        self._random.shuffle(order)
+        self._buffer = np.stack([rows[i] for i in order]) if rows else self._buffer
+        self._filled = True
 
 
 class Batches:
@@ -248,11 +195,12 @@ class Batches:
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
+        self.rows.close()
 
     def _prepare(self) -> tuple[Tensor, int]:
         """The next batch, and the pass that it reaches."""
         started = time.perf_counter()
-        batch = torch.stack(list(islice(self.rows, self.batch_rows)))
+        batch = self.rows.take(self.batch_rows)
         self.seconds += time.perf_counter() - started
         return batch, self.rows.passes
 

@@ -81,6 +81,11 @@ class HeldoutConfig:
     0.05."""
     max_bad_records: float | None = None
     """Share of the dataset's records that may be bad. None: as in the run."""
+    token_cache: Path | None = None
+    """Folder that keeps the text's tokens, as in training. None: mlsae/tokens in your folder for
+    caches ($XDG_CACHE_HOME, ~/.cache), or $MLSAE_TOKEN_CACHE."""
+    no_token_cache: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read the text and tokenize it, whatever the cache has, and keep nothing."""
     seq_len: int | None = None
     """Tokens per row. None: as in the run."""
     drop_positions: tuple[int, ...] | None = None
@@ -227,6 +232,8 @@ def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -
         layers=config.layers or mlsae.config.layers or None,
         seq_len=config.seq_len or trained.get("seq_len"),
         **_text_settings(config, trained, dataset),
+        token_cache=config.token_cache,
+        no_token_cache=config.no_token_cache,
         model_dtype=trained.get("model_dtype", "auto"),
         model_device_map=trained.get("model_device_map"),
         model_quantize=trained.get("model_quantize"),

@@ -89,6 +89,8 @@ def make_plan(configs: Sequence[TrainConfig], gpu: str | None, seconds: float) -
     named = gpu_named(gpu) if gpu else None
     for each in configs:
         check_config(each)
+    # Nothing is written, so tokens are not kept either.
+    configs = [replace(each, data=replace(each.data, no_token_cache=True)) for each in configs]
     device = torch.device("cuda") if named else choose_device(configs[0].device)
     free = int(named.memory) if named else memory.available(device)
     setting = setting_of(configs, device, free)

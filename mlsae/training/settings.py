@@ -27,6 +27,9 @@ _FREE = (  # what may differ from the run that is resumed, since the result does
     "micro_tokens",
     # when it gives up: bad records are skipped, whatever share is allowed
     "max_bad_records",
+    # how its text is read, which gives the same rows
+    "token_cache",
+    "no_token_cache",
     # how it is watched
     "log",
     "log_tokens",

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from mlsae import builtin
 from mlsae.config import SAEConfig, TrainConfig
 from mlsae.data.config import DataConfig
+from mlsae.data.fingerprint import _spread, fingerprint
 from mlsae.errors import InputError
-from mlsae.training import checkpoint, inputs
-from mlsae.training.inputs import check_inputs, fingerprint, fingerprints
+from mlsae.training import checkpoint
+from mlsae.training.inputs import check_inputs, fingerprints
 from mlsae.training.run import train
 
 TEXTS = [f"def function_{i}(x):\n    return x + {i} * {i}\n" * 4 for i in range(60)]
@@ -169,7 +170,7 @@ def test_a_fingerprint_tells_the_first_and_the_last_byte_of_a_large_file(tmp_pat
 
 @given(n=st.integers(0, 5000), at_most=st.integers(2, 64))
 def test_samples_are_spread_from_the_first_to_the_last(n, at_most):
-    chosen = sorted(inputs._spread(n, at_most))
+    chosen = sorted(_spread(n, at_most))
     assert len(chosen) == min(n, at_most)
     if n:
         assert (chosen[0], chosen[-1]) == (0, n - 1)
