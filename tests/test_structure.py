@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"train", "evaluate", "analyze", "compare", "convert"}
-FLOORS = ["builtin", "formats", "data", "report", "training", "evaluation", "analysis"]
+PROGRAMS = {"train", "evaluate", "analyze", "steer", "compare", "convert"}
+FLOORS = [
+    "builtin", "formats", "data", "report", "training", "evaluation", "analysis", "intervention",
+]  # fmt: skip
 """The packages of mlsae from the ground up: each may import those before it."""
 
 
