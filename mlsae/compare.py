@@ -85,7 +85,10 @@ def _one(
     what `drop` names; None: as in training."""
     train(replace(config, out=out, data=replace(config.data, layers=trained)))
     return evaluate(
-        EvaluateConfig(out, tokens=config.eval_tokens, layers=measured, device=config.device), drop
+        EvaluateConfig(
+            out, tokens=config.eval_tokens, layers=measured, device=config.device, joint="off"
+        ),
+        drop,
     )
 
 
