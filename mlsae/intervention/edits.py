@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..model import MLSAE
 from .activations import Activations
 from .literals import Op, Units
-from .positions import Positions, Where, check_where, select
+from .positions import Positions, Where, check_where, select, shown_where
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Edit:
     def __str__(self) -> str:
         amount = "" if self.value is None else f" {self.value:g}"
         unit = f" {self.units}" if self.op in ("add", "clamp") else ""
-        return f"latent {self.latent} at layers {_shown(self.layers)}: {self.op}{amount}{unit}"
+        what = f"latent {self.latent} at layers {_shown(self.layers)}: {self.op}{amount}{unit}"
+        return f"{what}, positions {shown_where(self.positions)}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Replace:
         check_where(self.positions)
 
     def __str__(self) -> str:
-        return f"reconstruction at layers {_shown(self.layers)}"
+        where = shown_where(self.positions)
+        return f"reconstruction at layers {_shown(self.layers)}, positions {where}"
 
 
 Change = Edit | Replace

@@ -98,5 +98,14 @@ def parse_where(text: str) -> Where:
     return where
 
 
+def shown_where(where: Where) -> str:
+    """Positions in the form that `parse_where` reads."""
+    if isinstance(where, slice):
+        parts = (where.start, where.stop, where.step)
+        text = ":".join("" if part is None else str(part) for part in parts)
+        return text if where.step is not None else text.removesuffix(":")
+    return where if isinstance(where, str) else ",".join(map(str, where))
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
