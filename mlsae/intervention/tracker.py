@@ -68,11 +68,12 @@ class PositionTracker:
     def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(generate)
         def wrapped(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            ids = kwargs.get("input_ids") if inputs is None else inputs
-            embeddings, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-            self._embedded = embeddings.shape[1] if ids is None and embeddings is not None else 0
+            ids: Tensor | None = kwargs.get("input_ids") if inputs is None else inputs
+            embeddings: Tensor | None = kwargs.get("inputs_embeds")
+            mask: Any = kwargs.get("attention_mask")
+            self._embedded = 0 if ids is not None or embeddings is None else embeddings.shape[1]
             width = self._embedded if ids is None else ids.shape[1]
-            self._prompt = max(width, mask.shape[1] if _is_flat(mask) else 0, 1)
+            self._prompt = max(width, 1, *(mask.shape[1:] if _is_flat(mask) else ()))
             self._generating, self._begun = True, False
             try:
                 return generate(inputs, *args, **kwargs)
