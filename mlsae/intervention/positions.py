@@ -15,6 +15,7 @@ from ..errors import InputError
 Named = Literal["all", "prompt", "last", "generated"]
 Where = Named | slice | tuple[int, ...]
 
+_MOST = 2**31  # positions: more than any context
 _NAMED = ("all", "prompt", "last", "generated")
 
 
@@ -108,4 +109,4 @@ def shown_where(where: Where) -> str:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MOST

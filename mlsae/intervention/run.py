@@ -72,7 +72,7 @@ class Steered:
 def steer(config: SteerConfig) -> Steered:
     """Generate with and without the changes of `config`, and measure what they do to the prompt.
 
-    Raises InputError for bad input, before anything is generated.
+    Raises InputError for bad input, before anything is generated, and if predictions become NaN.
     """
     changes = changes_of(config)
     if config.save is not None:
@@ -85,11 +85,12 @@ def steer(config: SteerConfig) -> Steered:
     ids = _tokenize(config, tokenizer, model)
     with intervene(model, mlsae, changes, activations=activations):
         pass  # whether they fit
+    effects = measure_effects(mlsae, reader, ids, changes, activations, config.show)
+    _check_finite(effects.log_p)
     continuations = [
         _continue(config, model, tokenizer, ids.to(device), context)
         for context in (nullcontext(), intervene(model, mlsae, changes, activations=activations))
     ]
-    effects = measure_effects(mlsae, reader, ids, changes, activations, config.show)
     strings = token_strings(tokenizer)
     result = Steered(
         config,
@@ -171,8 +172,25 @@ def _continue(config: SteerConfig, model: Any, tokenizer: Any, ids: Tensor, cont
     torch.manual_seed(config.seed)
     with context:
         mask = torch.ones_like(ids[None])
-        whole = model.generate(ids[None], options, attention_mask=mask)
+        whole = model.generate(
+            ids[None], options, attention_mask=mask, logits_processor=[_checked_logits]
+        )
     return str(tokenizer.decode(whole[0, len(ids) :]))
+
+
+def _checked_logits(_ids: Tensor, logits: Tensor) -> Tensor:
+    """The logits of a step of `generate`, checked."""
+    _check_finite(logits)
+    return logits
+
+
+def _check_finite(predictions: Tensor) -> None:
+    """Raise InputError if predictions are NaN."""
+    if predictions.isnan().any():
+        raise InputError(
+            "--add, --scale and --clamp must leave the model's predictions finite, and with these "
+            "changes they are not; change less, or check that the model is whole"
+        )
 
 
 def _as_dict(change: Change) -> dict[str, Any]:

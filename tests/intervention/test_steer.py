@@ -84,6 +84,7 @@ def test_edits_are_named_in_one_word_each_and_keep_their_order():
         (("--edit", "7@1:add"), "value must be given with the op 'add'"),
         (("--edit", "7@1:add=1:units=z"), "units must be sigma, max, mean or raw, got 'z'"),
         (("--replace", "--positions", "end"), "positions must be all, .* got 'end'"),
+        (("--replace", "--positions", 2**40), "positions must be all, .* got"),
         (("--replace", "--temperature", -1), "--temperature must be at least 0, got -1"),
         (("--replace", "--temperature", "nan"), "--temperature must be at least 0, got nan"),
         (("--replace", "--seed", 2**64), "--seed must be in"),
@@ -178,6 +179,8 @@ def test_what_cannot_be_steered_is_named(run, tmp_path):
         (("--latent", 99, "--ablate"), r"latent must be in \[0, 47\], got 99"),
         (("--latent", 1, "--layers", 2, "--ablate"), r"layers must be among .* \(0 1\), got 2"),
         (("--latent", 1, "--add", 1, "--units", "max"), "need .*analysis_latents.parquet, which"),
+        (("--latent", 1, "--add", 1e300), "must leave the model's predictions finite"),
+        (("--latent", 1, "--add", 1e300, "--positions", "generated"), "predictions finite"),
         (("--replace", "--max_new_tokens", 60), "must be at most 64 tokens together"),
         (("--replace", "--save", tmp_path), "--save must be a folder in which"),
     ):
