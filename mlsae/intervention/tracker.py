@@ -68,6 +68,8 @@ class PositionTracker:
     def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(generate)
         def wrapped(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            if self._generating:  # a model that drafts for itself; the prompt is that of the user
+                return generate(inputs, *args, **kwargs)
             ids: Tensor | None = kwargs.get("input_ids") if inputs is None else inputs
             embeddings: Tensor | None = kwargs.get("inputs_embeds")
             mask: Any = kwargs.get("attention_mask")

@@ -143,6 +143,18 @@ def test_a_static_cache_chunks_of_the_prompt_and_beams_change_nothing():
     assert torch.equal(*beams)
 
 
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}])
+@pytest.mark.parametrize("where", ["all", "generated", (T + 1,)], ids=str)
+def test_tokens_that_are_drafted_are_edited_where_they_stay(options, where):
+    """Several are tried in one pass, and the cache is cut where they are refused."""
+    expected = edited(LLAMA, where, inputs=IDS[:1])
+    found = edited(LLAMA, where, inputs=IDS[:1], **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(
+        torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-3, atol=1e-3
+    )
+
+
 def test_embeddings_in_the_place_of_ids():
     embeddings = LLAMA.get_input_embeddings()(IDS)
     expected = edited(LLAMA, "generated", inputs=IDS).sequences[:, T:]
