@@ -21,14 +21,13 @@ LLAMA = make(CONFIGS["llama"])
 IDS = torch.randint(2, 64, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-def make_sae(standardize=True, layers=(0, 1, 2), k_max=None, bias=True):
+def make_sae(standardize=True, layers=(0, 1, 2), k_max=None):
     torch.manual_seed(2)
-    mlsae = MLSAE(MLSAEConfig(D, M, K, layers, standardize, bias=bias, k_max=k_max))
+    mlsae = MLSAE(MLSAEConfig(D, M, K, layers, standardize, bias=True, k_max=k_max))
     with torch.no_grad():
         mlsae.sae.b_dec.normal_(std=0.1)
         mlsae.sae.W_dec.mul_(torch.rand(M, 1) + 0.5)  # not the encoder's, nor of norm 1
-        if bias:
-            mlsae.sae.b_enc[NEVER] = -100
+        mlsae.sae.b_enc[NEVER] = -100
     return mlsae.requires_grad_(False)
 
 
