@@ -92,7 +92,9 @@ def _one(
     what `drop` names; None: as in training."""
     train(replace(config, out=out, data=replace(config.data, layers=trained)))
     return evaluate(
-        EvaluateConfig(out, tokens=heldout_tokens(config), layers=measured, device=config.device),
+        EvaluateConfig(
+            out, tokens=heldout_tokens(config), layers=measured, device=config.device, joint="off"
+        ),
         drop,
     )
 

@@ -3,7 +3,7 @@
     python -m scripts.fuzz --cases 300 --seed 0
     python -m scripts.fuzz --only 137            # one case again, with all that it prints
 
-A case is a command line of train, evaluate, analyze, convert, report or compare that would work,
+A case is a command line of one of the programs that would work,
 with one to three faults: odd arguments, or damaged files. It depends on the seed and its number
 only. Whatever the fault, a program must end in time with an exit code that `mlsae.cli` documents,
 say what is wrong on its last line ("error: …") if that is 2, show no traceback, and leave no

@@ -11,12 +11,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mlsae import analyze, compare, convert, evaluate, formats, train
+from mlsae import analyze, compare, convert, evaluate, formats, steer, train
 from mlsae.analysis.run import AnalyzeConfig
 from mlsae.config import SAESweep, TrainArguments
 from mlsae.convert import ConvertConfig
 from mlsae.data.config import DataConfig
 from mlsae.evaluation.run import EvaluateConfig
+from mlsae.intervention.command_line import SteerConfig
 from mlsae.report import __main__ as report
 from scripts.damage import damage
 
@@ -27,8 +28,9 @@ PROGRAMS = {
     "convert": (convert, ConvertConfig),
     "report": (report, report.ReportConfig),
     "compare": (compare, TrainArguments),
+    "steer": (steer, SteerConfig),
 }
-WEIGHTS = (5, 5, 5, 5, 5, 1)  # how often each program is run
+WEIGHTS = (5, 5, 5, 5, 5, 1, 5)  # how often each program is run
 SMALL = (
     "--tokens 128 --batch_tokens 64 --seq_len 16 --sae.expansion 1 --sae.k 4 --eval_tokens 32 "
     "--heldout_share 0.5 --layers 0 1"
@@ -111,6 +113,10 @@ def _right_arguments(random: Random, program: str) -> list[str]:
         case "analyze":
             prompt = random.choice(([], ["--prompt", "def f(x):"]))
             return [random.choice(("run", "damaged")), *MEASURE, *prompt]
+        case "steer":
+            change = random.choice((["--latent", "3", "--add", "2"], ["--edit", "3@0:ablate"]))
+            text = ["--prompt", "def f(x):", "--max_new_tokens", "3", "--save", "new.json"]
+            return [random.choice(("run", "damaged")), *text, *change]
         case "convert":
             to = random.choice(list(formats.FORMATS))
             several = ["sae", "new", "--hookpoint", random.choice(SAES), "--to", to]

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"train", "plan", "evaluate", "analyze", "compare", "convert"}
-FLOORS = ["builtin", "formats", "data", "report", "training", "evaluation", "analysis", "planning"]
+PROGRAMS = {"train", "plan", "evaluate", "analyze", "steer", "compare", "convert"}
+FLOORS = [
+    "builtin", "formats", "data", "report", "training", "evaluation", "analysis", "intervention",
+    "planning",
+]  # fmt: skip
 """The packages of mlsae from the ground up: each may import those before it."""
 
 

@@ -1,10 +1,10 @@
-"""Find the list of a transformer's blocks."""
+"""Find the list of a transformer's blocks, and the residual stream in what one returns."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 
@@ -35,6 +35,17 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
             "only decoder-only language models can be read"
         )
     return next(iter(lists.values()))
+
+
+def residual_of(output: Any) -> Tensor:
+    """The residual stream in a block's output: a block returns it alone, or first in a tuple."""
+    residual: Tensor = output if isinstance(output, Tensor) else output[0]
+    return residual
+
+
+def with_residual(output: Any, residual: Tensor) -> Any:
+    """A block's output with another residual stream in it."""
+    return residual if isinstance(output, Tensor) else type(output)([residual, *output[1:]])
 
 
 def _lists_of(module: nn.Module, length: int) -> dict[str, nn.ModuleList]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, first_line
-from .blocks import find_blocks
+from .blocks import find_blocks, residual_of
 
 
 class _AllReadError(Exception):
@@ -161,12 +161,10 @@ class ResidualReader:
 
         def hook_for(layer: int) -> Any:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                # A block returns its hidden states, alone or first in a tuple.
-                alone = isinstance(output, Tensor)
-                residual = output if alone else output[0]
+                residual = residual_of(output)
                 keep(layer, residual.to(input_ids.device))
                 self._block_devices[layer] = residual.device
-                self._n_extra_outputs = None if alone else len(output) - 1
+                self._n_extra_outputs = None if output is residual else len(output) - 1
                 if stop and layer == self.layers[-1]:
                     raise _AllReadError
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .. import metrics
 from ..data.residuals import ResidualReader
 from ..model import ACTIVE, MLSAE
+from .joint import Joint, replaced_from
 from .patching import substituted_logits
 from .token_metrics import TokenSums
 
@@ -87,8 +88,10 @@ class FaithfulnessPass:
     in every substitution and ablation.
     """
 
-    def __init__(self, mlsae: MLSAE, reader: ResidualReader, n_rows: int) -> None:
-        self.mlsae, self.reader = mlsae, reader
+    def __init__(
+        self, mlsae: MLSAE, reader: ResidualReader, n_rows: int, joint: Joint = "off"
+    ) -> None:
+        self.mlsae, self.reader, self.joint = mlsae, reader, joint
         config, n_layers = mlsae.config, len(reader.layers)
         device = mlsae.sae.W_dec.device
         self.sums = TokenSums(n_rows, n_layers, config.d_in, device)
@@ -126,6 +129,13 @@ class FaithfulnessPass:
             logits = substituted_logits(self.reader, input_ids, layer, substituted)
             ce, kl, top1 = predictions.scores(logits, log_p)
             sums.ce[rows, i], sums.kl[rows, i], sums.top1[rows, i] = ce, kl, top1
+            if self.joint == "from" or (self.joint == "all" and i == 0):
+                if i < len(residuals) - 1:  # the topmost has none above it
+                    logits = replaced_from(
+                        self.mlsae, self.reader, input_ids, i, substituted, residuals, token_mask
+                    )
+                    ce, kl, top1 = predictions.scores(logits, log_p)
+                sums.ce_from[rows, i], sums.kl_from[rows, i], sums.top1_from[rows, i] = ce, kl, top1
 
     def ablate(self, batch: int, rows: slice, input_ids: Tensor, token_mask: Tensor) -> None:
         """Update with the cross-entropy of the `batch`-th measured rows again, with 0 and with the
@@ -192,19 +202,21 @@ def measure_faithfulness(
     token_mask: Tensor,
     micro_rows: int,
     text_mask: Tensor | None = None,
+    joint: Joint = "off",
 ) -> Faithfulness:
     """Measure `mlsae` on the layers of `reader` at rows input_ids (R, T), `micro_rows` at a time.
 
     `token_mask` (R, T) is True at tokens that are kept; `text_mask` (R, T), if given, at those that
-    are not special, be they kept or dropped. The layers may be others than the MLSAE was trained
-    on. Raises ValueError if `token_mask` leaves no prediction.
+    are not special, be they kept or dropped. `joint` says which layers are replaced at once, too.
+    The layers may be others than the MLSAE was trained on. Raises ValueError if `token_mask` leaves
+    no prediction.
     """
     if not (token_mask[:, :-1] & token_mask[:, 1:]).any():
         raise ValueError("rows must hold two neighboring tokens that are kept, got none")
     if text_mask is not None and torch.equal(text_mask, token_mask):
         text_mask = None
     device = mlsae.sae.W_dec.device
-    text_pass = FaithfulnessPass(mlsae, reader, len(input_ids))
+    text_pass = FaithfulnessPass(mlsae, reader, len(input_ids), joint)
     slices = [slice(i, i + micro_rows) for i in range(0, len(input_ids), micro_rows)]
     bar = tqdm(total=2 * input_ids.numel(), unit=" tokens", unit_scale=True)
     with bar:

@@ -132,7 +132,7 @@ def open_run(
         raise InputError(f"--out must be given if RUN is on the hub, as {config.run} is, got none")
     check_residual(mlsae.about, f"RUN {config.run}")
     trained = mlsae.about.get("training", {})
-    _check_trained(trained, config.run)
+    check_trained(trained, config.run)
     data = _data_config(config, mlsae, trained)
     shape = read_shape(data)
     micro_tokens = config.micro_tokens or max(_DEFAULT_MICRO_TOKENS, shape.seq_len)
@@ -185,7 +185,7 @@ def _drop_norms(config: HeldoutConfig, mlsae: MLSAE, stream: DataStream) -> None
             log_rank0(found)
 
 
-def _check_trained(trained: Any, run: Path) -> None:
+def check_trained(trained: Any, run: Path) -> None:
     """Raise InputError if what config.json says of the training is damaged."""
     if not isinstance(trained, dict):
         raise InputError(f"training in {run / 'config.json'} must be an object, got {trained!r}")

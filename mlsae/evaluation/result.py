@@ -45,6 +45,13 @@ _PREDICTION_COLUMNS = {
     "recovered, mean": _Column("recovered_mean", ".1%", interval=True),
     "recovered, zero": _Column("recovered_zero", ".1%", interval=True),
 }
+_JOINT_COLUMNS = {
+    "ΔCE, this layer alone": _Column("delta_ce", ".3f"),
+    "ΔCE": _Column("delta_ce_from", ".3f", interval=True),
+    "KL": _Column("kl_from", ".3f", interval=True),
+    "top-1": _Column("top1_from", ".1%", interval=True),
+    "recovered, mean": _Column("recovered_from", ".1%", interval=True),
+}
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,9 @@ class EvaluationResult:
             writer.writerow([layer, *("" if cell is None else cell for cell in cells)])
         return text.getvalue()
 
-    def tables(self) -> tuple[Table, Table]:
-        """Tables of the residuals and of the predictions. ± is half of an interval's width."""
+    def tables(self) -> list[Table]:
+        """Tables of the residuals, of the predictions, and of those with several layers replaced,
+        if that was measured. ± is half of an interval's width."""
         n_dropped = self.provenance.tokens_dropped
         dropped = f", {n_dropped:,} more left out" if n_dropped else ""
         residuals = self._table(
@@ -119,7 +127,8 @@ class EvaluationResult:
             f"Predictions kept: {self.predictions:,} next tokens, true CE {self.ce_true:.3f} nats",
             _PREDICTION_COLUMNS,
         )
-        return residuals, predictions
+        joint = [self._joint_table()] if "delta_ce_from" in self.metrics else []
+        return [residuals, predictions, *joint]
 
     def notes(self) -> list[str]:
         """Lines about dropped tokens, and about few vectors that make up the variance."""
@@ -130,6 +139,18 @@ class EvaluationResult:
         if word := describe_top_share(top_share, self.layers):
             notes.append(word)
         return notes
+
+    def _joint_table(self) -> Table:
+        """A row for each set of layers that was replaced at once."""
+        table = empty_table(
+            "Predictions kept with several layers replaced at once", ["layers", *_JOINT_COLUMNS]
+        )
+        top = self.layers[-1]
+        for i, layer in enumerate(self.layers):
+            if not math.isnan(self.metrics["delta_ce_from"].value[i]):
+                cells = [_cell(self.metrics[c.metric], i, c) for c in _JOINT_COLUMNS.values()]
+                table.add_row(f"{layer} … {top}" if layer < top else f"{top}", *cells)
+        return table
 
     def _table(self, title: str, columns: dict[str, _Column]) -> Table:
         headings = [heading.format(k=self.provenance.k) for heading in columns]

@@ -16,10 +16,11 @@ from ..distributed import choose_device
 from ..files import EVALUATION_FILES, check_folder, write_file
 from .faithfulness import Faithfulness, measure_faithfulness
 from .heldout import HeldoutConfig, check_kept, open_run
+from .joint import Joint
 from .patching import check_substitution
 from .provenance import provenance_of
 from .result import EvaluationResult
-from .token_metrics import append_mean, bootstrap_token_metrics
+from .token_metrics import JOINT_METRICS, append_mean, bootstrap_token_metrics
 
 _CHECKED_POSITIONS = 32  # of one row: enough to see whether the model can run on from a residual
 
@@ -27,6 +28,11 @@ _CHECKED_POSITIONS = 32  # of one row: enough to see whether the model can run o
 @dataclass(frozen=True)
 class EvaluateConfig(HeldoutConfig):
     """What to measure, and on what; evaluation.csv and evaluation.json hold the result."""
+
+    joint: Joint = "from"
+    """Replace several layers at once, too. from: each layer with all above it, which takes L − 1
+    more partial passes of the model and L (L − 1) / 2 more reconstructions of the text; all: all
+    layers, one pass; off: none."""
 
 
 def evaluate(config: EvaluateConfig, drop: DropRule | None = None) -> EvaluationResult:
@@ -46,9 +52,11 @@ def evaluate(config: EvaluateConfig, drop: DropRule | None = None) -> Evaluation
     check_substitution(stream.reader, input_ids[:1, :_CHECKED_POSITIONS].to(device))
     out.mkdir(parents=True, exist_ok=True)
     measured = measure_faithfulness(
-        mlsae, stream.reader, input_ids, token_mask, stream.micro_rows, text_mask
+        mlsae, stream.reader, input_ids, token_mask, stream.micro_rows, text_mask, config.joint
     )
     metrics = _metrics(measured, config.resamples, stream.seed)
+    if config.joint == "off":
+        metrics = {name: metrics[name] for name in metrics if name not in JOINT_METRICS}
     sums = measured.sums
     interval = f"95 %, {config.resamples} bootstrap resamples of the rows"
     result = EvaluationResult(

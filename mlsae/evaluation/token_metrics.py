@@ -5,6 +5,7 @@ Legend: L layers, R rows, D width of the residual stream, B ways to weigh the ro
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,13 @@ class TokenSums:
         """(R, L) cross-entropy with 0 in place of x, nats."""
         self.ce_mean = zeros(n_layers)
         """(R, L) cross-entropy with the mean of x in place of x, nats."""
+        self.ce_from = zeros(n_layers) + math.nan
+        """(R, L) cross-entropy with x̂ in place of x at this layer and all above it, nats; like the
+        next two, NaN where it is not measured."""
+        self.kl_from = zeros(n_layers) + math.nan
+        """(R, L) KL(true ‖ substituted), nats, in the same pass."""
+        self.top1_from = zeros(n_layers) + math.nan
+        """(R, L) predictions whose likeliest token stays the same in it."""
 
     def mean(self) -> Tensor:
         """The mean residual vector of each layer, (L, D) float32."""
@@ -90,6 +98,20 @@ class TokenMetrics(NamedTuple):
     """KL(true ‖ substituted), nats per token: `metrics.token_scores`."""
     top1: Tensor
     """Share of predictions whose likeliest token the substitution does not change."""
+    delta_ce_from: Tensor
+    """`delta_ce` with the reconstructions of this layer and of all above it at once, each of what
+    the changed layers below lead to; like the next three, NaN where it was not measured."""
+    recovered_from: Tensor
+    """`metrics.ce_recovered` of it; the ablation replaces the same layers by their means, which is
+    that of the topmost alone."""
+    kl_from: Tensor
+    """`kl` of it."""
+    top1_from: Tensor
+    """`top1` of it."""
+
+
+JOINT_METRICS = ("delta_ce_from", "recovered_from", "kl_from", "top1_from")
+"""Those of several layers at once: of each layer and all above it."""
 
 
 def compute_token_metrics(sums: TokenSums, weights: Tensor) -> TokenMetrics:
@@ -109,8 +131,8 @@ def compute_token_metrics(sums: TokenSums, weights: Tensor) -> TokenMetrics:
     variance = weights @ sums.sq_deviation / n - torch.stack(shift, 1)
     error = weights @ sums.sq_error / n
     ce_true = (weights @ sums.ce_true)[:, None] / n_predictions
-    ce, ce_zero, ce_mean = (
-        weights @ ce / n_predictions for ce in (sums.ce, sums.ce_zero, sums.ce_mean)
+    ce, ce_zero, ce_mean, ce_from = (
+        weights @ ce / n_predictions for ce in (sums.ce, sums.ce_zero, sums.ce_mean, sums.ce_from)
     )
     return TokenMetrics(
         fvu=error / variance,
@@ -124,12 +146,16 @@ def compute_token_metrics(sums: TokenSums, weights: Tensor) -> TokenMetrics:
         recovered_mean=ce_recovered(ce_true, ce, ce_mean),
         kl=weights @ sums.kl / n_predictions,
         top1=weights @ sums.top1 / n_predictions,
+        delta_ce_from=ce_from - ce_true,
+        recovered_from=ce_recovered(ce_true, ce_from, ce_mean[:, -1:]),
+        kl_from=weights @ sums.kl_from / n_predictions,
+        top1_from=weights @ sums.top1_from / n_predictions,
     )
 
 
 def bootstrap_token_metrics(sums: TokenSums, resamples: int, seed: int) -> dict[str, Interval]:
     """All `TokenMetrics` by name, each (L + 1,) with its percentile interval: of every layer, then
-    of the mean over layers.
+    of the mean over layers, which is NaN for those of several layers at once.
 
     Rows are drawn; one draw serves all layers and metrics.
     """
@@ -138,9 +164,18 @@ def bootstrap_token_metrics(sums: TokenSums, resamples: int, seed: int) -> dict[
     ones = torch.ones(1, n_rows, dtype=torch.float64, device=device)
     values, samples = compute_token_metrics(sums, ones), compute_token_metrics(sums, weights)
     return {
-        name: percentile_interval(append_mean(value)[0].cpu(), append_mean(resampled).cpu(), n_rows)
+        name: percentile_interval(
+            _append_mean_of(name, value)[0].cpu(), _append_mean_of(name, resampled).cpu(), n_rows
+        )
         for name, value, resampled in zip(TokenMetrics._fields, values, samples, strict=True)
     }
+
+
+def _append_mean_of(name: str, values: Tensor) -> Tensor:
+    """`append_mean`; sets of layers that contain one another have none."""
+    if name in JOINT_METRICS:
+        return torch.cat([values, torch.full_like(values[..., :1], math.nan)], -1)
+    return append_mean(values)
 
 
 def append_mean(values: Tensor) -> Tensor:

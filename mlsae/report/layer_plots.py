@@ -62,8 +62,12 @@ def fvu_of_training(heldout: dict[str, Any], layers: Sequence[int]) -> go.Figure
 
 
 def delta_ce(metrics: dict[str, dict[str, Any]], layers: Sequence[int]) -> go.Figure:
-    """ΔCE per layer: what replacing the residual there by its reconstruction costs."""
-    return _by_layer({"ΔCE": metrics["delta_ce"]}, layers, "ΔCE (nats per token)", ".4f")
+    """ΔCE per layer: what replacing the residual there by its reconstruction costs; and there and
+    at all layers above, if that was measured."""
+    shown = {"this layer": metrics["delta_ce"]}
+    if "delta_ce_from" in metrics:
+        shown["and all above"] = metrics["delta_ce_from"]
+    return _by_layer(shown, layers, "ΔCE (nats per token)", ".4f")
 
 
 def adjacent(statistics: dict[str, Any], layers: Sequence[int]) -> go.Figure:

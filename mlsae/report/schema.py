@@ -76,6 +76,8 @@ EVALUATED = (
     "fvu", "fvu_paper", "l0", "l1", "dead", "explained", "pca", "delta_ce", "kl", "top1",
     "recovered_mean", "recovered_zero",
 )  # fmt: skip
+JOINT = ("delta_ce_from", "recovered_from", "kl_from", "top1_from")
+"""Figures of evaluation.json that are there if several layers were replaced at once."""
 LATENT_NUMBERS = (
     "tokens_active", "frequency", "mean_layer", "std_layer", "var_layer", "var_within_token",
     "entropy", "n_layers", "mean_layer_totals", "entropy_totals", "max_activation", "nearest",
@@ -114,6 +116,7 @@ def evaluation(n_layers: int) -> dict[str, Any]:
         "intervals": Each(Each(NUMBER_OR_NULL, 2), n_layers),
     }
     figures = dict.fromkeys(EVALUATED, metric) | {
+        **dict.fromkeys(JOINT, Optional(metric)),
         "fvu_all": Optional(metric),
         "top_share": Optional({"layers": Each(NUMBER_OR_NULL, n_layers)}),
     }

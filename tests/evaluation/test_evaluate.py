@@ -57,15 +57,17 @@ def constant_sae(vector):
     return mlsae
 
 
-def measure(mlsae, model, text, layers=None, micro_rows=2):
-    measured = measure_faithfulness(mlsae, ResidualReader(model, layers), *text, micro_rows)
+def measure(mlsae, model, text, layers=None, micro_rows=2, joint="from"):
+    reader = ResidualReader(model, layers)
+    measured = measure_faithfulness(mlsae, reader, *text, micro_rows, joint=joint)
     ones = torch.ones(1, R, dtype=torch.float64)
     return measured, compute_token_metrics(measured.sums, ones)
 
 
 def test_a_perfect_sae_costs_nothing(model, text):
     measured, computed = measure(perfect_sae(), model, text)
-    zeros, ones = ("fvu", "mse", "delta_ce", "kl"), ("top1", "recovered_zero", "recovered_mean")
+    zeros = ("fvu", "mse", "delta_ce", "kl", "delta_ce_from", "kl_from")
+    ones = ("top1", "recovered_zero", "recovered_mean", "top1_from", "recovered_from")
     for name, value in [*((name, 0) for name in zeros), *((name, 1) for name in ones)]:
         assert getattr(computed, name).tolist() == [[value] * 3], name
     # D principal components explain everything, too.
@@ -146,7 +148,8 @@ def test_weights_repeat_rows(model, text):
     resampled = compute_token_metrics(measured.sums, weights)
     _, direct = measure(mlsae, model, tuple(part[drawn] for part in text))
     for name, a, b in zip(direct._fields, resampled, direct, strict=True):
-        if name != "recovered_mean":  # its ablation keeps the mean of the whole text
+        # Their ablation keeps the mean of the whole text.
+        if name not in ("recovered_mean", "recovered_from"):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
 
 

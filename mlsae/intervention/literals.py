@@ -1,0 +1,6 @@
+"""The words of an edit."""
+
+from typing import Literal
+
+Op = Literal["add", "scale", "clamp", "ablate"]
+Units = Literal["sigma", "max", "mean", "raw"]
