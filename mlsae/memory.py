@@ -184,7 +184,7 @@ def _live(s: _Sizes) -> _Live:
     copy, codes = s.vectors * s.d_in, (s.itemsize + 8) * s.vectors * s.k
     block = _encoding(s, s.vectors, s.k)
     fitted, first = min(s.first, _FIT_VECTORS), 4 * s.first * s.d_in
-    fitting = 8 * fitted * s.d_in + (s.itemsize + 8) * fitted * s.k_first
+    fitting = 8.0 * fitted * s.d_in + (s.itemsize + 8) * fitted * s.k_first
     fitting += _encoding(s, fitted, s.k_first)
     forward = s.itemsize * copy + codes + block
     backward = 2 * s.itemsize * copy + codes + 29 * s.vectors * s.k
