@@ -23,7 +23,7 @@ from .config import DataConfig
 from .encoding import backend_of, is_backend
 from .fingerprint import fingerprint
 from .heldout_split import Split
-from .local_files import LocalFiles
+from .local_files import LocalFiles, expand_user
 from .token_cache import Entry
 
 _FORMAT = 1  # of entries, and of how text becomes rows: another one when either changes
@@ -92,7 +92,7 @@ def _dataset(config: DataConfig, split: Split) -> dict[str, Any] | None:
             return None
         names = ("dataset", "dataset_config", "dataset_split", "dataset_revision")
         return {name: getattr(config, name) for name in names}
-    path = Path(config.dataset).expanduser()
+    path = expand_user(config.dataset)
     try:
         return {
             "dataset_split": config.dataset_split,

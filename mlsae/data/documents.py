@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,7 +14,7 @@ from ..distributed import log_rank0
 from ..errors import InputError, first_line
 from .config import DataConfig
 from .heldout_split import HeldoutSplit, Piece, Split, id_segments, pieces, segments
-from .local_files import LocalFiles, has_splits
+from .local_files import LocalFiles, expand_user, has_splits
 from .records import INPUT_IDS, Bad, Record, Start, Value, wanted
 
 _ENOUGH_RECORDS = 1000  # after so many, the share of bad ones is known well enough
@@ -248,7 +247,7 @@ class _HubRecords:
 
 
 def _open_source(config: DataConfig, split: Split) -> _Source:
-    path = _expand_user(config.dataset)
+    path = expand_user(config.dataset)
     if config.dataset == builtin.NAME:
         _check_not_on_hub(config, "built in", "leave it out")
         return _BuiltinFiles(split)
@@ -272,16 +271,6 @@ def _check_not_on_hub(config: DataConfig, place: str, way_out: str, splits: bool
                 f"--{name} is for datasets on the hub{also}, and {config.dataset} is {place}, got "
                 f"{value}; {way_out}"
             )
-
-
-def _expand_user(dataset: str) -> Path:
-    """The path with a home directory in place of "~". Raises InputError if there is none."""
-    try:
-        return Path(dataset).expanduser()
-    except RuntimeError as error:
-        raise InputError(
-            f"DATASET must be a path or a name, got {dataset!r}: {first_line(error)}"
-        ) from error
 
 
 @cache  # so that the text of both sides, and every pass, report the same record once

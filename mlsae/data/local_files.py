@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .records import (
     Reader,
     Record,
@@ -134,3 +134,13 @@ def _saved_files(path: Path, split: str) -> list[Path]:
         return []
     state = json.loads((path / "state.json").read_text())
     return [path / file["filename"] for file in state["_data_files"]]
+
+
+def expand_user(dataset: str) -> Path:
+    """The path with a home directory in place of "~". Raises InputError if there is none."""
+    try:
+        return Path(dataset).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"DATASET must be a path or a name, got {dataset!r}: {first_line(error)}"
+        ) from error

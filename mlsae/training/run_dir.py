@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 import transformers
 
+from ..batchtopk import BatchTopKSAE
 from ..config import TrainConfig, shared_folder
 from ..data.sinks import DropRule
 from ..distributed import log_rank0
@@ -97,8 +98,9 @@ class RunDir:
         state = self.state
         window = state.end_window()
         told = [window.loss[None] / window.steps, window.aux[None] / window.steps, window.fvu()]
-        if state.mlsae.config.k_max is not None:
-            told += [window.capped_share[None], state.threshold.value()[None]]
+        if isinstance(state.mlsae.sae, BatchTopKSAE):
+            threshold = state.mlsae.sae.threshold.double()  # as config.json will have it
+            told += [window.capped_share[None], threshold[None]]
         loss, aux, *rest = torch.cat(told).tolist()  # all in one transfer
         fvu_layers = rest[: len(state.mlsae.config.layers)]
         line = {
@@ -114,7 +116,7 @@ class RunDir:
             "tokens_per_second": tokens_per_second,
             "seconds": seconds,
         }
-        if state.mlsae.config.k_max is not None:
+        if isinstance(state.mlsae.sae, BatchTopKSAE):
             self.capped, line["threshold"] = rest[-2:]
             line["capped"] = self.capped
         if self.log:

@@ -110,12 +110,12 @@ class NumberedRows:
     def __init__(self):
         self.next = 0
 
-    def __iter__(self):
-        return self
+    def take(self, n):
+        first, self.next = self.next, self.next + n
+        return torch.arange(first, self.next)[:, None].repeat(1, 3)
 
-    def __next__(self):
-        self.next += 1
-        return torch.full((3,), self.next - 1)
+    def close(self):
+        pass
 
 
 def own_rows_of_batches(world):
