@@ -5,6 +5,7 @@ Legend: D width of the residual stream, M latents.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -85,6 +86,7 @@ def make_plan(configs: Sequence[TrainConfig], gpu: str | None, seconds: float) -
     """Plan the training of `configs`: by the model on the GPU named, or by a probe of so many
     `seconds` here. Raises InputError for what training would refuse of its settings, model and
     text, and for an unknown GPU."""
+    importlib.import_module("transformers.modeling_utils")  # as loading the model does
     base = memory.resident()
     named = gpu_named(gpu) if gpu else None
     for each in configs:
