@@ -23,7 +23,7 @@ class ProblemShape(NamedTuple):
 
 
 class TrainShape(NamedTuple):
-    """The sizes of a training step of an MLSAE: one part of N tokens, then the optimizer."""
+    """The sizes of a training step of a multi-layer SAE: one part of N tokens, then the optimizer."""
 
     name: str
     layers: int
