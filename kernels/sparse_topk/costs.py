@@ -23,7 +23,7 @@ class ProblemShape(NamedTuple):
 
 
 class TrainShape(NamedTuple):
-    """The sizes of a training step of a multi-layer SAE: one part of N tokens, then the optimizer."""
+    """The sizes of a training step of an SAE of L layers: a part of N tokens, and the optimizer."""
 
     name: str
     layers: int
