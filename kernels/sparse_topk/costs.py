@@ -197,7 +197,7 @@ def aux(s: ProblemShape, e: int) -> tuple[Cost, ...]:
 
 
 def training_step(t: TrainShape, e: int, optimizer: str = "adam") -> tuple[Cost, ...]:
-    """What a training step of an MLSAE must do: one part of a batch, then the optimizer of both
+    """What a training step must do: one part of a batch, then the optimizer of both
     weights."""
     return training_part(t, e) + optimizer_step(t, e, optimizer)
 
