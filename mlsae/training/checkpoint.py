@@ -46,7 +46,7 @@ def save(run: Path, tokens: int, state: dict[str, Any], keep: int) -> Path:
     return path
 
 
-class Writer:
+class CheckpointWriter:
     """Writes checkpoints of the run in a folder while training goes on, one at a time. A state is
     copied to main memory, from a GPU without waiting for it; a thread saves the copy, and calls
     `then`.

@@ -139,7 +139,7 @@ class TrainLoop:
         self.seconds = 0.0
         self.passes = 1  # over the text: which one the last batch ended in
         keep, out = self.config.keep_checkpoints, self.out
-        self.checkpoints = checkpoint.Writer(out, keep, lambda: previous.discard(out))
+        self.checkpoints = checkpoint.CheckpointWriter(out, keep, lambda: previous.discard(out))
 
     @property
     def tokens(self) -> int:

@@ -102,7 +102,7 @@ def test_training_goes_on_while_one_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save", slow)
     weight, nested = torch.ones(3, 2), {"list": [1]}
-    writer = checkpoint.Writer(tmp_path, keep=2, then=lambda: events.append("then"))
+    writer = checkpoint.CheckpointWriter(tmp_path, keep=2, then=lambda: events.append("then"))
     writer.save(10, {"weight": weight.T, "nested": nested})
     weight.zero_()
     nested["list"].append(2)
@@ -123,7 +123,7 @@ def test_a_write_that_failed_is_told_by_the_next_call(tmp_path, monkeypatch, cal
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    writer = checkpoint.Writer(tmp_path, keep=2)
+    writer = checkpoint.CheckpointWriter(tmp_path, keep=2)
     monkeypatch.setattr(checkpoint.os, "fsync", full)
     writer.save(10, STATE)
     writer.close()
