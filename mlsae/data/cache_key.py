@@ -20,6 +20,7 @@ import tokenizers
 
 from .. import builtin
 from .config import DataConfig
+from .documents import is_local
 from .encoding import backend_of, is_backend
 from .fingerprint import fingerprint
 from .heldout_split import Split
@@ -51,7 +52,7 @@ def root_of(config: DataConfig) -> Path | None:
 def pinned(config: DataConfig) -> DataConfig:
     """`config` with the commit of a dataset on the hub, if the cache needs it and the hub tells."""
     revision = config.dataset_revision
-    if root_of(config) is None or _is_local(config) or _COMMIT.fullmatch(revision or ""):
+    if root_of(config) is None or is_local(config) or _COMMIT.fullmatch(revision or ""):
         return config
     commit = _commit(config.dataset, revision)
     return config if commit is None else replace(config, dataset_revision=commit)
@@ -87,7 +88,7 @@ def _dataset(config: DataConfig, split: Split) -> dict[str, Any] | None:
     """What decides the records of a dataset. Raises InputError as the reader of files does."""
     if config.dataset == builtin.NAME:
         return {"content": _builtin_digest(split)}
-    if not _is_local(config):
+    if not is_local(config):
         if not _COMMIT.fullmatch(config.dataset_revision or ""):
             return None
         names = ("dataset", "dataset_config", "dataset_split", "dataset_revision")
@@ -115,13 +116,6 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
         "bos": tokenizer.bos_token_id,
         "chat_template": tokenizer.chat_template,
     }
-
-
-def _is_local(config: DataConfig) -> bool:
-    try:
-        return config.dataset == builtin.NAME or Path(config.dataset).expanduser().exists()
-    except RuntimeError:  # no home, which the reader tells
-        return True
 
 
 @cache

@@ -246,6 +246,11 @@ class _HubRecords:
             yield position, Record(Start(0), self.name, wanted(record, self.column))
 
 
+def is_local(config: DataConfig) -> bool:
+    """Whether the text is on this machine. Raises InputError if its "~" is nobody's."""
+    return config.dataset == builtin.NAME or expand_user(config.dataset).exists()
+
+
 def _open_source(config: DataConfig, split: Split) -> _Source:
     path = expand_user(config.dataset)
     if config.dataset == builtin.NAME:

@@ -65,7 +65,7 @@ class TextRows:
         if self._entry is not None and self._seek(self._entry):
             return
         self._packs, self._chunks = True, 0
-        self._row = state.get("skip", 0)  # the states of 0.3 and before are between two rows
+        self._row = state.get("skip", 0)  # states without a cache behind them had none
         self._packer.load_state_dict(state)
         self._before = self._after = self._packer.state_dict()
 

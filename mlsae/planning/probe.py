@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import builtin
 from ..config import TrainConfig, heldout_tokens
 from ..data.config import DataConfig
+from ..data.documents import is_local
 from ..data.stream import DataStream, Residuals, Shape
 from ..data.tokens import Rows
 from ..data.transformer import load_tokenizer
@@ -35,11 +35,6 @@ from .times import NOTHING, Span, StepTime, Times, n_validations
 _FINISH = Span(1.0, 0.6)  # of the report: measured on 2 cores of a CPU, 2026-11-27
 _WARM, _LEAST = 1, 2  # steps that do not count, and that do at least
 _SHARE = 4  # a step of the probe takes a quarter of its time at most
-
-
-def text_at_hand(config: DataConfig) -> bool:
-    """Whether the text is on this machine."""
-    return config.dataset == builtin.NAME or Path(os.path.expanduser(config.dataset)).exists()
 
 
 def check_text(config: DataConfig, seq_len: int) -> None:
@@ -91,7 +86,7 @@ def probe(
         )
     batch_rows = needs.step_tokens // shape.seq_len
     rests_on = [f"measured on {device.type}, by the training's own steps"]
-    if text_at_hand(config.data):
+    if is_local(config.data):
         rests_on.append("on the run's own text")
         with clock.timed(once, "held-out text"):
             heldout = stream.heldout(heldout_tokens(config))
@@ -175,7 +170,7 @@ def _validations(
         validate([state.mlsae for state in states], stream.kept_and_dropped(rows))
     times = n_validations(config, needs.steps)
     n_rows = max(1, heldout_tokens(config) // stream.seq_len)
-    n_rows = min(n_rows, len(heldout)) if text_at_hand(config.data) else n_rows
+    n_rows = min(n_rows, len(heldout)) if is_local(config.data) else n_rows
     return {"validation": spans["validation"] * (times * n_rows / len(rows))}
 
 
