@@ -6,7 +6,10 @@ import threading
 import pytest
 import torch
 
+from mlsae.config import SAEConfig, TrainConfig, heldout_tokens
+from mlsae.data.config import DataConfig
 from mlsae.training import checkpoint
+from mlsae.training.run import train
 
 STATE = {
     "tokens": 12,
@@ -131,3 +134,25 @@ def test_a_write_that_failed_is_told_by_the_next_call(tmp_path, monkeypatch, cal
         getattr(writer, call)(*((20, STATE) if call == "save" else ()))
     assert writer.saved is None
     assert checkpoint.newest(tmp_path, pytest.fail) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [({"checkpoint_minutes": 1e-9}, 5), ({}, 1), ({"checkpoint_tokens": 256}, 3)],
+)
+def test_checkpoints_are_written_by_the_clock_unless_by_tokens(tmp_path, options, written):
+    """In a run of five steps of 128 tokens and a few seconds; one at the end in any case."""
+    config = TrainConfig(
+        DataConfig(layers=(0,), seq_len=64), sae=SAEConfig(expansion=1, k=4), tokens=600,
+        batch_tokens=128, eval_tokens=64, keep_checkpoints=9, out=tmp_path / "run", **options,
+    )  # fmt: skip
+    train(config)
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))) == written
+
+
+@pytest.mark.parametrize(
+    ("tokens", "given", "expected"),
+    [(30_000, None, 4096), (800_000, None, 16_000), (10**9, None, 65_536), (30_000, 512, 512)],
+)
+def test_a_short_run_validates_on_few_tokens(tokens, given, expected):
+    assert heldout_tokens(TrainConfig(tokens=tokens, eval_tokens=given)) == expected
