@@ -24,7 +24,9 @@ from . import dictionary_learning, openai, own, released, saelens, sparsify
 from .remote import folders_in, listed, local_folder
 from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
-__all__ = ["FORMATS", "SavedSAE", "detect", "local_folder", "read", "write"]
+__all__ = [
+    "FORMATS", "SavedSAE", "detect", "folders_in", "listed", "local_folder", "read", "write",
+]  # fmt: skip
 
 SETTINGS, CARRIED = "mlsae.json", "carried.safetensors"
 

@@ -54,8 +54,7 @@ def train_step(
     for x, mask in parts:
         lap("model")
         for state, step in zip(states, steps, strict=True):
-            forward_backward(state, step, x, mask)
-        lap("SAE")
+            forward_backward(state, step, x, mask, lap)
     for state, step in zip(states, steps, strict=True):
         all_reduce_grads(state)
         if state.data.size > 1:
