@@ -1,6 +1,7 @@
 # make train            train an MLSAE of the built-in model, offline: runs/demo/report.html
 # make test             run the tests
-# make check            run ruff, ruff format and mypy
+# make check            run ruff, ruff format, mypy, and make docs
+# make docs             build the documentation as a site: build/site
 # make bench            run the benchmarks
 # make gpu              on a GPU, in five minutes: the kernels' tests, a step's time, the tiles' times
 # make check-release    build a release, install it into an empty environment, use it there
@@ -12,7 +13,7 @@
 
 PYTHON ?= python3
 
-.PHONY: train test check bench gpu check-release check-kernels check-install
+.PHONY: train test check docs bench gpu check-release check-kernels check-install
 
 train: .venv/installed
 	.venv/bin/python -m mlsae.train --out runs/demo --overwrite
@@ -20,10 +21,13 @@ train: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist loadfile -p no:benchmark
 
-check: .venv/installed
+check: .venv/installed docs
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: .venv/installed
+	.venv/bin/python -m scripts.build_docs
 
 bench: .venv/installed
 	.venv/bin/python -m pytest bench/ --benchmark-only
