@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any, TypeVar
 
-import torch
 import tyro
 from rich.table import Table
 
-from .distributed import LostContactError, is_rank0, log_rank0
 from .errors import InputError, exit_on_bad_input, first_line
+from .ranks import LostContactError, is_rank0, log_rank0
 
 Config = TypeVar("Config")
 
@@ -106,10 +105,12 @@ def raise_out_of_memory() -> Iterator[None]:
     """Raise InputError where torch or Python cannot have the memory that the settings ask for."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except MemoryError as error:
         raise _too_large(error) from error
     except RuntimeError as error:
-        if not any(words in str(error) for words in _NO_MEMORY):
+        torch = sys.modules.get("torch")  # not imported here: the report and the app start sooner
+        on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+        if not on_gpu and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise _too_large(error) from error
 

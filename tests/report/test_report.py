@@ -118,7 +118,7 @@ def test_all_examples_are_in_the_page_in_order_if_they_fit(whole):
 @pytest.mark.parametrize("budget", [1_000_000, 300_000, 120_000, 60_000])
 def test_what_does_not_fit_is_left_out_evenly_and_reported(whole, budget):
     folder, content, _ = whole
-    browser = browser_data(read_run_data(folder).analysis, budget)
+    browser = browser_data(read_run_data(folder).analysis, {}, budget)
     assert sum(map(len, browser.packed.values())) <= budget
     texts = {
         name: json.loads(gzip.decompress(base64.b64decode(text)))
