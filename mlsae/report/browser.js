@@ -3,7 +3,6 @@
 
 let openLatent = () => {}; // open a latent by its id; set when the data are unpacked
 let openPlace = () => {}; // open a latent by its place in the list sorted by a key
-const labels = new Map(); // latent → what a user has written of it: {label, notes}
 const latentTable = unpack("latents").then(JSON.parse);
 
 (async () => {

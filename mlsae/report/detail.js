@@ -1,12 +1,6 @@
 // One latent: its metrics, its profile over the layers, its examples.
 "use strict";
 
-// What a user has written of a latent. (In the app it can be changed.)
-let written = (id) => {
-  const { label, notes } = labels.get(id) ?? {};
-  return element("div", { class: "written" }, ...(label ? [element("p", {}, element("b", {}, label))] : []), ...(notes ? [element("p", { class: "notes" }, notes)] : []));
-};
-
 function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }) {
   const kinds = { top: "strongest", q4: "strongest quarter", q3: "third quarter", q2: "second quarter", q1: "weakest quarter" };
   const chunks = new Map(); // index → promise of its examples
@@ -132,13 +126,13 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
   }
 
   return async function show(row) {
-    current = row;
+    const shown = (current = { row });
     document.dispatchEvent(new CustomEvent("latent", { detail: data.latent[row] }));
     const button = (label, by, name) => element("button", { type: "button", title: name, "aria-label": name, onclick: () => move(by) }, label);
     const head = element("header", {}, element("h3", {}, `Latent ${data.latent[row]}`), button("‹", -1, "previous latent in the list"), button("›", 1, "next latent in the list"));
     const body = [head, written(data.latent[row]), stats(row), profile(row), ...(data.continued ? [lifeline(row)] : [])];
     panel.replaceChildren(...body);
     const rows = await examplesOf(row);
-    if (current === row) panel.replaceChildren(...body, gallery(row, rows));
+    if (current === shown) panel.append(gallery(row, rows));
   };
 }

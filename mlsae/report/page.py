@@ -33,7 +33,7 @@ def write_report(folder: Path, out: Path | None = None) -> None:
     scripts: tuple[str, ...] = ("packed.js", "page.js")
     if run.analysis:
         packed["prompt"] = pack_json(_prompt(run.analysis))
-        scripts += ("token.js", "prompt.js", "list.js", "detail.js", "browser.js")
+        scripts += ("token.js", "prompt.js", "written.js", "list.js", "detail.js", "browser.js")
     page = _render(run, plots, scripts, packed, None)
     if run.analysis:
         room = MAX_PAGE_BYTES - len(page) - _MARGIN
