@@ -44,14 +44,14 @@ function drawStrip() {
   strip.replaceChildren(...parts);
 }
 
-async function showToken(token) {
+async function showToken(token, choose = false) {
   chosenToken = token;
   strip.querySelectorAll("button").forEach((button, i) => button.setAttribute("aria-pressed", i === token));
   document.getElementById("token-title").textContent = `Token ${token}: “${visible(reading.tokens[token])}”`;
   showNext();
   const columns = latentsAt(reading, token);
   const known = columns.some(({ latent }) => latent === chosenLatent);
-  if (!known && columns.length) {
+  if ((choose || !known) && columns.length) {
     const strongest = columns.reduce((a, b) => (Math.max(...b.h) > Math.max(...a.h) ? b : a));
     await chooseLatent(strongest.latent);
   }
@@ -135,6 +135,7 @@ async function read() {
   document.getElementById("prompt-form").setAttribute("aria-busy", "true");
   try {
     const answer = await (await ask("prompt", { text }, { signal: readingNow.signal })).json();
+    const first = !reading && !location.hash;
     reading = { ...answer, text };
     sessionStorage.setItem("prompt", text);
     document.getElementById("reading").hidden = false;
@@ -144,7 +145,7 @@ async function read() {
     drawStrip();
     let last = reading.tokens.length - 1; // the last token with an active latent
     while (last > 0 && !reading.entries.token.includes(last)) last--;
-    await showToken(last);
+    await showToken(last, first);
   } catch (error) {
     say("read-said", error);
   } finally {

@@ -75,10 +75,10 @@ def read_edits(body: dict[str, Any]) -> list[Any]:
             Edit(
                 get(edit, "latent", int),
                 None if layers is None else tuple(_checked(layers, list, "layers")),
-                get(edit, "op", str),  # type: ignore[arg-type] # which Edit checks
+                get(edit, "op", str),
                 None if value is None else _checked(value, float, "value"),
                 parse_where(get(edit, "positions", str, "all").replace(" ", "")),
-                get(edit, "units", str, "sigma"),  # type: ignore[arg-type]
+                get(edit, "units", str, "sigma"),
             )
         )
     return result

@@ -60,7 +60,8 @@ class Session:
         self.folder = folder
         self.mlsae, self.stream = open_run(given, choose_device(config.device))
         self.strings = token_strings(self.stream.tokenizer)
-        settings = self.stream.reader.model.config.get_text_config()
+        model: Any = self.stream.reader.model
+        settings = model.config.get_text_config()
         self.context: int | None = getattr(settings, "max_position_embeddings", None)
 
     @property

@@ -18,15 +18,10 @@ from mlsae.report.browser import KINDS, browser_data
 from mlsae.report.comparison import write_comparison
 from mlsae.report.run_data import read_run_data
 from tests.helpers.make_run import make_run
+from tests.helpers.packed import packed
 from tests.helpers.programs import program
 
 PYTHIA = "EleutherAI/pythia-70m-deduped"
-
-
-def packed(page, name):
-    """The data that the page's script would unpack."""
-    match = re.search(rf'<script type="text/plain" id="packed-{name}">([^<]*)</script>', page)
-    return json.loads(gzip.decompress(base64.b64decode(match[1])))
 
 
 @pytest.fixture(scope="module")
