@@ -207,24 +207,24 @@ class _Served:
     async def _events(self, job: Callable[..., None], side: str) -> AsyncIterator[dict[str, Any]]:
         """The events of a job in the one thread, as it emits them. It is stopped when they are not
         read any more."""
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any]]()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any] | None]()
         gone = False
         emit = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)  # noqa: E731
+
+        def whole() -> None:
+            try:
+                job(side, emit, lambda: gone or self.runs.closing.is_set())
+            finally:
+                emit(None)
+
         ahead = self.runs.worker.unfinished
-        future = self.runs.worker.submit(
-            lambda: job(side, emit, lambda: gone or self.runs.closing.is_set())
-        )
+        future = self.runs.worker.submit(whole)
         try:
             if ahead:
                 yield {"waiting": ahead}
-            while not (future.done() and events.empty()):
-                try:
-                    yield await asyncio.wait_for(events.get(), _LOOK_SECONDS)
-                except TimeoutError:
-                    if self.runs.closing.is_set():
-                        break
-            if future.done():
-                future.result()  # raises what the job has raised
+            while (event := await events.get()) is not None:
+                yield event
+            await asyncio.wrap_future(future)  # raises what the job has raised
         finally:
             gone = True
             future.cancel()
