@@ -81,7 +81,7 @@ def test_the_source_distribution_can_be_tested_and_read(sdist):
     for needed in (
         "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "constraints.txt",
         "docs/architecture.md", "scripts/check_install.sh", "tests/conftest.py",
-        "tests/helpers/models.py", "bench/ledger.py",
+        "tests/helpers/models.py", "bench/ledger.py", "kernels/hub/build.toml",
     ):  # fmt: skip
         assert (sdist / needed).is_file(), needed
 
