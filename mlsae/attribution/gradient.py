@@ -149,7 +149,7 @@ def _edges(
     n: int,
 ) -> list[Edge]:
     """What rests on what among the n strongest nodes, the strongest edges first."""
-    chosen = places[:n].tolist()
+    chosen = places[: min(n, len(places))].tolist()
     edges: list[Edge] = []
     for sink, (layer, token, _) in enumerate(chosen):
         sources = [i for i, place in enumerate(chosen) if place[0] < layer and place[1] <= token]

@@ -137,7 +137,7 @@ def _checks(
         tuple(column[i].item() for column in (nodes[0], nodes[1], nodes[2], nodes[4]))
         for i in range(min(n, len(nodes.token)))
     ]
-    for place in errors.abs().flatten().argsort(descending=True, stable=True)[:n].tolist():
+    for place in errors.abs().flatten().argsort(descending=True, stable=True).tolist()[:n]:
         layer, token = divmod(place, errors.shape[1])
         if errors[layer, token]:
             chosen.append((token, reader.layers[layer], None, errors[layer, token].item()))
