@@ -55,7 +55,8 @@ PATHS = (
     "run", "other", "damaged", "model",
 )  # fmt: skip
 SAES = (*formats.FORMATS, "saelens5", "converted")  # folders in "sae"
-ENDLESS = {
+# A huge one is right, and takes for ever.
+ENDLESS = {"tokens", "eval_tokens", "keep_checkpoints", "check", "edges"}
     "tokens",
     "eval_tokens",
     "keep_checkpoints",
