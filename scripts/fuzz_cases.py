@@ -57,12 +57,6 @@ PATHS = (
 SAES = (*formats.FORMATS, "saelens5", "converted")  # folders in "sae"
 # A huge one is right, and takes for ever.
 ENDLESS = {"tokens", "eval_tokens", "keep_checkpoints", "check", "edges"}
-    "tokens",
-    "eval_tokens",
-    "keep_checkpoints",
-    "check",
-    "edges",
-}  # a huge one is right, and takes for ever
 
 
 @dataclass

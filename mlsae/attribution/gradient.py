@@ -108,7 +108,10 @@ def attribute(
         value = target.value(mlsae, reader.layers, residuals, logits)
     below = target.below(reader.layers)
     grads = torch.autograd.grad(value, residuals[:below], retain_graph=n_edges > 0)
-    layers, effects, errors, constants = [], [], [], []
+    layers: list[_Layer] = []
+    effects: list[Tensor] = []
+    errors: list[Tensor] = []
+    constants: list[Tensor] = []
     with torch.no_grad():
         for x, grad in zip(residuals, grads, strict=False):
             parts = mlsae.reconstruct(x[0].detach())
@@ -120,8 +123,8 @@ def attribute(
     nodes, places = _nodes(reader.layers, layers, effects)
     edges = _edges(mlsae, residuals, layers, nodes, places, n_edges)
     latents = [effect.double().sum(-1).cpu() for effect in effects]
-    sums = (torch.stack(part) for part in (latents, errors, constants))
-    return Attribution(value.item(), nodes, *sums, edges)
+    a, b, c = (torch.stack(part) for part in (latents, errors, constants))
+    return Attribution(value.item(), nodes, a, b, c, edges)
 
 
 def _nodes(

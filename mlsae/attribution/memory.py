@@ -28,7 +28,7 @@ class Needed(NamedTuple):
     """Bytes that a trace takes beside the weights."""
 
     activations: int
-    """What the forward pass keeps for the backward pass."""
+    """What the forward pass keeps for the backward pass, which holds as much again of a block."""
     residuals: int
     """The residual stream at each layer, its gradient, and its standardized form; the logits."""
     latents: int
@@ -62,6 +62,7 @@ def estimate(mlsae: MLSAE, reader: ResidualReader, ids: Tensor) -> Needed:
         per_s, per_t = (_kept_bytes(reader, ids[:part].to(device)) / part for part in _PROBES)
         square = max(0.0, (per_t - per_s) / (t - s))
         kept = round(n * (per_t + square * (n - t)))
+    kept += kept // len(reader.blocks)
     model: Any = reader.model
     config, vectors = mlsae.config, n * len(reader.layers)
     itemsize = next(model.parameters()).element_size()

@@ -133,9 +133,10 @@ def _checks(
     n: int,
 ) -> list[Check]:
     nodes, errors = found.nodes, found.errors
+    strongest = (column.tolist()[:n] for column in nodes)
     chosen: list[tuple[int, int, int | None, float]] = [
-        tuple(column[i].item() for column in (nodes[0], nodes[1], nodes[2], nodes[4]))
-        for i in range(min(n, len(nodes.token)))
+        (token, layer, latent, effect)
+        for token, layer, latent, _, effect in zip(*strongest, strict=True)
     ]
     for place in errors.abs().flatten().argsort(descending=True, stable=True).tolist()[:n]:
         layer, token = divmod(place, errors.shape[1])
