@@ -13,11 +13,9 @@ from typing import Any, Literal
 
 import tyro
 
-from .batchtopk import check_activation
-from .data.config import DataConfig, check_seed
-from .data.heldout_split import check_share
+from .data.config import DataConfig, check_seed, check_share
 from .errors import InputError
-from .sae_config import Ints, SAEConfig, SAESweep, check_different
+from .sae_config import Ints, SAEConfig, SAESweep, check_activation, check_different
 
 __all__ = ["SAEConfig", "SAESweep", "TrainArguments", "TrainConfig"]
 
