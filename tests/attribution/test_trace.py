@@ -3,6 +3,8 @@
 Legend: T tokens, D width of the residual stream, M latents.
 """
 
+import base64
+import gzip
 import json
 import re
 
@@ -160,5 +162,8 @@ def test_everything_is_printed_and_written(run, tmp_path, capsys):
     assert content["n_nodes"] == len(content["nodes"]["token"])
     text = page.read_text()
     assert ">&lt;</span>" in text
+    packed = re.search(r'id="packed-plots">([^<]*)<', text)[1]
+    plots = json.loads(gzip.decompress(base64.b64decode(packed)))
+    assert "&lt;" in plots["errors"]["layout"]["xaxis"]["ticktext"]  # plotly reads tags
     with pytest.raises(InputError, match="--save and --page must be two files"):
         trace_and_print(TraceConfig(run=run, prompt=PROMPT, save=page, page=page))
