@@ -11,7 +11,9 @@ from .runs import Runs
 
 _BEFORE = ("fetched.js", "page.js", "token.js", "written.js")
 _BROWSER = ("list.js", "detail.js", "browser.js")
-_AFTER = ("ask.js", "labels.js", "chosen.js", "next.js", "read.js", "steer.js", "start.js")
+_AFTER = (
+    "ask.js", "labels.js", "chosen.js", "next.js", "read.js", "steer.js", "trace.js", "start.js",
+)  # fmt: skip
 
 
 def page(runs: Runs, number: int) -> bytes:
