@@ -102,7 +102,7 @@ class _Served:
 
     async def status(self, request: Request) -> Response:
         session = await self._wait(request, self._run(request).session())
-        return JSONResponse({"layers": session.layers, "most_new": requests.MOST_NEW_TOKENS})
+        return JSONResponse({"layers": session.layers})
 
     async def prompt(self, request: Request) -> Response:
         body = await requests.read_body(request)

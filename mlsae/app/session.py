@@ -19,6 +19,7 @@ from ..analysis.geometry import token_strings
 from ..analysis.prompt import read_prompt, tokenize
 from ..attribution import trace
 from ..cli import silence_transformers
+from ..data.residuals import ResidualReader
 from ..distributed import choose_device
 from ..errors import InputError
 from ..evaluation.heldout import HeldoutConfig, open_run
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 1024
 """Of a prompt."""
+_MODEL = (
+    "model", "revision", "trust_remote_code", "model_dtype", "model_device_map", "model_quantize",
+)  # fmt: skip
+"""Settings that decide a transformer."""
 _SHOWN = 8  # next tokens
 _EDGES = 24  # strongest nodes of a trace, between which edges are drawn
 
@@ -46,10 +51,17 @@ class StoppedError(Exception):
 class Session:
     """The MLSAE of the run in `folder`, whose config.json is `about`, and its transformer.
 
-    Raises InputError if they cannot be loaded, or do not fit together.
+    Several sessions of one transformer hold it once. Raises InputError if they cannot be loaded, or
+    do not fit together.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], config: AppConfig) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        about: dict[str, Any],
+        config: AppConfig,
+        others: Sequence[Session] = (),
+    ) -> None:
         silence_transformers()
         trained = about.get("training")
         names_text = isinstance(trained, dict) and trained.get("dataset")
@@ -63,6 +75,7 @@ class Session:
         )
         self.folder = folder
         self.mlsae, self.stream = open_run(given, choose_device(config.device))
+        self._share(others)
         self.strings = token_strings(self.stream.tokenizer)
         model: Any = self.stream.reader.model
         settings = model.config.get_text_config()
@@ -164,6 +177,14 @@ class Session:
                 model, tokenizer, ids.to(self.stream.device), **sampling, watch=watch
             )
         return str(tokenizer.decode(new))
+
+    def _share(self, others: Sequence[Session]) -> None:
+        """Use the transformer of another session, if it is the same one, and drop this one's."""
+        for other in others:
+            stream = other.stream
+            if all(getattr(stream.config, n) == getattr(self.stream.config, n) for n in _MODEL):
+                self.stream.reader = ResidualReader(stream.reader.model, self.layers)
+                return
 
     def _ids(self, text: str) -> Tensor:
         ids = tokenize(self.stream, text)

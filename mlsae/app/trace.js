@@ -54,6 +54,7 @@ async function showTrace(found) {
 
 document.getElementById("trace-form").addEventListener("submit", async (event) => {
   event.preventDefault();
+  if (reading?.text !== document.getElementById("text").value) await read();
   if (!reading) return;
   tracing?.abort();
   const mine = (tracing = new AbortController());

@@ -327,6 +327,12 @@ def tab(port):
     return closing(http.client.HTTPConnection("127.0.0.1", port))
 
 
+def test_runs_of_one_transformer_hold_it_once(run):
+    runs = Runs(AppConfig((run, run), device="cpu"))
+    one, two = (each.session().result().stream.reader.model for each in runs.all)
+    assert one is two
+
+
 def test_bad_settings_are_told_before_anything_is_served(run, tmp_path, monkeypatch):
     def fails(words, **settings):
         with pytest.raises(InputError, match=words):
