@@ -24,15 +24,7 @@ _LARGEST = 20  # pixels of a node
 
 def trace_page(trace: dict[str, Any], run: str) -> bytes:
     """A self-contained page. `trace` is what `Trace.as_dict` gives, of the run named `run`."""
-    flows = sorted(trace["flows"][:_FLOWS], key=lambda flow: flow["token"])  # keeps their order
-    shown = _strongest_tokens(trace)
-    plots = {
-        "flows": _flows(trace, flows),
-        "latents": _heatmap(trace, "latents", shown),
-        "errors": _heatmap(trace, "errors", shown),
-    }
-    if trace["checks"]:
-        plots["checks"] = _checks(trace["checks"], trace["tokens"])
+    plots = trace_plots(trace)
     target = trace["target"]
     tokens = [_visible(token) for token in trace["tokens"]]
     facts = {
@@ -50,14 +42,37 @@ def trace_page(trace: dict[str, Any], run: str) -> bytes:
         plots=plots,
         facts=facts,
         tokens=tokens,
-        n_flows=len(flows),
-        n_shown=len(shown),
-        flows_width=max(320, 110 + _SLOT * len(flows)),
+        n_flows=len(drawn_flows(trace)),
+        n_shown=len(_strongest_tokens(trace)),
+        flows_width=flows_width(trace),
         checks=trace["checks"],
         correlation=trace["correlation"],
         edges=trace["edges"][:_EDGES],
         nodes=trace["nodes"],
     )
+
+
+def trace_plots(trace: dict[str, Any]) -> dict[str, go.Figure]:
+    """The plots by name: flows, latents, errors, and checks if there are any."""
+    shown = _strongest_tokens(trace)
+    plots = {
+        "flows": _flows(trace, drawn_flows(trace)),
+        "latents": _heatmap(trace, "latents", shown),
+        "errors": _heatmap(trace, "errors", shown),
+    }
+    if trace["checks"]:
+        plots["checks"] = _checks(trace["checks"], trace["tokens"])
+    return plots
+
+
+def drawn_flows(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """The strongest flows, those of a token side by side: a column of the plot each."""
+    return sorted(trace["flows"][:_FLOWS], key=lambda flow: flow["token"])  # keeps their order
+
+
+def flows_width(trace: dict[str, Any]) -> int:
+    """Pixels that the plot of flows needs."""
+    return max(320, 110 + _SLOT * len(drawn_flows(trace)))
 
 
 def _flows(trace: dict[str, Any], flows: Sequence[dict[str, Any]]) -> go.Figure:
