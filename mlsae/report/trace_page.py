@@ -52,6 +52,7 @@ def trace_page(trace: dict[str, Any], run: str) -> bytes:
         tokens=tokens,
         n_flows=len(flows),
         n_shown=len(shown),
+        map_width=110 + 12 * len(shown),
         flows_width=max(320, 110 + _SLOT * len(flows)),
         checks=trace["checks"],
         correlation=trace["correlation"],
@@ -123,7 +124,7 @@ def _token_name(token: int, text: str, at: Sequence[int]) -> dict[str, Any]:
     room = max(3, len(at) * _SLOT // 7)
     return {
         "x": (at[0] + at[-1]) / 2, "y": 1, "xref": "x", "yref": "paper", "yanchor": "bottom",
-        "text": _escaped(_cut(f"{token} {text}", room)), "showarrow": False,
+        "text": html.escape(_cut(f"{token} {_visible(text)}", room)), "showarrow": False,
         "hovertext": _escaped(text), "font": {"size": 11},
     }  # fmt: skip
 
@@ -165,7 +166,7 @@ def _heatmap(trace: dict[str, Any], name: str, shown: Sequence[int]) -> go.Figur
         [heatmap],
         {
             "tickvals": list(range(len(shown))), "ticktext": names, "tickangle": 90,
-            "tickfont": {"size": 10}, "title": {"text": "token"},
+            "tickfont": {"size": 10},
             "showgrid": False, "zeroline": False,
         },
         {**_layer_axis(layers), "showgrid": False},
