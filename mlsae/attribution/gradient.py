@@ -14,9 +14,9 @@ model computes from x,
 
 σ and μ are held as they are, although they are x's own: a part is taken away from x and leaves
 them, as `Edit` does. It estimates by how much y falls if the part is ablated (x' = x − h_j σ
-W_dec[j], or x̂ for the error). Nodes with errors of their own, and this estimate, are those of
-sparse feature circuits (Marks et al., arXiv 2403.19647, eq. 2), except that the gradient there
-stops at other nodes' errors for edges only, as here.
+W_dec[j], or x̂ for the error). These nodes, errors among them, and this estimate are those of sparse
+feature circuits (Marks et al., arXiv 2403.19647, section 3), with 0 as the baseline. Edges there are
+of direct paths, and here of all paths (`Edge`).
 
 Nodes of successive layers are the same stream: what is at layer ℓ is mostly still there at ℓ + 1,
 and is attributed at both. So the sum over one layer's nodes is meaningful, and that over layers is
