@@ -3,14 +3,16 @@
 # make check            run ruff, ruff format and mypy
 # make bench            run the benchmarks
 # make gpu              on a GPU, in five minutes: the kernels' tests, a step's time, the tiles' times
+# make check-release    build a release, install it into an empty environment, use it there
+# make check-kernels    load the build for the hub of kernels with the Hugging Face package `kernels`
 # make check-install    install beside the Hugging Face package `kernels`, and uninstall again
 #
-# All but the last two set up .venv first, with the versions of constraints.txt. To use another Python:
+# All but gpu and check-… set up .venv first, with the versions of constraints.txt. To use another Python:
 # PYTHON=python3.12 make …
 
 PYTHON ?= python3
 
-.PHONY: train test check bench gpu check-install
+.PHONY: train test check bench gpu check-release check-kernels check-install
 
 train: .venv/installed
 	.venv/bin/python -m mlsae.train --out runs/demo --overwrite
@@ -28,6 +30,12 @@ bench: .venv/installed
 
 gpu:
 	PYTHON=$(PYTHON) bash bench/gpu.sh
+
+check-release:
+	bash scripts/check_release.sh $(PYTHON)
+
+check-kernels:
+	bash scripts/check_kernels.sh $(PYTHON)
 
 check-install:
 	bash scripts/check_install.sh $(PYTHON)

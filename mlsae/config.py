@@ -68,8 +68,9 @@ class TrainSettings:
     """Tokens between two validations. None: only at the end."""
     log_tokens: int | None = None
     """Tokens between two lines of metrics.jsonl. None: a hundredth of the run."""
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Also log to TensorBoard (OUT/tensorboard) or Weights & Biases, which must be installed."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also log to TensorBoard (OUT/tensorboard), Weights & Biases or trackio, or to several; they
+    must be installed."""
     checkpoint_minutes: float = 10.0
     """Minutes between two checkpoints, which are written while training goes on; the last one is
     of the end."""

@@ -39,6 +39,17 @@ else:
     hypothesis.settings.load_profile("kernels")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_matrix_units():
+    """Transformers compute in float32 in this process, whichever CPU it runs on: tests compare what
+    training, evaluation and analysis read, to a few roundings."""
+    from mlsae.data import dtypes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dtypes, "multiplies_bfloat16", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def team():
     """Four processes in a gloo group, for all tests that want them."""

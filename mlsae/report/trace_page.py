@@ -44,7 +44,7 @@ def trace_page(trace: dict[str, Any], run: str) -> bytes:
     }
     return render(
         "trace.html",
-        ("page.js",),
+        ("packed.js", "page.js"),
         {"plotly": packed_plotly(), "plots": pack_plots(plots)},
         title=f"What the {target['name']} rests on",
         plots=plots,
