@@ -11,10 +11,11 @@ and the target y depends on each part. With g = ∂y/∂x, through all that the 
     of the constants        = (σ · b_dec + μ) · g
     they add up to            x · g, at each layer and token
 
-σ and μ are held as they are, although they are x's own, as `Edit` holds them. An attribution estimates
-by how much y falls if the part is ablated: x' = x − h_j · σ · W_dec[j], or x̂ for the error. These
-nodes, errors among them, and this estimate are those of sparse feature circuits (Marks et al., arXiv
-2403.19647, section 3), with 0 as the baseline. Edges there are of direct paths, and here of all.
+σ and μ are held as they are, although they are x's own, as `Edit` holds them. An attribution
+estimates by how much y falls if the part is ablated: x' = x − h_j · σ · W_dec[j], or x̂ for the
+error. These nodes, errors among them, and this estimate are those of sparse feature circuits (Marks
+et al., arXiv 2403.19647, section 3), with 0 as the baseline. Edges there are of direct paths, and
+here of all.
 
 Nodes of successive layers are the same stream: what is at layer ℓ is mostly still there at ℓ + 1,
 and is attributed at both. So the sum over one layer's nodes is meaningful, and that over layers is
