@@ -19,6 +19,7 @@ from mlsae.cli import parse
 from mlsae.data.residuals import ResidualReader
 from mlsae.errors import InputError
 from mlsae.intervention import Edit, OpenConfig, intervene, open_run
+from mlsae.report.trace_page import trace_page
 from mlsae.trace import trace_and_print
 from tests.helpers.models import CONFIGS, make, save_gpt2
 
@@ -167,3 +168,24 @@ def test_everything_is_printed_and_written(run, tmp_path, capsys):
     assert "&lt;" in plots["errors"]["layout"]["xaxis"]["ticktext"]  # plotly reads tags
     with pytest.raises(InputError, match="--save and --page must be two files"):
         trace_and_print(TraceConfig(run=run, prompt=PROMPT, save=page, page=page))
+
+
+def test_the_page_opens_wide_and_narrow_without_a_complaint(opened, tmp_path):
+    pytest.importorskip("selenium", reason="needs selenium, which drives the browser")
+    from tests.helpers.headless import CHROMIUM, DRIVER, NARROW, WIDE, Reader
+
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs Chromium and its driver")
+    page = tmp_path / "trace.html"
+    page.write_bytes(trace_page(trace(opened, PROMPT, edges=4).as_dict(), "a run"))
+    reader = Reader(tmp_path / "profile")
+    try:
+        for size in (WIDE, NARROW):
+            reader.open(page, size)
+            reader.until("document.querySelector('[data-plot=flows] .point') !== null")
+            width = reader.js("return document.documentElement.scrollWidth")
+            assert width <= size[0], "the page scrolls sideways"
+        assert reader.texts(".whole .chip") == ["def", "·main", "(", "<", "b", ">", "):"]
+        assert reader.complaints() == []
+    finally:
+        reader.driver.quit()
