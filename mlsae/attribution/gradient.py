@@ -36,6 +36,7 @@ from torch import Tensor
 from sparse_topk import TopK
 
 from ..data.residuals import ResidualReader
+from ..errors import InputError
 from ..model import MLSAE, Standardized
 from .targets import Target, activation
 
@@ -100,7 +101,9 @@ def attribute(
     mlsae: MLSAE, reader: ResidualReader, ids: Tensor, target: Target, n_edges: int = 0
 ) -> Attribution:
     """What `target` rests on in a forward pass of ids (T,); and, among the `n_edges` strongest
-    nodes, what rests on what, by one more backward pass for each."""
+    nodes, what rests on what, by one more backward pass for each.
+
+    Raises InputError if attributions are not finite."""
     inputs = ids[None].to(mlsae.sae.W_dec.device)
     residuals, logits = reader.with_graph(inputs)
     with torch.enable_grad():
@@ -123,6 +126,11 @@ def attribute(
     edges = _edges(mlsae, residuals, layers, nodes, places, n_edges)
     latents = [effect.double().sum(-1).cpu() for effect in effects]
     a, b, c = (torch.stack(part) for part in (latents, errors, constants))
+    if not torch.stack([a, b, c]).isfinite().all():  # or the target, whose gradient is then none
+        raise InputError(
+            "RUN and MODEL must give finite predictions and attributions, and here some are not; "
+            "check that their files are whole"
+        )
     return Attribution(value.item(), nodes, a, b, c, edges)
 
 

@@ -4,6 +4,7 @@ Legend: T tokens, D width of the residual stream, M latents.
 """
 
 import base64
+import copy
 import gzip
 import json
 import re
@@ -146,6 +147,15 @@ def test_a_trace_that_does_not_fit_is_refused_before_its_pass(opened, run, monke
     assert re.match(r"memory beside the weights' .* activations .*, latents", lines[0])
     with pytest.raises(InputError, match=r"weights of about .* is free on cpu"):
         trace_and_print(TraceConfig(run=run, prompt=PROMPT))
+
+
+def test_numbers_that_are_not_finite_are_refused(opened):
+    model, mlsae = copy.deepcopy(opened.reader.model), copy.deepcopy(opened.mlsae)
+    for damaged in (model.lm_head, mlsae.sae):
+        next(damaged.parameters()).data.fill_(torch.nan)
+    for damaged in ({"reader": ResidualReader(model, (0, 1))}, {"mlsae": mlsae}):
+        with pytest.raises(InputError, match="must give finite predictions and attributions"):
+            trace(opened._replace(**damaged), PROMPT)
 
 
 def test_everything_is_printed_and_written(run, tmp_path, capsys):
