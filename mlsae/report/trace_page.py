@@ -24,7 +24,7 @@ _LARGEST = 20  # pixels of a node
 
 def trace_page(trace: dict[str, Any], run: str) -> bytes:
     """A self-contained page. `trace` is what `Trace.as_dict` gives, of the run named `run`."""
-    plots = trace_plots(trace)
+    plots, shown = trace_plots(trace), _strongest_tokens(trace)
     target = trace["target"]
     tokens = [_visible(token) for token in trace["tokens"]]
     facts = {
@@ -43,7 +43,8 @@ def trace_page(trace: dict[str, Any], run: str) -> bytes:
         facts=facts,
         tokens=tokens,
         n_flows=len(drawn_flows(trace)),
-        n_shown=len(_strongest_tokens(trace)),
+        n_shown=len(shown),
+        map_width=110 + 12 * len(shown),
         flows_width=flows_width(trace),
         checks=trace["checks"],
         correlation=trace["correlation"],
@@ -138,7 +139,7 @@ def _token_name(token: int, text: str, at: Sequence[int]) -> dict[str, Any]:
     room = max(3, len(at) * _SLOT // 7)
     return {
         "x": (at[0] + at[-1]) / 2, "y": 1, "xref": "x", "yref": "paper", "yanchor": "bottom",
-        "text": _escaped(_cut(f"{token} {text}", room)), "showarrow": False,
+        "text": html.escape(_cut(f"{token} {_visible(text)}", room)), "showarrow": False,
         "hovertext": _escaped(text), "font": {"size": 11},
     }  # fmt: skip
 
@@ -180,7 +181,7 @@ def _heatmap(trace: dict[str, Any], name: str, shown: Sequence[int]) -> go.Figur
         [heatmap],
         {
             "tickvals": list(range(len(shown))), "ticktext": names, "tickangle": 90,
-            "tickfont": {"size": 10}, "title": {"text": "token"},
+            "tickfont": {"size": 10},
             "showgrid": False, "zeroline": False,
         },
         {**_layer_axis(layers), "showgrid": False},
