@@ -8,6 +8,9 @@ import tempfile
 # Read when CUDA starts: deterministic algorithms, which some tests ask for, need it in cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Tests need no network, and must not wait for one. Read when huggingface_hub is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # Processes that share the cores take their share of threads: more of them wait for one another.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
