@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock, Timeout
 
 from .errors import InputError
-from .ranks import log_rank0
+from .launcher import log_rank0
 
 LOCK = ".lock"
 """The file in a folder that is locked by the process that writes a run there."""

@@ -17,14 +17,14 @@ from .style import BLUE, GRAY, ORANGE, plot
 
 _FLOWS = 40  # drawn
 _EDGES = 20  # in the table
-_LABELED = 40  # tokens, at most, that a heatmap names
+_TOKENS = 40  # in a heatmap
 _SLOT = 27  # pixels of a flow
 _LARGEST = 20  # pixels of a node
 
 
 def trace_page(trace: dict[str, Any], run: str) -> bytes:
     """A self-contained page. `trace` is what `Trace.as_dict` gives, of the run named `run`."""
-    plots = trace_plots(trace)
+    plots, shown = trace_plots(trace), _strongest_tokens(trace)
     target = trace["target"]
     tokens = [_visible(token) for token in trace["tokens"]]
     facts = {
@@ -43,6 +43,8 @@ def trace_page(trace: dict[str, Any], run: str) -> bytes:
         facts=facts,
         tokens=tokens,
         n_flows=len(drawn_flows(trace)),
+        n_shown=len(shown),
+        map_width=110 + 12 * len(shown),
         flows_width=flows_width(trace),
         checks=trace["checks"],
         correlation=trace["correlation"],
@@ -53,10 +55,11 @@ def trace_page(trace: dict[str, Any], run: str) -> bytes:
 
 def trace_plots(trace: dict[str, Any]) -> dict[str, go.Figure]:
     """The plots by name: flows, latents, errors, and checks if there are any."""
+    shown = _strongest_tokens(trace)
     plots = {
         "flows": _flows(trace, drawn_flows(trace)),
-        "latents": _heatmap(trace, "latents"),
-        "errors": _heatmap(trace, "errors"),
+        "latents": _heatmap(trace, "latents", shown),
+        "errors": _heatmap(trace, "errors", shown),
     }
     if trace["checks"]:
         plots["checks"] = _checks(trace["checks"], trace["tokens"])
@@ -134,12 +137,10 @@ def _flows(trace: dict[str, Any], flows: Sequence[dict[str, Any]]) -> go.Figure:
 def _token_name(token: int, text: str, at: Sequence[int]) -> dict[str, Any]:
     """The name above the columns `at`; it is cut where they are narrow."""
     room = max(3, len(at) * _SLOT // 7)
-    shown = f"{token} {_visible(text)}"
-    shown = shown if len(shown) <= room else shown[: room - 1] + "…"
     return {
         "x": (at[0] + at[-1]) / 2, "y": 1, "xref": "x", "yref": "paper", "yanchor": "bottom",
-        "text": html.escape(shown), "showarrow": False, "hovertext": _escaped(text),
-        "font": {"size": 11},
+        "text": html.escape(_cut(f"{token} {_visible(text)}", room)), "showarrow": False,
+        "hovertext": _escaped(text), "font": {"size": 11},
     }  # fmt: skip
 
 
@@ -148,34 +149,43 @@ def _border(x: float) -> dict[str, Any]:
             "line": {"color": GRAY, "width": 1, "dash": "dot"}}  # fmt: skip
 
 
-def _heatmap(trace: dict[str, Any], name: str) -> go.Figure:
-    """Attributions (L, T) of all latents, or of the errors; both with the same colors."""
+def _strongest_tokens(trace: dict[str, Any]) -> list[int]:
+    """The positions that a heatmap has room for: those with the largest sums, in their order."""
+    rows = [*trace["latents"], *trace["errors"]]
+    largest = [max(map(abs, column)) for column in zip(*rows, strict=True)]
+    strongest = sorted(range(len(largest)), key=lambda t: -largest[t])
+    return sorted(strongest[:_TOKENS])
+
+
+def _heatmap(trace: dict[str, Any], name: str, shown: Sequence[int]) -> go.Figure:
+    """Attributions (L, T) of all latents, or of the errors, at some tokens; both with the same
+    colors."""
     tokens, layers = trace["tokens"], trace["layers"]
     sizes = [abs(x) for part in ("latents", "errors") for row in trace[part] for x in row]
     largest = max(sizes, default=0.0) or 1.0
-    n = len(tokens)
-    step = -(-n // _LABELED)
-    labels = [f"{t} {_escaped(token)}" for t, token in enumerate(tokens)]
+    labels = [f"{t} {_escaped(tokens[t])}" for t in shown]
     heatmap = go.Heatmap(
-        z=[[float(f"{x:.4g}") for x in row] for row in trace[name]],
+        z=[[float(f"{row[t]:.4g}") for t in shown] for row in trace[name]],
         zmin=-largest, zmax=largest,
         colorscale=[[0, ORANGE], [0.5, "rgba(136,141,147,0.08)"], [1, BLUE]],
         customdata=[[[label, layer] for label in labels] for layer in layers],
         hovertemplate="layer %{customdata[1]}, token %{customdata[0]}<br>attribution %{z:+.4f}"
         "<extra></extra>",
         colorbar={"thickness": 10, "len": 1, "tickfont": {"size": 10}},
-        xgap=1 if n <= 100 else 0, ygap=1,
+        xgap=1, ygap=1,
     )  # fmt: skip
+    names = [_escaped(_cut(tokens[t], 10)) for t in shown]
+    if len(shown) < len(tokens):  # then positions say what is next to what
+        names = [f"{t} {name}" for t, name in zip(shown, names, strict=True)]
     return plot(
         [heatmap],
         {
-            "tickvals": list(range(0, n, step)),
-            "ticktext": [_escaped(tokens[t]) if step == 1 else str(t) for t in range(0, n, step)],
-            "title": {"text": "token"},
-            "showgrid": False, "zeroline": False, "tickangle": 90 if step == 1 else 0,
+            "tickvals": list(range(len(shown))), "ticktext": names, "tickangle": 90,
+            "tickfont": {"size": 10},
+            "showgrid": False, "zeroline": False,
         },
         {**_layer_axis(layers), "showgrid": False},
-        height=150 + 20 * len(layers),
+        height=170 + 20 * len(layers),
         margin={"l": 50, "r": 10, "t": 8, "b": 60},
     )  # fmt: skip
 
@@ -222,6 +232,10 @@ def _visible(token: str) -> str:
     for hidden, sign in ((" ", "·"), ("\r\n", "⏎"), ("\n", "⏎"), ("\t", "⇥")):
         token = token.replace(hidden, sign)
     return token or "∅"
+
+
+def _cut(text: str, n: int) -> str:
+    return text if len(text) <= n else text[: n - 1] + "…"
 
 
 def _escaped(token: str) -> str:
