@@ -82,7 +82,8 @@ class _Served:
 
     async def page(self, request: Request) -> Response:
         run = self._run(request)
-        run.files(), run.session()  # begin to open it
+        run.files()  # begin to open it
+        run.session()
         return Response(page(self.runs, self.runs.all.index(run)), media_type="text/html")
 
     async def data(self, request: Request) -> Response:
@@ -208,9 +209,10 @@ class _Served:
                 break
         if result.done():
             return result.result()
+        result.add_done_callback(lambda each: each.cancelled() or each.exception())  # nobody's now
         if cancel:
             future.cancel()
-        raise HTTPException(503, "the program ends")
+        raise HTTPException(503, "the program ends, or nobody waits for the answer")
 
     async def _events(self, job: Callable[..., None], side: str) -> AsyncIterator[dict[str, Any]]:
         """The events of a job in the one thread, as it emits them. It is stopped when they are not

@@ -94,9 +94,9 @@ class Session:
     def next_tokens(
         self, text: str, position: int, changes: Sequence[Change], stopped: Stopped
     ) -> dict[str, Any]:
-        """What may follow a position of a text: for the model, with the reconstruction at each
-        layer in the residual's place (of the tokens that the MLSAE is for), and with `changes` if
-        there are any. Each has its likeliest tokens, with p and logit, and KL(model ‖ it) in nats.
+        """What may follow a position of a text: for the model, with `changes` if there are any, and
+        with the reconstruction at each layer in the residual's place (of the tokens that the MLSAE
+        is for). Each has its likeliest tokens, with p and logit, and KL(model ‖ it) in nats.
 
         Raises InputError if there is no such position, or a change does not fit.
         """
@@ -105,9 +105,9 @@ class Session:
             raise InputError(f"position must be in [0, {len(ids) - 1}], got {position}")
         kept = self.stream.token_mask(ids[None])[0].nonzero()[:, 0].tolist()
         rows: list[tuple[str, list[Change]]] = [("model", [])]
+        rows += [("changed", list(changes))] if changes else []
         if kept:
             rows += [(str(layer), [Replace((layer,), tuple(kept))]) for layer in self.layers]
-        rows += [("changed", list(changes))] if changes else []
         truth: Tensor | None = None
         result = []
         for name, own in rows:
