@@ -171,6 +171,11 @@ def test_a_prediction_is_traced(client, model, ids):
         ("prompt", {"text": "x" * 70_000}, "at most 64,000 bytes"),
         ("next", {"text": "x", "position": 9}, "position must be in [0, 0], got 9"),
         ("next", {"text": "x", "position": 0, "edits": [3]}, "an edit must be an object"),
+        (
+            "next",
+            {"text": TEXT, "position": 1, "edits": [EDIT | {"value": 1e300}]},
+            "must leave the model's predictions finite",
+        ),
         ("generate", {"edits": [EDIT | {"latent": M}]}, f"latent must be in [0, {M - 1}]"),
         ("generate", {"edits": [EDIT | {"latent": None}]}, "latent must be given"),
         ("generate", {"edits": [EDIT | {"layers": [7]}]}, "layers must be among"),
