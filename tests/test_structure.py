@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAMS = {"train", "plan", "evaluate", "analyze", "steer", "compare", "convert"}
 FLOORS = [
     "builtin", "formats", "data", "report", "training", "evaluation", "analysis", "intervention",
-    "planning",
+    "planning", "lens",
 ]  # fmt: skip
 """The packages of mlsae from the ground up: each may import those before it."""
 

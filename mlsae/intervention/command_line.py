@@ -64,6 +64,9 @@ class SteerConfig:
     """Seed of sampling: the same draws with and without the changes."""
     show: int = 5
     """Rows of the tables: tokens that gain and that lose most, latents that change most."""
+    lens: Path | None = None
+    """The lens of a released checkpoint whose files do not hold it, as for mlsae.evaluate. None:
+    the run's own, if it has one."""
     model: str | None = None
     """The transformer. None: the one that the MLSAE was trained on."""
     revision: str | None = None

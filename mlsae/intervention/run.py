@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..analysis.geometry import token_strings
 from ..data.config import DataConfig
+from ..data.model_id import check_lens_model
 from ..data.residuals import ResidualReader
 from ..data.transformer import check_token_ids, load_tokenizer, load_transformer
 from ..distributed import choose_device
 from ..errors import InputError
-from ..evaluation.heldout import check_trained
+from ..evaluation.trained import load_run
 from ..files import check_folder, write_file
-from ..formats.places import check_residual
 from ..model import MLSAE
 from .activations import Activations, read_activations
 from .command_line import SteerConfig, changes_of
@@ -78,7 +78,7 @@ def steer(config: SteerConfig) -> Steered:
     if config.save is not None:
         check_folder(config.save.parent, "--save", files=(config.save.name,))
     device = choose_device(config.device)
-    mlsae = MLSAE.from_pretrained(config.run, device).requires_grad_(False)
+    mlsae = load_run(config.run, device, config.lens)
     activations = _activations(config, changes)
     data, tokenizer, model = _open_model(config, mlsae, device)
     reader = ResidualReader(model, mlsae.config.layers or None)
@@ -117,9 +117,7 @@ def _open_model(
     config: SteerConfig, mlsae: MLSAE, device: torch.device
 ) -> tuple[DataConfig, Any, Any]:
     """The transformer that the MLSAE was trained on, or that is given, and its tokenizer."""
-    check_residual(mlsae.about, f"RUN {config.run}")
     trained = mlsae.about.get("training", {})
-    check_trained(trained, config.run)
     name = config.model or mlsae.config.model
     if not name:
         raise InputError(
@@ -135,6 +133,8 @@ def _open_model(
         model_device_map=trained.get("model_device_map"),
         model_quantize=trained.get("model_quantize"),
     )
+    if mlsae.lens is not None:
+        check_lens_model(mlsae.lens, data, mlsae.config.d_in)
     tokenizer, model = load_tokenizer(data), load_transformer(data, device)
     check_token_ids(tokenizer, model)
     return data, tokenizer, model
