@@ -182,6 +182,18 @@ def test_both_fvus_and_the_cross_entropy_against_hooks_by_hand(model, text, lens
         assert validation.fvu[layer].item() == pytest.approx(oracle["fvu"].item(), rel=1e-4)
 
 
+def test_some_of_the_layers_are_carried_by_their_own_maps(model, text, lens):
+    mlsae, ones = drawn(lens), torch.ones(1, R, dtype=torch.float64)
+    everything, some = (
+        compute_token_metrics(
+            measure_faithfulness(mlsae, ResidualReader(model, n), *text, 2).sums, ones
+        )
+        for n in (LAYERS, (1, 2))
+    )
+    for name in ("fvu", "delta_ce", "l1"):
+        torch.testing.assert_close(getattr(some, name), getattr(everything, name)[:, 1:])
+
+
 def test_the_first_center_and_variances_are_in_the_lens_s_basis(lens):
     x = vectors()
     z = torch.stack([x[i] @ lens.matrix[i].T + lens.bias[i] if i < 2 else x[i] for i in LAYERS])
