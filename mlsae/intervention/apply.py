@@ -87,7 +87,7 @@ def _change(
             )
     if not edits:
         return replaced, None
-    carried = mlsae.carry(v.to(mlsae.sae.W_dec.device) if mlsae.lens is not None else v, layer)
+    carried = mlsae.carry(v if mlsae.lens is None else v.to(mlsae.sae.W_dec.device), layer)
     z = carried.z.to(v.device)
     spread = z.std(-1, keepdim=True)
     sigma = spread if mlsae.config.standardize else torch.ones_like(spread)
@@ -97,10 +97,10 @@ def _change(
         for latent, own in edits.items()
     ]
     rows = mlsae.sae.W_dec[list(edits)].to(z)  # (J, D)
-    change = torch.cat(deltas, 1) @ rows
+    moved = torch.cat(deltas, 1) @ rows  # of z
     if mlsae.lens is None:
-        return replaced, change
-    return replaced, carried.change(change.to(mlsae.sae.W_dec.device)).to(v.device)
+        return replaced, moved
+    return replaced, carried.change(moved.to(carried.z.device)).to(v.device)
 
 
 def _coefficient(found: Reconstruction | None, latent: int, vectors: _Vectors) -> Tensor:

@@ -14,6 +14,8 @@ stream, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,8 @@ _LEVEL = 0.3  # share of the steps at the full rate, before it falls to 0
 def unembedded(reader: ResidualReader, input_ids: Tensor, z: Tensor, mask: Tensor) -> Tensor:
     """ln softmax U(z), at the tokens of rows input_ids (B, T) that `mask` (B · T,) keeps: z (B · T,
     D) → (N, V), differentiable in z."""
-    residual = z.view(*input_ids.shape, -1).to(reader.model.dtype)
+    dtype: Any = reader.model.dtype
+    residual = z.view(*input_ids.shape, -1).to(dtype)
     last = len(reader.blocks) - 1
     logits = substituted_logits(reader, input_ids, last, residual)
     return logits.flatten(0, 1)[mask].float().log_softmax(-1)
@@ -73,7 +76,7 @@ class TunedMaps:
             matrix, bias = self.maps(i)
             z = x[i].float() @ matrix.T + bias
             loss = kl(log_p, unembedded(reader, input_ids, z, mask)).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.item()
         left = (self.steps - self.done) / self.steps
         for group in self.optimizer.param_groups:

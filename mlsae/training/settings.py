@@ -150,7 +150,8 @@ def differ_in_weights_seed(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def check_lens(saved: dict[str, Any], lens: Lens | None) -> None:
     """Raise InputError unless the run of the `saved` checkpoint began with the maps of `lens`."""
-    before, now = saved.get("lens"), lens and lens.digest
+    before: str | None = saved.get("lens")
+    now = None if lens is None else lens.digest
     if before != now:
         began, given = ("without a lens" if x is None else f"with {x[:12]}…" for x in (before, now))
         raise InputError(
