@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from mlsae import MLSAE, MLSAEConfig
+from mlsae.attribution.gradient import attribute
+from mlsae.attribution.targets import LogitTarget
 from mlsae.basis import Lens
+from mlsae.data.blocks import residual_of, with_residual
 from mlsae.data.residuals import ResidualReader
 from mlsae.dense import DenseSAE
 from mlsae.errors import InputError
@@ -192,6 +195,53 @@ def test_some_of_the_layers_are_carried_by_their_own_maps(model, text, lens):
     )
     for name in ("fvu", "delta_ce", "l1"):
         torch.testing.assert_close(getattr(some, name), getattr(everything, name)[:, 1:])
+
+
+def test_several_layers_at_once_are_carried_by_their_own_maps(model, text, lens):
+    mlsae, (input_ids, token_mask) = drawn(lens), text
+    reader = ResidualReader(model)
+    measured = measure_faithfulness(mlsae, reader, *text, 2, joint="from")
+    true = reader(input_ids)
+
+    def hook_for(layer):
+        def hook(_module, _args, output):
+            x = residual_of(output)
+            x_hat = dense(mlsae, x.flatten(0, 1), layer)[2].float().view_as(x)
+            return with_residual(output, torch.where(token_mask[..., None], x_hat, true[layer]))
+
+        return hook
+
+    handles = [reader.blocks[n].register_forward_hook(hook_for(n)) for n in LAYERS]
+    logits = model(input_ids=input_ids).logits
+    for handle in handles:
+        handle.remove()
+    predicted = token_mask[:, :-1] & token_mask[:, 1:]
+    targets = input_ids[:, 1:][predicted]
+    ce = F.cross_entropy(logits[:, :-1][predicted].double(), targets, reduction="sum")
+    assert measured.sums.ce_from[:, 0].sum().item() == pytest.approx(ce.item(), rel=1e-3)
+
+
+def test_attributions_add_up_and_are_slopes_of_the_edits(model, text, lens):
+    """At each layer and token, latents, error and constants add up to x · g; and a latent's is by
+    how much the target falls, per share, where an edit takes a small share of it away."""
+    mlsae, ids = drawn(lens), text[0][0]
+    reader, target = ResidualReader(model), LogitTarget(7)
+    found = attribute(mlsae, reader, ids, target)
+    residuals, logits = reader.with_graph(ids[None])
+    grads = torch.autograd.grad(target.value(mlsae, LAYERS, residuals, logits), residuals)
+    for i, (x, grad) in enumerate(zip(residuals, grads, strict=True)):
+        parts = found.latents[i] + found.errors[i] + found.constants[i]
+        expected = (x.detach() * grad)[0].double().sum(-1)
+        torch.testing.assert_close(parts, expected, rtol=1e-3, atol=1e-3)
+    share = 1e-3
+    for i in range(5):
+        token, layer, latent = (int(part[i]) for part in found.nodes[:3])
+        where = slice(token, token + 1)
+        edit = Edit(latent, (layer,), "scale", 1 - share, where)
+        with intervene(model, mlsae, [edit]):
+            after = target.value(mlsae, LAYERS, [], model(input_ids=ids[None]).logits)
+        fall = (found.value - after.item()) / share
+        assert fall == pytest.approx(found.nodes.attribution[i].item(), rel=0.05, abs=0.02)
 
 
 def test_the_first_center_and_variances_are_in_the_lens_s_basis(lens):
