@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAMS = {"train", "plan", "evaluate", "analyze", "steer", "trace", "compare", "convert"}
 FLOORS = [
     "builtin", "formats", "data", "report", "training", "evaluation", "analysis", "intervention",
-    "planning", "attribution", "app",
+    "planning", "lens", "attribution", "app",
 ]  # fmt: skip
 """The packages of mlsae from the ground up: each may import those before it."""
 

@@ -79,7 +79,7 @@ def encode_seconds(loop: TrainLoop) -> float:
     for state in loop.states:
         with state.autocast():
             for stage in ("first", "second"):  # the first one compiles and allocates
-                state.mlsae.encode(x)
+                state.mlsae.encode(x, state.mlsae.config.layers)
                 timer.lap(stage)
     return timer.seconds()["second"] * loop.tokens / loop.mesh.data.size / x.shape[1]
 
