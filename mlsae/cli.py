@@ -76,8 +76,7 @@ def run_program(
 
     Any other exception is a bug and keeps its traceback.
     """
-    if "transformers" in sys.modules:  # convert does not load it, and it takes seconds
-        silence_transformers()
+    silence_transformers()
     _escape_unprintable()
     with exit_on_bad_input():
         try:
@@ -115,6 +114,16 @@ def raise_out_of_memory() -> Iterator[None]:
         raise _too_large(error) from error
 
 
+def silence_transformers() -> None:
+    """Turn off transformers' warnings and progress bars, if it is imported: a program that imports
+    it after `run_program` has begun calls this again."""
+    # Not imported here: convert and report do not load it, and it takes seconds.
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+
+
 def _too_large(error: BaseException) -> InputError:
     return InputError(
         f"there is too little memory: {first_line(error)}; take less at a time with "
@@ -126,15 +135,6 @@ def _escape_unprintable() -> None:
     """Print what stdout cannot encode, such as a path that is not UTF-8, as escapes."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def silence_transformers() -> None:
-    """Turn off transformers' warnings and progress bars. `run_program` does so if transformers is
-    imported by then; a program that imports it later calls this."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def empty_table(title: str, headings: Sequence[str], left: Collection[str] = ()) -> Table:

@@ -3,8 +3,8 @@
     pip install nbclient ipykernel matplotlib
     python -m scripts.run_notebooks                    # all; or the names of some
 
-The executed copies are left in build/notebooks. It fails where a cell fails, or a notebook takes
-more than two minutes.
+The executed copies are left in build/notebooks, and the seconds that each took are printed. It
+fails where a cell fails, or takes ten minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "build" / "notebooks"
-SECONDS = 120
+SECONDS = 600  # for a cell
 ORDER = ("train_and_look", "one_latent", "swap_kernels")
 """As a reader takes them: the second one uses the run that the first one leaves."""
 
@@ -37,11 +37,7 @@ def run(name: str) -> bool:
     except (CellExecutionError, CellTimeoutError) as error:
         failure = str(error)
     nbformat.write(notebook, OUT / f"{name}.ipynb")
-    seconds = time.monotonic() - start
-    print(f"{name}: {seconds:.0f} s")
-    if not failure and seconds > SECONDS:
-        failure = f"{name} must take {SECONDS} s at most"
-    print(failure, end="\n" if failure else "")
+    print(f"{name}: {time.monotonic() - start:.0f} s {failure}")
     return not failure
 
 

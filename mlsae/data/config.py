@@ -60,7 +60,8 @@ class DataConfig:
     """Read the text and tokenize it, whatever the cache has, and keep nothing."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the transformer computes in. auto: on CUDA, as its configuration says, but bfloat16 if
-    that is float32 or says nothing; else float32."""
+    that is float32 or says nothing; elsewhere float32, but in training bfloat16 where CUDA would
+    have it and the CPU has matrix units for it (Intel's AMX)."""
     model_device_map: str | None = None
     """Where the transformer is, if not whole on the SAE's device: a device (cuda:1), or one of
     accelerate's ways to spread it (accelerate must be installed). auto: over all GPUs, leaving

@@ -13,15 +13,19 @@ from huggingface_hub import constants
 
 from mlsae import memory, plan
 from mlsae.config import TrainConfig
+from mlsae.data import dtypes
+from mlsae.data.transformer import load_transformer
 from mlsae.errors import InputError
 from mlsae.planning import cost_model, gpus
 from mlsae.planning import plan as planning
 from mlsae.planning.suggestions import suggestions
 from mlsae.planning.times import Span, StepTime, Times
+from mlsae.planning.transformer import size_of
 from mlsae.train import parse
 from mlsae.training import needs
 from mlsae.training.run import train
 from sparse_topk import costs
+from tests.helpers.models import CONFIGS, saved
 from tests.helpers.programs import SMALL
 
 CPU = torch.device("cpu")
@@ -114,6 +118,20 @@ def test_blocks_above_the_last_layer_do_not_count():
     assert two.setting.transformer.blocks == 2
     dropped = whole.memory["transformer"] - two.memory["transformer"]
     assert dropped == 4 * 4 * whole.setting.transformer.in_blocks // 6
+
+
+@pytest.mark.parametrize(("device", "units"), [("cuda", False), ("cpu", True), ("cpu", False)])
+def test_a_plan_counts_the_dtype_that_training_computes_in(device, units, tmp_path, monkeypatch):
+    """Of a checkpoint in float32: bfloat16 on a GPU and on matrix units."""
+    monkeypatch.setattr(dtypes, "multiplies_bfloat16", lambda: units)
+    _, data = saved(CONFIGS["gpt2"], tmp_path)
+    counted = size_of(data, 0, device)
+    assert counted.dtype == (torch.float32 if (device, units) == ("cpu", False) else torch.bfloat16)
+    assert counted.bytes == counted.parameters * counted.dtype.itemsize
+    if device == "cpu":
+        model = load_transformer(data, CPU, 1)
+        assert model.dtype == counted.dtype
+        assert sum(p.nbytes for p in model.parameters()) == counted.bytes
 
 
 def test_a_probe_tells_what_it_measured_and_writes_nothing(
