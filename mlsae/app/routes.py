@@ -54,6 +54,7 @@ def make_app(runs: Runs) -> Starlette:
             Route("/runs/{run:int}/status", served.status),
             Route("/runs/{run:int}/prompt", served.prompt, methods=["POST"]),
             Route("/runs/{run:int}/next", served.next_tokens, methods=["POST"]),
+            Route("/runs/{run:int}/trace", served.trace, methods=["POST"]),
             Route("/runs/{run:int}/generate", served.generate, methods=["POST"]),
             Route("/runs/{run:int}/labels", served.labels),
             Route("/runs/{run:int}/labels.{form}", served.exported_labels),
@@ -101,7 +102,7 @@ class _Served:
 
     async def status(self, request: Request) -> Response:
         session = await self._wait(request, self._run(request).session())
-        return JSONResponse({"layers": session.layers, "most_new": requests.MOST_NEW_TOKENS})
+        return JSONResponse({"layers": session.layers})
 
     async def prompt(self, request: Request) -> Response:
         body = await requests.read_body(request)
@@ -118,6 +119,13 @@ class _Served:
         found = await self._work(
             request, lambda stopped: session.next_tokens(text, at, edits, stopped)
         )
+        return Response(json_text(found), media_type="application/json")
+
+    async def trace(self, request: Request) -> Response:
+        body = await requests.read_body(request)
+        text, target = requests.get(body, "text", str), requests.read_target(body)
+        session = await self._wait(request, self._run(request).session())
+        found = await self._work(request, lambda _: session.trace(text, target))
         return Response(json_text(found), media_type="application/json")
 
     async def generate(self, request: Request) -> Response:

@@ -80,6 +80,7 @@ async function generate() {
   const number = (id) => Number(document.getElementById(id).value);
   const sampling = { max_new_tokens: number("new-tokens"), temperature: number("temperature"), seed: number("seed") };
   const key = JSON.stringify([text, sampling]);
+  if (reading?.text !== text) read();
   const edits = readEdits();
   const sides = [...(key === baselineOf ? [] : ["baseline"]), ...(edits.length ? ["steered"] : [])];
   say("steer-said", edits.length ? null : "Add a change to see what it does; the baseline is the model as it is.");

@@ -4,19 +4,18 @@ An MLSAE writes the residual vector x at a layer and token as
 
     x = σ · (Σ_j h_j · W_dec[j] + b_dec) + μ + error,
 
-so the target y, to first order, is a sum over the parts of x. With g = ∂y/∂x, through all that the
-model computes from x,
+and the target y depends on each part. With g = ∂y/∂x, through all that the model computes from x,
 
     attribution of latent j = h_j · ∂y/∂h_j = h_j · σ · (W_dec[j] · g)
     of the error            = error · g
     of the constants        = (σ · b_dec + μ) · g
     they add up to            x · g, at each layer and token
 
-σ and μ are held as they are, although they are x's own: a part is taken away from x and leaves
-them, as `Edit` does. It estimates by how much y falls if the part is ablated (x' = x − h_j σ
-W_dec[j], or x̂ for the error). Nodes with errors of their own, and this estimate, are those of
-sparse feature circuits (Marks et al., arXiv 2403.19647, eq. 2), except that the gradient there
-stops at other nodes' errors for edges only, as here.
+σ and μ are held as they are, although they are x's own, as `Edit` holds them. An attribution
+estimates by how much y falls if the part is ablated: x' = x − h_j · σ · W_dec[j], or x̂ for the
+error. These nodes, errors among them, and this estimate are those of sparse feature circuits (Marks
+et al., arXiv 2403.19647, section 3), with 0 as the baseline. Edges there are of direct paths, and
+here of all.
 
 Nodes of successive layers are the same stream: what is at layer ℓ is mostly still there at ℓ + 1,
 and is attributed at both. So the sum over one layer's nodes is meaningful, and that over layers is
@@ -37,6 +36,7 @@ from torch import Tensor
 from sparse_topk import TopK
 
 from ..data.residuals import ResidualReader
+from ..errors import InputError
 from ..model import MLSAE, Standardized
 from .targets import Target, activation
 
@@ -101,7 +101,9 @@ def attribute(
     mlsae: MLSAE, reader: ResidualReader, ids: Tensor, target: Target, n_edges: int = 0
 ) -> Attribution:
     """What `target` rests on in a forward pass of ids (T,); and, among the `n_edges` strongest
-    nodes, what rests on what, by one more backward pass for each."""
+    nodes, what rests on what, by one more backward pass for each.
+
+    Raises InputError if attributions are not finite."""
     inputs = ids[None].to(mlsae.sae.W_dec.device)
     residuals, logits = reader.with_graph(inputs)
     with torch.enable_grad():
@@ -124,6 +126,11 @@ def attribute(
     edges = _edges(mlsae, residuals, layers, nodes, places, n_edges)
     latents = [effect.double().sum(-1).cpu() for effect in effects]
     a, b, c = (torch.stack(part) for part in (latents, errors, constants))
+    if not torch.stack([a, b, c]).isfinite().all():  # or the target, whose gradient is then none
+        raise InputError(
+            "RUN and MODEL must give finite predictions and attributions, and here some are not; "
+            "check that their files are whole"
+        )
     return Attribution(value.item(), nodes, a, b, c, edges)
 
 

@@ -65,7 +65,7 @@ def estimate(mlsae: MLSAE, reader: ResidualReader, ids: Tensor) -> Needed:
     kept += kept // len(reader.blocks)
     model: Any = reader.model
     config, vectors = mlsae.config, n * len(reader.layers)
-    itemsize = next(model.parameters()).element_size()
+    itemsize = model.dtype.itemsize
     vocabulary = model.config.get_text_config().vocab_size
     residuals = vectors * config.d_in * (2 * itemsize + 4) + _LOGITS * n * vocabulary * itemsize
     k = config.k_max or config.k

@@ -39,7 +39,7 @@ def trace(
     """What a prediction after `prompt`, or a latent in it, rests on: attributions of every active
     latent at every layer and token below it, by one forward and one backward pass (`gradient`).
 
-        trace(open_run(OpenConfig(run="runs/demo")), "def main(", target="argv")
+        trace(open_run(OpenConfig(run=Path("runs/demo"))), "def main(", target="argv")
 
     The target is the logit of the token `target` (None: the likeliest) after the prompt, minus that
     of `against` or, if None, the mean of all logits; or with `latent`, its activation at the layer
@@ -61,20 +61,12 @@ def trace(
                 "--at_layer and --at_token must come with --latent, got none; a prediction is "
                 "that after the prompt"
             )
-        names = ((target, "--target"), (against, "--against"))
-        chosen, other = (
-            None if text is None else token_id(opened.tokenizer, prompt, text, argument)
-            for text, argument in names
-        )
-        goal = LogitTarget(_likeliest(reader, mlsae, ids) if chosen is None else chosen, other)
-        if goal.token == goal.against:
-            raise InputError(f"--against must be another token than --target, got {against!r}")
+        goal = _logit_target(opened, prompt, ids, (target, against), tell)
     else:
         goal, ids = _latent_target(opened, ids, latent, at_layer, at_token, (target, against))
-    needed, device = estimate(mlsae, reader, ids), mlsae.sae.W_dec.device
-    if tell is not None:
-        tell(needed.told(weight_bytes(mlsae, reader), device))
-    check_fits(needed, len(ids), device)
+        _check_memory(opened, ids, tell)
+        x = reader(ids[None].to(mlsae.sae.W_dec.device))
+        check_active(goal, mlsae, x[reader.layers.index(goal.layer), 0, -1])
     found = attribute(mlsae, reader, ids, goal, edges)
     checks = _checks(mlsae, reader, ids, goal, found, check)
     strings = token_strings(opened.tokenizer, ids.tolist())
@@ -95,6 +87,28 @@ def check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 0:
             raise InputError(f"--{name} must be at least 0, got {value}")
+
+
+def _logit_target(
+    opened: Opened,
+    prompt: str,
+    ids: Tensor,
+    texts: tuple[str | None, str | None],
+    tell: Callable[[str], object] | None,
+) -> LogitTarget:
+    """The target after the prompt's ids (T,), which are known to fit in memory then."""
+    chosen, other = (
+        None if text is None else token_id(opened.tokenizer, prompt, text, argument)
+        for text, argument in zip(texts, ("--target", "--against"), strict=True)
+    )
+    _check_memory(opened, ids, tell)
+    if chosen is None:
+        with torch.no_grad():
+            logits = opened.reader.logits(ids[None].to(opened.mlsae.sae.W_dec.device))
+        chosen = int(logits[0, -1].argmax())
+    if chosen == other:
+        raise InputError(f"--against must be another token than --target, got {texts[1]!r}")
+    return LogitTarget(chosen, other)
 
 
 def _latent_target(
@@ -118,10 +132,16 @@ def _latent_target(
             f"--at_token must be in [{-len(ids)}, {len(ids) - 1}] (the prompt has {len(ids)} "
             f"tokens), got {token}"
         )
-    ids = ids[: token % len(ids) + 1]
-    x = opened.reader(ids[None].to(opened.mlsae.sae.W_dec.device))
-    check_active(goal, opened.mlsae, x[layers.index(layer), 0, -1])
-    return goal, ids
+    return goal, ids[: token % len(ids) + 1]
+
+
+def _check_memory(opened: Opened, ids: Tensor, tell: Callable[[str], object] | None) -> None:
+    """Tell what tracing ids (T,) takes, and raise InputError if it does not fit."""
+    mlsae, reader = opened.mlsae, opened.reader
+    needed, device = estimate(mlsae, reader, ids), mlsae.sae.W_dec.device
+    if tell is not None:
+        tell(needed.told(weight_bytes(mlsae, reader), device))
+    check_fits(needed, len(ids), device)
 
 
 def _checks(
@@ -149,11 +169,6 @@ def _checks(
         )
         for token, layer, latent, effect in chosen
     ]  # fmt: skip
-
-
-@torch.no_grad()
-def _likeliest(reader: ResidualReader, mlsae: MLSAE, ids: Tensor) -> int:
-    return int(reader.logits(ids[None].to(mlsae.sae.W_dec.device))[0, -1].argmax())
 
 
 def _name(opened: Opened, target: Target, tokens: list[str]) -> str:

@@ -24,15 +24,7 @@ _LARGEST = 20  # pixels of a node
 
 def trace_page(trace: dict[str, Any], run: str) -> bytes:
     """A self-contained page. `trace` is what `Trace.as_dict` gives, of the run named `run`."""
-    flows = sorted(trace["flows"][:_FLOWS], key=lambda flow: flow["token"])  # keeps their order
-    shown = _strongest_tokens(trace)
-    plots = {
-        "flows": _flows(trace, flows),
-        "latents": _heatmap(trace, "latents", shown),
-        "errors": _heatmap(trace, "errors", shown),
-    }
-    if trace["checks"]:
-        plots["checks"] = _checks(trace["checks"], trace["tokens"])
+    plots, shown = trace_plots(trace), _strongest_tokens(trace)
     target = trace["target"]
     tokens = [_visible(token) for token in trace["tokens"]]
     facts = {
@@ -50,14 +42,38 @@ def trace_page(trace: dict[str, Any], run: str) -> bytes:
         plots=plots,
         facts=facts,
         tokens=tokens,
-        n_flows=len(flows),
+        n_flows=len(drawn_flows(trace)),
         n_shown=len(shown),
-        flows_width=max(320, 110 + _SLOT * len(flows)),
+        map_width=110 + 12 * len(shown),
+        flows_width=flows_width(trace),
         checks=trace["checks"],
         correlation=trace["correlation"],
         edges=trace["edges"][:_EDGES],
         nodes=trace["nodes"],
     )
+
+
+def trace_plots(trace: dict[str, Any]) -> dict[str, go.Figure]:
+    """The plots by name: flows, latents, errors, and checks if there are any."""
+    shown = _strongest_tokens(trace)
+    plots = {
+        "flows": _flows(trace, drawn_flows(trace)),
+        "latents": _heatmap(trace, "latents", shown),
+        "errors": _heatmap(trace, "errors", shown),
+    }
+    if trace["checks"]:
+        plots["checks"] = _checks(trace["checks"], trace["tokens"])
+    return plots
+
+
+def drawn_flows(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """The strongest flows, those of a token side by side: a column of the plot each."""
+    return sorted(trace["flows"][:_FLOWS], key=lambda flow: flow["token"])  # keeps their order
+
+
+def flows_width(trace: dict[str, Any]) -> int:
+    """Pixels that the plot of flows needs."""
+    return max(320, 110 + _SLOT * len(drawn_flows(trace)))
 
 
 def _flows(trace: dict[str, Any], flows: Sequence[dict[str, Any]]) -> go.Figure:
@@ -123,7 +139,7 @@ def _token_name(token: int, text: str, at: Sequence[int]) -> dict[str, Any]:
     room = max(3, len(at) * _SLOT // 7)
     return {
         "x": (at[0] + at[-1]) / 2, "y": 1, "xref": "x", "yref": "paper", "yanchor": "bottom",
-        "text": _escaped(_cut(f"{token} {text}", room)), "showarrow": False,
+        "text": html.escape(_cut(f"{token} {_visible(text)}", room)), "showarrow": False,
         "hovertext": _escaped(text), "font": {"size": 11},
     }  # fmt: skip
 
@@ -165,7 +181,7 @@ def _heatmap(trace: dict[str, Any], name: str, shown: Sequence[int]) -> go.Figur
         [heatmap],
         {
             "tickvals": list(range(len(shown))), "ticktext": names, "tickangle": 90,
-            "tickfont": {"size": 10}, "title": {"text": "token"},
+            "tickfont": {"size": 10},
             "showgrid": False, "zeroline": False,
         },
         {**_layer_axis(layers), "showgrid": False},

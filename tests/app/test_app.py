@@ -145,6 +145,21 @@ def test_a_text_goes_on_with_and_without_changes(client, model, mlsae, ids, run)
     assert {event["side"] for event in only} == {"steered"}
 
 
+def test_a_prediction_is_traced(client, model, ids):
+    found = asked(client, "trace", text=TEXT, check=2)
+    logits = model(ids).logits[0, -1].double()
+    wanted = (logits.max() - logits.mean()).item()
+    assert found["target"]["value"] == pytest.approx(wanted, rel=1e-3)
+    assert set(found["plots"]) == {"flows", "latents", "errors", "checks"}
+    assert len(found["flows"]) == len(found["plots"]["flows"]["layout"]["xaxis"]["ticktext"])
+    places = {(token, latent) for token, latent in found["flows"]}
+    nodes = found["nodes"]
+    assert found["edges"]
+    for edge in found["edges"]:
+        assert nodes["layer"][edge["source"]] < nodes["layer"][edge["sink"]]
+        assert (nodes["token"][edge["source"]], nodes["latent"][edge["source"]]) in places
+
+
 @pytest.mark.parametrize(
     ("path", "body", "words"),
     [
@@ -170,6 +185,9 @@ def test_a_text_goes_on_with_and_without_changes(client, model, mlsae, ids, run)
         ("generate", {"temperature": -1}, "temperature must be in [0, 100], got -1"),
         ("generate", {"sides": ["other"]}, "sides must be baseline and steered"),
         ("generate", {"seed": 10**30}, "seed must be an integer"),
+        ("trace", {"text": TEXT, "check": 21}, "check must be in [0, 20], got 21"),
+        ("trace", {"text": TEXT, "target": "two words"}, "--target must be one token"),
+        ("trace", {"text": TEXT, "latent": 3}, "--at_layer must be given with --latent"),
     ],
 )
 def test_a_bad_request_is_told_in_a_sentence(client, path, body, words):
@@ -307,6 +325,12 @@ def test_streams_of_two_tabs_take_turns(run):
 
 def tab(port):
     return closing(http.client.HTTPConnection("127.0.0.1", port))
+
+
+def test_runs_of_one_transformer_hold_it_once(run):
+    runs = Runs(AppConfig((run, run), device="cpu"))
+    one, two = (each.session().result().stream.reader.model for each in runs.all)
+    assert one is two
 
 
 def test_bad_settings_are_told_before_anything_is_served(run, tmp_path, monkeypatch):

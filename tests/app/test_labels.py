@@ -16,8 +16,10 @@ from starlette.testclient import TestClient
 from mlsae.app.__main__ import AppConfig
 from mlsae.app.runs import Runs
 from mlsae.errors import InputError
+from mlsae.files import check_out
 from mlsae.report import write_report
 from mlsae.report.labels import read_labels, write_label
+from mlsae.training.run_dir import RUN_FILES
 from tests.helpers.app_run import guarded
 from tests.helpers.make_run import make_run
 from tests.helpers.packed import packed
@@ -80,6 +82,18 @@ def test_what_cannot_be_a_label_is_refused(client):
         answer = client.put(f"/runs/0/labels/{latent}", json=body)
         assert answer.status_code == 400
         assert words in answer.json()["error"]
+
+
+def test_a_run_with_labels_can_be_replaced_and_resumed(run):
+    write_label(run, 1, "x", "")
+    check_out(run, True, False, RUN_FILES, 0)
+
+
+def test_models_that_cannot_be_loaded_are_told(client):
+    answer = client.get("/runs/0/status")  # of a folder without weights
+    assert answer.status_code == 400
+    assert "model.safetensors" in answer.json()["error"]
+    assert client.get("/runs/0/data/latents").status_code == 200
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"x": {}}', '{"1": {"label": 3}}', "[" * 10**5])

@@ -4,6 +4,7 @@ Legend: T tokens, D width of the residual stream, M latents.
 """
 
 import base64
+import copy
 import gzip
 import json
 import re
@@ -19,6 +20,7 @@ from mlsae.cli import parse
 from mlsae.data.residuals import ResidualReader
 from mlsae.errors import InputError
 from mlsae.intervention import Edit, OpenConfig, intervene, open_run
+from mlsae.report.trace_page import trace_page
 from mlsae.trace import trace_and_print
 from tests.helpers.models import CONFIGS, make, save_gpt2
 
@@ -147,6 +149,15 @@ def test_a_trace_that_does_not_fit_is_refused_before_its_pass(opened, run, monke
         trace_and_print(TraceConfig(run=run, prompt=PROMPT))
 
 
+def test_numbers_that_are_not_finite_are_refused(opened):
+    model, mlsae = copy.deepcopy(opened.reader.model), copy.deepcopy(opened.mlsae)
+    for damaged in (model.lm_head, mlsae.sae):
+        next(damaged.parameters()).data.fill_(torch.nan)
+    for damaged in ({"reader": ResidualReader(model, (0, 1))}, {"mlsae": mlsae}):
+        with pytest.raises(InputError, match="must give finite predictions and attributions"):
+            trace(opened._replace(**damaged), PROMPT)
+
+
 def test_everything_is_printed_and_written(run, tmp_path, capsys):
     save, page = tmp_path / "new" / "trace.json", tmp_path / "trace.html"
     arguments = ["--prompt", PROMPT, "--edges", "6", "--save", str(save), "--page", str(page)]
@@ -167,3 +178,24 @@ def test_everything_is_printed_and_written(run, tmp_path, capsys):
     assert "&lt;" in plots["errors"]["layout"]["xaxis"]["ticktext"]  # plotly reads tags
     with pytest.raises(InputError, match="--save and --page must be two files"):
         trace_and_print(TraceConfig(run=run, prompt=PROMPT, save=page, page=page))
+
+
+def test_the_page_opens_wide_and_narrow_without_a_complaint(opened, tmp_path):
+    pytest.importorskip("selenium", reason="needs selenium, which drives the browser")
+    from tests.helpers.headless import CHROMIUM, DRIVER, NARROW, WIDE, Reader
+
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs Chromium and its driver")
+    page = tmp_path / "trace.html"
+    page.write_bytes(trace_page(trace(opened, PROMPT, edges=4).as_dict(), "a run"))
+    reader = Reader(tmp_path / "profile")
+    try:
+        for size in (WIDE, NARROW):
+            reader.open(page, size)
+            reader.until("document.querySelector('[data-plot=flows] .point') !== null")
+            width = reader.js("return document.documentElement.scrollWidth")
+            assert width <= size[0], "the page scrolls sideways"
+        assert reader.texts(".whole .chip") == ["def", "·main", "(", "<", "b", ">", "):"]
+        assert reader.complaints() == []
+    finally:
+        reader.driver.quit()

@@ -3,6 +3,10 @@
 import argparse
 import io
 import json
+import os
+import subprocess
+import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -16,8 +20,9 @@ from mlsae.config import TrainConfig
 from mlsae.data import dtypes
 from mlsae.data.transformer import load_transformer
 from mlsae.errors import InputError
-from mlsae.planning import cost_model, gpus
+from mlsae.planning import cost_model, gpus, show
 from mlsae.planning import plan as planning
+from mlsae.planning import probe as probing
 from mlsae.planning.suggestions import suggestions
 from mlsae.planning.times import Span, StepTime, Times
 from mlsae.planning.transformer import size_of
@@ -149,6 +154,37 @@ def test_a_probe_tells_what_it_measured_and_writes_nothing(
     shown = capsys.readouterr().out
     assert "Time, measured here by a probe" in shown
     assert "tokens/s while it trains" in shown
+
+
+@pytest.mark.parametrize(("waited", "guess"), [(1.0, True), (0.1, False)])
+def test_a_busy_machine_makes_the_clock_a_guess(waited, guess, monkeypatch):
+    """Two seconds of the processor, beside which threads waited in the queue."""
+    readings = iter([(5.0, 3.0), (5.0 + waited, 5.0)])
+    monkeypatch.setattr(probing._Queue, "_now", lambda self: next(readings))
+    share = probing._Queue().share()
+    assert share == pytest.approx(waited / (waited + 2))
+    times = Times("probe", StepTime(*3 * [Span(1, 1)]), 1, 10, {}, [], share)
+    said = "a guess, for this machine is busy: other processes had the processor for 33%"
+    assert (said in show._spoken(times)) == guess
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_that_share_a_processor_wait_for_it():
+    """Two that spin on one core: each has it half of the time."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # of this thread, and of what it starts
+    try:
+        loop = ["sh", "-c", "echo begun; while :; do :; done"]
+        with subprocess.Popen(loop, stdout=subprocess.PIPE) as spinning:
+            spinning.stdout.readline()
+            queue, end = probing._Queue(), time.monotonic() + 0.5
+            while time.monotonic() < end:
+                pass
+            share = queue.share()
+            spinning.kill()
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert 0.2 < share < 1
 
 
 def test_what_does_not_fit_is_not_probed_and_every_suggestion_saves_memory(capsys, monkeypatch):
