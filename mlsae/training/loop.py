@@ -276,6 +276,7 @@ class TrainLoop:
         sys.exit(128 + caught)
 
     def _progress(self) -> tqdm[None]:
+        quiet: dict[str, Any] = {} if is_rank0() else {"disable": True}  # {}: as TQDM_DISABLE says
         return tqdm(
             total=self.config.tokens,
             initial=self.tokens,
@@ -283,7 +284,7 @@ class TrainLoop:
             unit_scale=True,
             desc="training",
             dynamic_ncols=True,
-            disable=not is_rank0(),
+            **quiet,
         )
 
     @contextmanager
