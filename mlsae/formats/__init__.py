@@ -27,8 +27,8 @@ from .remote import folders_in, listed, local_folder
 from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
 __all__ = [
-    "FORMATS", "LENS", "SavedSAE", "detect", "lens_bytes", "local_folder", "read", "read_lens",
-    "with_lens", "write",
+    "FORMATS", "LENS", "SavedSAE", "detect", "folders_in", "lens_bytes", "listed", "local_folder",
+    "read", "read_lens", "with_lens", "write",
 ]  # fmt: skip
 
 SETTINGS, CARRIED = "mlsae.json", "carried.safetensors"

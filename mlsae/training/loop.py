@@ -57,8 +57,7 @@ def train_step(
         x = residuals if mlsae.lens is None else mlsae.carry(residuals, mlsae.config.layers).z
         lap("model")
         for state, step in zip(states, steps, strict=True):
-            forward_backward(state, step, x, mask)
-        lap("SAE")
+            forward_backward(state, step, x, mask, lap)
     for state, step in zip(states, steps, strict=True):
         all_reduce_grads(state)
         if state.data.size > 1:
