@@ -27,13 +27,17 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from sparse_topk.loading import parse_dtype, refuse_unknown
 
 from . import formats
+from .basis import Lens
 from .card import model_card
 from .distributed import Group
 from .errors import InputError, first_line
 from .files import write_file
 from .formats import SavedSAE
 
-_FILES = ["config.json", "model.safetensors", "README.md", formats.SETTINGS, formats.CARRIED]
+_FILES = [
+    "config.json", "model.safetensors", "README.md", formats.SETTINGS, formats.CARRIED,
+    formats.LENS,
+]  # fmt: skip
 _OFFLINE = "it is not here and HF_HUB_OFFLINE=1 is set; unset that, or first run `hf download"
 
 
@@ -43,6 +47,7 @@ class HubFiles(ModelHubMixin):
 
     config: Any
     shards: Group
+    lens: Lens | None
     about: dict[str, Any]
 
     @property
@@ -75,9 +80,10 @@ class HubFiles(ModelHubMixin):
         **extra: Any,
     ) -> str | None:
         """Write `config.json` (this config, and `about`, which `extra` is added to),
-        `model.safetensors` (`W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,), in their dtype) and the
-        model card `README.md`, unless there is one. Each file is replaced at once. Collective when
-        sharded: every process must call it, and rank 0 writes.
+        `model.safetensors` (`W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,), in their dtype),
+        `lens.safetensors` if there is a lens, and the model card `README.md`, unless there is one.
+        Each file is replaced at once. Collective when sharded: every process must call it, and
+        rank 0 writes.
 
         With `push_to_hub`, also push it to `repo_id`, and return the commit's address. Raises
         TypeError if `config` or `model_card_kwargs` of the mixin are given: an MLSAE knows both.
@@ -101,7 +107,8 @@ class HubFiles(ModelHubMixin):
 
     def generate_model_card(self) -> ModelCard:
         """The model card: what it is, its settings, and its validation metrics if known."""
-        return model_card({**asdict(self.config), "threshold": self.threshold, **self.about})
+        known = {"threshold": self.threshold, "lens": self.lens and self.lens.about}
+        return model_card({**asdict(self.config), **known, **self.about})
 
     @classmethod
     def from_pretrained(
@@ -110,6 +117,7 @@ class HubFiles(ModelHubMixin):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str | None = torch.float32,
         *,
+        lens: Path | str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: Path | str | None = None,
@@ -118,11 +126,14 @@ class HubFiles(ModelHubMixin):
         **unknown: Any,
     ) -> Self:
         """Load an MLSAE, or a checkpoint of the paper's own code, from a folder or by its name on
-        the Hugging Face hub; the last five arguments are the hub's. `dtype` is a torch.dtype, its
+        the Hugging Face hub; the last five arguments are the hub's. An MLSAE that was trained with
+        a lens has it in its folder; `lens` is that of one which has not, such as the paper's
+        `-lens` checkpoints: see `formats.read_lens`. `dtype` is a torch.dtype, its
         name, or "auto": that of the file. With HF_HUB_OFFLINE=1, a name must have been downloaded
         before.
 
-        Raises InputError if a file is missing, damaged, or of another shape than the config;
+        Raises InputError if a file is missing, damaged, or of another shape than the config, or if
+        `lens` is given to an MLSAE that has one or was trained without;
         ValueError if `dtype` is none; TypeError on another keyword.
         """
         refuse_unknown(unknown)
@@ -135,7 +146,7 @@ class HubFiles(ModelHubMixin):
             loaded: Self = super().from_pretrained(
                 name, revision=revision, token=token, cache_dir=cache_dir,
                 force_download=force_download, local_files_only=local_files_only,
-                device=device, dtype=wanted,
+                device=device, dtype=wanted, lens=lens,
             )  # fmt: skip
         except (OSError, ValueError) as error:
             offline = isinstance(error, LocalEntryNotFoundError) and constants.is_offline_mode()
@@ -153,6 +164,7 @@ class HubFiles(ModelHubMixin):
         model_id: str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        lens: Path | str | None = None,
         **hub: Any,
     ) -> Self:
         folder = Path(model_id)
@@ -160,11 +172,15 @@ class HubFiles(ModelHubMixin):
             hub.pop("config", None)  # the mixin has read it; `formats` reads it anew
             folder = Path(snapshot_download(model_id, allow_patterns=_FILES, **hub))
         saved = formats.read(folder)
-        theirs = saved.about.get("released", {})
-        if theirs and (theirs.get("tuned_lens") or "-lens" in Path(model_id).name):
+        theirs = saved.settings_of("released")
+        if theirs and "-lens" in Path(model_id).name:
+            theirs["tuned_lens"] = True  # a plain checkpoint's config does not say it
+        if lens is not None:
+            saved = formats.with_lens(saved, lens, model_id)
+        elif theirs.get("tuned_lens"):
             warnings.warn(
-                f"{model_id} was trained on residuals that a tuned lens had transformed: give it "
-                "those; on plain residuals its codes mean nothing",
+                f"{model_id} was trained on residuals that a tuned lens had transformed: give lens="
+                "FOLDER, that of the lens; on plain residuals its codes mean nothing",
                 stacklevel=4,
             )
         return cls.from_saved(saved, device, dtype)

@@ -21,11 +21,14 @@ import safetensors.torch
 from ..errors import InputError
 from ..files import write_file
 from . import dictionary_learning, openai, own, released, saelens, sparsify
+from .lens import FILE as LENS
+from .lens import lens_bytes, read_lens, with_lens
 from .remote import folders_in, listed, local_folder
 from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
 __all__ = [
-    "FORMATS", "SavedSAE", "detect", "folders_in", "listed", "local_folder", "read", "write",
+    "FORMATS", "LENS", "SavedSAE", "detect", "folders_in", "lens_bytes", "listed", "local_folder",
+    "read", "read_lens", "with_lens", "write",
 ]  # fmt: skip
 
 SETTINGS, CARRIED = "mlsae.json", "carried.safetensors"
@@ -105,6 +108,7 @@ def write(sae: SavedSAE, folder: Path | str, to: str) -> list[Path]:
     """
     if to != "mlsae":
         sae.require_topk(to)
+        sae.require_no_lens(to)
     folder, files = Path(folder), FORMATS[to].files(sae)
     if to != "mlsae":
         settings: dict[str, Any] = {

@@ -26,7 +26,7 @@ from ..distributed import ALONE
 from ..model import MLSAEConfig
 from ..training.loop import train_step
 from ..training.needs import Needs
-from ..training.start import initialize, new_state
+from ..training.start import initialize, lens_of, new_state
 from ..training.state import TrainState
 from ..training.validation import validate
 from .gpus import DISK_RATE
@@ -118,8 +118,9 @@ def probe(
         rests_on.append("on random token ids, as the text is not on this machine")
         check_text(config.data, shape.seq_len)
         heldout, first = _random_rows(stream, config, batch_rows)
+    lens = lens_of(config, shape, None)
     states = [
-        new_state(each, sae, device, ALONE, config.tokens)
+        new_state(each, sae, device, ALONE, config.tokens, lens=lens and lens.to(device))
         for each, sae in zip(configs, saes, strict=True)
     ]
     small = first[:micro_rows]  # a part: a whole batch may take minutes
