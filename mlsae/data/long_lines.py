@@ -8,9 +8,9 @@ where the column is last, and again for the text.
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Iterator
-from json.decoder import scanstring
 
 _DEPTH = 100  # of arrays and objects in one another that are read here
 _LONGEST_NUMBER = 4000  # digits; from 4,300 on, Python makes no number of them
@@ -138,7 +138,7 @@ def _string(line: _Line) -> Iterator[str]:
         assert match, "a run may be empty"
         if match.end() > line.at:
             line.at = match.end()
-            yield scanstring(f'{match.group()}"', 0, True)[0]
+            yield json.loads(f'"{match.group()}"')
         left = len(line.text) - line.at
         if left and line.text[line.at] == '"':
             line.at += 1
