@@ -13,12 +13,15 @@ from mlsae.attribution.targets import LogitTarget
 from mlsae.basis import Lens
 from mlsae.data.blocks import residual_of, with_residual
 from mlsae.data.residuals import ResidualReader
+from mlsae.data.stream import Residuals
 from mlsae.dense import DenseSAE
 from mlsae.errors import InputError
 from mlsae.evaluation.faithfulness import measure_faithfulness
 from mlsae.evaluation.token_metrics import compute_token_metrics
 from mlsae.intervention import Edit, Replace, intervene
 from mlsae.training.init import init_stats
+from mlsae.training.loop import train_step
+from mlsae.training.state import TrainState
 from mlsae.training.validation import validate
 from tests.helpers.lenses import random_lens
 from tests.helpers.models import CONFIGS, forward_with_hook, make
@@ -252,6 +255,22 @@ def test_the_first_center_and_variances_are_in_the_lens_s_basis(lens):
     torch.testing.assert_close(
         under.moments.variance(), plain.moments.variance(), rtol=1e-4, atol=0
     )
+
+
+def test_a_step_of_training_is_one_on_z(lens):
+    x = vectors()
+    z = drawn(lens).carry(x, LAYERS).z
+    states = []
+    for mlsae, given in ((drawn(lens), x), (drawn(None), z)):
+        state = TrainState(
+            mlsae.requires_grad_(), schedule=lambda _: 1e-2, dead_tokens=1000, k_aux=4, aux_weight=0
+        )
+        state.initialize(init_stats(drawn(None), [z]).moments, None)
+        train_step([state], [Residuals(given, torch.ones(7, dtype=torch.bool))], 7)
+        states.append(state)
+    for a, b in zip(*(state.mlsae.sae.parameters() for state in states), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(states[0].window.sq_error, states[1].window.sq_error)
 
 
 def test_edits_are_carried_back(model, text, lens):

@@ -20,6 +20,8 @@ from mlsae.intervention.run import steer
 from mlsae.lens.__main__ import find_and_print
 from mlsae.lens.affine import SecondMoments, affine_maps
 from mlsae.lens.run import LensConfig, find_lens
+from mlsae.report import layer_plots
+from mlsae.report.run_data import read_run_data
 from mlsae.training import checkpoint
 from mlsae.training.run import train
 from tests.helpers.lenses import random_lens
@@ -177,8 +179,19 @@ def test_evaluate_analyze_and_steer_take_the_run_s_own_lens(run, tmp_path):
     assert analysis.directions.tokens["out"] is not None
     table, _ = show_prompt(AnalyzeConfig(run, out=tmp_path), "def main(")
     assert table.row_count
-    config = SteerConfig(run, "def main(", latent=5, add=9.0, layers=(0,), max_new_tokens=2)
+    config = SteerConfig(
+        run=run, prompt="def main(", latent=5, add=9.0, layers=(0,), max_new_tokens=2
+    )
     assert steer(config).effects.kl().max() > 0
+
+
+def test_the_report_tells_the_basis_and_mixes_none(run):
+    assert "by a lens (tuned)" in (run / "report.html").read_text()
+    heldout = json.loads((run / "config.json").read_text())["heldout"]
+    data = read_run_data(run)
+    figure = layer_plots.training(data.training, data.validation, data.layers)
+    (dots,) = [trace for trace in figure.data if trace.name == "mean, held-out"]
+    assert dots.y[-1] == heldout["fvu_lens"] != heldout["fvu"]
 
 
 def test_another_basis_is_no_run_beside(root, data, run):
