@@ -79,8 +79,9 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` in this block, so that no other process writes a run to it.
+def locked(folder: Path, timeout: float = 1) -> Iterator[None]:
+    """Hold `folder` in this block, so that no other process writes a run to it. If one does, wait
+    for `timeout` seconds.
 
     The lock is the operating system's, on the file `.lock`, which is removed at the end. It ends
     with the process, so a killed one leaves none behind. On NFS it needs the server's lock manager;
@@ -95,7 +96,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        _acquire(lock, folder)
+        _acquire(lock, folder, timeout)
         yield
     finally:
         if lock.is_locked:
@@ -110,9 +111,9 @@ def locked(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _acquire(lock: FileLock, folder: Path) -> None:
+def _acquire(lock: FileLock, folder: Path, timeout: float) -> None:
     try:
-        lock.acquire(timeout=1)
+        lock.acquire(timeout=timeout)
     except Timeout as error:
         # Where only a file's existence locks, a killed process on another machine leaves it behind.
         stale = f" (if none is, remove {folder / LOCK})" if isinstance(lock, SoftFileLock) else ""

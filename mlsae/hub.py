@@ -141,6 +141,7 @@ class HubFiles(ModelHubMixin):
         refuse_unknown(unknown)
         wanted = parse_dtype(dtype)
         name = str(pretrained_model_name_or_path)
+        _check_one(Path(name))
         try:
             if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith(("/", "."))):
                 raise FileNotFoundError("there is no such folder")
@@ -202,6 +203,18 @@ class HubFiles(ModelHubMixin):
         if theirs and "-lens" in Path(model_id).name:
             theirs["tuned_lens"] = True  # a plain checkpoint's config does not say it
         return cls.from_saved(saved, device, dtype)
+
+
+def _check_one(folder: Path) -> None:
+    """Raise InputError if a local folder is no run, and has some in it."""
+    if (folder / "config.json").is_file() or not folder.is_dir():
+        return
+    inside = [path for path in formats.folders_in(folder) if not path.endswith("checkpoints")]
+    if inside and "." not in inside:
+        raise InputError(
+            f"RUN must be the folder of one MLSAE, and {folder} has none but in folders of its "
+            f"own; give one of these: {formats.listed([str(folder / path) for path in inside])}"
+        )
 
 
 def check_push(repo_id: str) -> None:

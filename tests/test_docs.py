@@ -58,7 +58,7 @@ def cells(notebook):
             assert not cell["outputs"], f"{notebook.name} is kept without outputs"
             lines = "".join(cell["source"]).splitlines()
             commands = [line.strip()[1:] for line in lines if line.strip().startswith("!")]
-            blanked = [re.sub(r"^(\s*)!.*", r"\1pass", line) for line in lines]
+            blanked = [re.sub(r"^(\s*)[!%].*", r"\1pass", line) for line in lines]
             yield "\n".join(blanked), commands
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import shlex
 
 from ..report.pack import read, render
 from .requests import MOST_CHECKS, MOST_NEW_TOKENS
@@ -30,6 +31,7 @@ def page(runs: Runs, number: int) -> bytes:
         run=run,
         runs=runs.names,
         number=number,
+        quoted=shlex.quote(str(run.folder)),
         most={"new": MOST_NEW_TOKENS, "checks": MOST_CHECKS},
         model=str(run.about.get("model") or "not named"),
     )

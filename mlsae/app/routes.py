@@ -82,7 +82,8 @@ class _Served:
 
     async def page(self, request: Request) -> Response:
         run = self._run(request)
-        run.files(), run.session()  # begin to open it
+        run.files()  # begin to open it
+        run.session()
         return Response(page(self.runs, self.runs.all.index(run)), media_type="text/html")
 
     async def data(self, request: Request) -> Response:
@@ -137,16 +138,23 @@ class _Served:
         edits = await run_in_threadpool(requests.read_edits, body)
         session = await self._wait(request, self._run(request).session())
         new = sampling["max_new_tokens"]
-        ids = await self._work(request, lambda _: session.check(text, edits, new))
+        check = lambda _: session.check(text, edits, new)  # noqa: E731
+        # If it has to wait, the page is told, and what is wrong comes as an event.
+        ahead = self.runs.worker.unfinished
+        checked = None if ahead else await self._work(request, check)
 
         def job(side: str, emit: Callable[[Any], None], stopped: Callable[[], bool]) -> None:
             show = lambda so_far, n: emit({"side": side, "text": so_far, "tokens": n})  # noqa: E731
             changes = edits if side == "steered" else []
-            whole = session.generate(ids, changes, sampling, show, stopped)
+            whole = session.generate(checked, changes, sampling, show, stopped)
             emit({"side": side, "text": whole, "done": True})
 
         async def lines() -> AsyncIterator[str]:
+            nonlocal checked
             try:
+                if ahead:
+                    yield json_text({"waiting": ahead}) + "\n"
+                    checked = await self._work(request, check)
                 for side in sides:
                     async for event in self._events(job, side):
                         yield json_text(event) + "\n"
@@ -208,9 +216,10 @@ class _Served:
                 break
         if result.done():
             return result.result()
+        result.add_done_callback(lambda each: each.cancelled() or each.exception())  # nobody's now
         if cancel:
             future.cancel()
-        raise HTTPException(503, "the program ends")
+        raise HTTPException(503, "the program ends, or nobody waits for the answer")
 
     async def _events(self, job: Callable[..., None], side: str) -> AsyncIterator[dict[str, Any]]:
         """The events of a job in the one thread, as it emits them. It is stopped when they are not

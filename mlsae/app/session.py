@@ -25,7 +25,7 @@ from ..errors import InputError
 from ..evaluation.heldout import HeldoutConfig, open_run
 from ..intervention import Edit, Opened, Replace, intervene, read_activations
 from ..intervention.edits import Change, at_layers
-from ..intervention.generation import continue_ids
+from ..intervention.generation import check_finite, continue_ids
 from ..report.trace_page import drawn_flows, flows_width, trace_plots
 
 if TYPE_CHECKING:
@@ -94,20 +94,21 @@ class Session:
     def next_tokens(
         self, text: str, position: int, changes: Sequence[Change], stopped: Stopped
     ) -> dict[str, Any]:
-        """What may follow a position of a text: for the model, with the reconstruction at each
-        layer in the residual's place (of the tokens that the MLSAE is for), and with `changes` if
-        there are any. Each has its likeliest tokens, with p and logit, and KL(model ‖ it) in nats.
+        """What may follow a position of a text: for the model, with `changes` if there are any, and
+        with the reconstruction at each layer in the residual's place (of the tokens that the MLSAE
+        is for). Each has its likeliest tokens, with p and logit, and KL(model ‖ it) in nats.
 
-        Raises InputError if there is no such position, or a change does not fit.
+        Raises InputError if there is no such position, a change does not fit, or predictions become
+        NaN.
         """
         ids = self._ids(text)
         if not 0 <= position < len(ids):
             raise InputError(f"position must be in [0, {len(ids) - 1}], got {position}")
         kept = self.stream.token_mask(ids[None])[0].nonzero()[:, 0].tolist()
         rows: list[tuple[str, list[Change]]] = [("model", [])]
+        rows += [("changed", list(changes))] if changes else []
         if kept:
             rows += [(str(layer), [Replace((layer,), tuple(kept))]) for layer in self.layers]
-        rows += [("changed", list(changes))] if changes else []
         truth: Tensor | None = None
         result = []
         for name, own in rows:
@@ -115,6 +116,7 @@ class Session:
                 raise StoppedError
             logits = self._logits(ids, own)[position].double().cpu()
             log_p = logits.log_softmax(-1)
+            check_finite(log_p)
             truth = log_p if truth is None else truth
             result.append({"name": name, **self._likeliest(truth, log_p, logits)})
         return {"token": self.strings[int(ids[position])], "rows": result}

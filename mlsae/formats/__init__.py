@@ -12,6 +12,7 @@ on). `read` reads both back, so a round trip loses nothing.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +28,8 @@ from .remote import folders_in, listed, local_folder
 from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
 __all__ = [
-    "FORMATS", "LENS", "SavedSAE", "detect", "lens_bytes", "lens_for", "local_folder", "read",
-    "read_lens", "write",
+    "FORMATS", "LENS", "SavedSAE", "detect", "folders_in", "lens_bytes", "lens_for", "listed",
+    "local_folder", "read", "read_lens", "write",
 ]  # fmt: skip
 
 SETTINGS, CARRIED = "mlsae.json", "carried.safetensors"
@@ -60,6 +61,8 @@ FORMATS: dict[str, Format] = {
 def detect(path: Path) -> str:
     """The name of the format at `path`. Raises InputError if it is none of `FORMATS`."""
     try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # since Python 3.14, `is_file` is False where it may not look
         for name, form in FORMATS.items():
             if form.matches(path):
                 return name

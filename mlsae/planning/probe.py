@@ -135,8 +135,7 @@ def probe(
     written = needs.disk.checkpoint / DISK_RATE  # the others, while training goes on
     once["last checkpoint"] = Span(written, written)
     rests_on.append(f"a checkpoint at {DISK_RATE / 1e9:.1f} GB/s, which is no measurement of here")
-    encoding = step.sae * (2 * len(small) / len(first))
-    once["report"] = _FINISH + encoding
+    once["report"] = _FINISH
     return Times("probe", step, needs.steps, needs.step_tokens, once, rests_on, queued_share)
 
 
@@ -176,7 +175,8 @@ def _steps(
         run(rows)
         n_steps += 1
     once, whole = 1 / n_steps, len(first) / len(rows) / n_steps
-    model, sae = spans["model"] * whole, spans["SAE"] * whole
+    sae = (spans["encode"] + spans["rest of the SAE"]) * whole
+    model = spans["model"] * whole
     return StepTime(model, sae, spans["optimizer"] * once), n_steps
 
 

@@ -57,8 +57,7 @@ def train_step(
         x = residuals if mlsae.lens is None else mlsae.carry(residuals, mlsae.config.layers).z
         lap("model")
         for state, step in zip(states, steps, strict=True):
-            forward_backward(state, step, x, mask)
-        lap("SAE")
+            forward_backward(state, step, x, mask, lap)
     for state, step in zip(states, steps, strict=True):
         all_reduce_grads(state)
         if state.data.size > 1:
@@ -276,6 +275,7 @@ class TrainLoop:
         sys.exit(128 + caught)
 
     def _progress(self) -> tqdm[None]:
+        quiet: dict[str, Any] = {} if is_rank0() else {"disable": True}  # {}: as TQDM_DISABLE says
         return tqdm(
             total=self.config.tokens,
             initial=self.tokens,
@@ -283,7 +283,7 @@ class TrainLoop:
             unit_scale=True,
             desc="training",
             dynamic_ncols=True,
-            disable=not is_rank0(),
+            **quiet,
         )
 
     @contextmanager

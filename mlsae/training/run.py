@@ -45,7 +45,7 @@ from .run_dir import (
 )
 from .settings import History, check_lens, check_processes, history_of, model_dtype_of
 from .start import initialize, lens_of, new_state
-from .summary import encode_seconds, log_extension, print_summary, write_csv
+from .summary import log_extension, print_summary, write_csv
 from .validation import Validation
 
 
@@ -198,12 +198,12 @@ def _finish(loop: TrainLoop, run_dirs: Sequence[RunDir], validations: Sequence[V
     """Leave folders that stand alone, print what came out, and push what is to be pushed."""
     for run_dir, validation in zip(run_dirs, validations, strict=True):
         run_dir.finish(validation, **loop.about())
-    dead, encoding = [state.dead_share() for state in loop.states], encode_seconds(loop)
+    dead = [state.dead_share() for state in loop.states]
     if loop.stream.mesh.world.rank != 0:
         return
     if len(loop.configs) > 1:
         write_csv(shared_folder(loop.configs) / "runs.csv", loop, validations, dead)
-    print_summary(loop, validations, dead, encoding)
+    print_summary(loop, validations, dead)
     for each in loop.configs:
         if each.push_to_hub is not None:
             log_rank0(f"pushed: {push_run(each.out, each.push_to_hub, PUSHED_FILES)}")

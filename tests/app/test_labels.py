@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -70,6 +72,16 @@ def test_nothing_is_lost_when_tabs_write_at_once(client, run):
     labels = read_labels(run)
     assert list(labels) == list(range(12))
     assert all(int(entry["label"]) % 12 == latent for latent, entry in labels.items())
+
+
+def test_nothing_is_lost_when_two_programs_write_at_once(run):
+    code = (
+        "import sys; from pathlib import Path; from mlsae.report.labels import write_label\n"
+        "for i in range(int(sys.argv[2]), 40, 2): write_label(Path(sys.argv[1]), i, 'x', '')"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, str(run), str(i)]) for i in range(2)]
+    assert [program.wait() for program in both] == [0, 0]
+    assert list(read_labels(run)) == list(range(40))
 
 
 def test_what_cannot_be_a_label_is_refused(client):
