@@ -12,6 +12,7 @@ Legend: L layers, n maps, D width of the residual stream; "…" any leading shap
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -62,21 +63,13 @@ class Lens(nn.Module):
         _check(self.layers, matrix, bias, n_layers)
         self.register_buffer("matrix", matrix.float())
         self.register_buffer("bias", bias.float())
-        wide = self.matrix.double()
-        inverses = [_inverse(layer, A) for layer, A in zip(self.layers, wide, strict=True)]
-        self.register_buffer("inverse", torch.stack(inverses).float())
-        self.condition = {
-            layer: _norm(A) * _norm(B)
-            for layer, A, B in zip(self.layers, wide, inverses, strict=True)
-        }
+        self.condition: dict[int, float] = {}
         """The condition number |A|₂ |A⁻¹|₂ of each layer's map."""
-        for layer, condition in self.condition.items():
-            if not condition <= MOST_CONDITION:
-                raise InputError(
-                    f"the lens must have maps that can be inverted, of condition numbers up to "
-                    f"{MOST_CONDITION:.0e}, and that of layer {layer} has {condition:.1e}; leave "
-                    "the layer out with --layers, or take a lens of another kind"
-                )
+        inverses = []
+        for layer, map_ in zip(self.layers, self.matrix, strict=True):
+            inverse, self.condition[layer] = _inverse(layer, map_.double())
+            inverses.append(inverse.float())
+        self.register_buffer("inverse", torch.stack(inverses))
         eye = torch.eye(matrix.shape[1], device=matrix.device)
         self._index = {
             layer: i
@@ -205,15 +198,18 @@ def _check(layers: tuple[int, ...], matrix: Tensor, bias: Tensor, n_layers: int)
         )
 
 
-def _inverse(layer: int, matrix: Tensor) -> Tensor:
-    """A⁻¹ of (D, D) in float64. Raises InputError if A is singular."""
+def _inverse(layer: int, matrix: Tensor) -> tuple[Tensor, float]:
+    """A⁻¹ of (D, D) in float64, and the condition number. Raises InputError if that is too
+    large."""
     inverse, info = torch.linalg.inv_ex(matrix)
-    if info.item():
+    condition = math.inf if info.item() else _norm(matrix) * _norm(inverse)
+    if not condition <= MOST_CONDITION:
         raise InputError(
-            f"the lens must have maps that can be inverted, and that of layer {layer} is singular; "
-            "leave the layer out with --layers, or take a lens of another kind"
+            f"--lens must have maps that can be inverted, of condition numbers up to "
+            f"{MOST_CONDITION:.0e}, and that of layer {layer} has {condition:.1e}; give a lens of "
+            "another kind, or one without that layer (`python -m mlsae.lens --layers`)"
         )
-    return inverse
+    return inverse, condition
 
 
 def _norm(matrix: Tensor) -> float:

@@ -24,6 +24,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # is public
 
+from sparse_topk import SparseTopKSAE
 from sparse_topk.loading import parse_dtype, refuse_unknown
 
 from . import formats
@@ -48,6 +49,7 @@ class HubFiles(ModelHubMixin):
     config: Any
     shards: Group
     lens: Lens | None
+    sae: SparseTopKSAE
     about: dict[str, Any]
 
     @property
@@ -146,7 +148,7 @@ class HubFiles(ModelHubMixin):
             loaded: Self = super().from_pretrained(
                 name, revision=revision, token=token, cache_dir=cache_dir,
                 force_download=force_download, local_files_only=local_files_only,
-                device=device, dtype=wanted, lens=lens,
+                device=device, dtype=wanted,
             )  # fmt: skip
         except (OSError, ValueError) as error:
             offline = isinstance(error, LocalEntryNotFoundError) and constants.is_offline_mode()
@@ -155,7 +157,33 @@ class HubFiles(ModelHubMixin):
                 f"its name on the Hugging Face hub, and {name} cannot be loaded: "
                 + (f"{_OFFLINE} {name}`" if offline else str(error))
             ) from error
+        if lens is not None:
+            loaded.take_lens(lens, name)
+        elif loaded.lens is None and loaded.about.get("released", {}).get("tuned_lens"):
+            warnings.warn(
+                f"{name} was trained on residuals that a tuned lens had transformed: give lens="
+                "FOLDER, that of the lens; on plain residuals its codes mean nothing",
+                stacklevel=2,
+            )
         return loaded
+
+    def take_lens(self, path: Path | str, name: str) -> None:
+        """Take the lens at `path`. Raises InputError if this one, called `name`, has a lens or was
+        trained without; or if the lens cannot be read, or is of other layers or another width."""
+        config = self.config
+        if self.lens is not None:
+            raise InputError(
+                f"--lens is for an MLSAE whose files do not tell it, and {name} has its own lens; "
+                "leave it out"
+            )
+        lens = formats.lens_for(path, config.layers, self.about, name)
+        lens.check_layers(config.layers)
+        if lens.d_in != config.d_in:
+            raise InputError(
+                f"--lens must be of the width of {name}, {config.d_in}, and has {lens.d_in}; give "
+                "that which it was trained with"
+            )
+        self.lens = lens.to(self.sae.W_dec.device)
 
     @classmethod
     def _from_pretrained(
@@ -164,7 +192,6 @@ class HubFiles(ModelHubMixin):
         model_id: str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        lens: Path | str | None = None,
         **hub: Any,
     ) -> Self:
         folder = Path(model_id)
@@ -175,14 +202,6 @@ class HubFiles(ModelHubMixin):
         theirs = saved.settings_of("released")
         if theirs and "-lens" in Path(model_id).name:
             theirs["tuned_lens"] = True  # a plain checkpoint's config does not say it
-        if lens is not None:
-            saved = formats.with_lens(saved, lens, model_id)
-        elif theirs.get("tuned_lens"):
-            warnings.warn(
-                f"{model_id} was trained on residuals that a tuned lens had transformed: give lens="
-                "FOLDER, that of the lens; on plain residuals its codes mean nothing",
-                stacklevel=4,
-            )
         return cls.from_saved(saved, device, dtype)
 
 

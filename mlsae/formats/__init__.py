@@ -23,13 +23,13 @@ from ..errors import InputError
 from ..files import write_file
 from . import dictionary_learning, openai, own, released, saelens, sparsify
 from .lens import FILE as LENS
-from .lens import lens_bytes, read_lens, with_lens
+from .lens import lens_bytes, lens_for, read_lens
 from .remote import folders_in, listed, local_folder
 from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
 __all__ = [
-    "FORMATS", "LENS", "SavedSAE", "detect", "folders_in", "lens_bytes", "listed", "local_folder",
-    "read", "read_lens", "with_lens", "write",
+    "FORMATS", "LENS", "SavedSAE", "detect", "folders_in", "lens_bytes", "lens_for", "listed",
+    "local_folder", "read", "read_lens", "write",
 ]  # fmt: skip
 
 SETTINGS, CARRIED = "mlsae.json", "carried.safetensors"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import safetensors.torch
 from ..basis import Lens
 from ..errors import InputError
 from . import tuned_lens
-from .saved import SavedSAE, is_integer, layers_in, read_tensors
+from .saved import is_integer, layers_in, read_tensors
 
 FILE = "lens.safetensors"
 
@@ -57,16 +56,16 @@ def read_lens(path: Path | str, trained_on: tuple[int, ...] | None = None) -> Le
     return Lens(layers, tensors["A"], tensors["b"], n_layers, about)
 
 
-def with_lens(sae: SavedSAE, path: Path | str, name: str) -> SavedSAE:
-    """The SAE `name`, whose files hold no lens, with the lens at `path`; for a checkpoint of the
-    paper's own code, as that took it. Raises InputError if it has a lens, or was trained without,
-    or the lens cannot be read."""
-    if sae.lens is not None or "training" in sae.about:
-        was = "has its own lens" if sae.lens else "was trained without a lens"
+def lens_for(path: Path | str, layers: tuple[int, ...], about: dict[str, Any], name: str) -> Lens:
+    """The lens at `path` for the MLSAE `name`, whose files hold none; for a checkpoint of the
+    paper's own code, of `layers`, as that took it. Raises InputError if the MLSAE was trained here,
+    `about` says, and so without; or the lens cannot be read."""
+    if "training" in about:
         raise InputError(
-            f"--lens is for an MLSAE whose files do not tell it, and {name} {was}; leave it out"
+            f"--lens is for an MLSAE whose files do not tell it, and {name} was trained without "
+            "one; leave it out"
         )
-    return replace(sae, lens=read_lens(path, sae.layers if "released" in sae.about else None))
+    return read_lens(path, layers if "released" in about else None)
 
 
 def lens_bytes(lens: Lens) -> bytes:

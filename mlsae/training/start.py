@@ -62,6 +62,11 @@ def lens_of(config: TrainConfig, shape: Shape, initial: SavedSAE | None) -> Lens
     if lens is not None:
         check_lens_model(lens, config.data, shape.d_in)
         lens.check_layers(shape.layers)
+        worst = max(lens.condition, key=lens.condition.__getitem__)
+        log_rank0(
+            f"lens: {lens.about.get('kind')}; condition numbers up to {lens.condition[worst]:.3g} "
+            f"(layer {worst}), so much more may an error weigh on the way back"
+        )
     if initial is not None and (initial.lens and initial.lens.digest) != (lens and lens.digest):
         has = "another lens" if initial.lens else "no lens"
         raise InputError(

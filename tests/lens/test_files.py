@@ -189,9 +189,15 @@ def test_a_lens_checkpoint_without_its_lens_is_told(tmp_path):
         MLSAE.from_pretrained(folder)
     with pytest.raises(InputError, match=r"--lens must be given for RUN .* got none; give the"):
         load_run(folder, CPU, None)
-    assert load_run(folder, CPU, save_tuned_lens(tmp_path / "lens", L, D)).lens is not None
+    given = load_run(folder, CPU, save_tuned_lens(tmp_path / "lens", L, D))
+    given.save_pretrained(tmp_path / "kept")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(MLSAE.from_pretrained(tmp_path / "kept").lens, given.lens)
+    with pytest.raises(InputError, match=r"--lens must be of the width of .*, 8, and has 9"):
+        load_run(folder, CPU, save_tuned_lens(tmp_path / "wide", L, 9))
     with_lens(None).save_pretrained(tmp_path / "run", training={"dataset": "builtin"})
-    with pytest.raises(InputError, match="was trained without a lens; leave it out"):
+    with pytest.raises(InputError, match="was trained without one; leave it out"):
         load_run(tmp_path / "run", CPU, tmp_path / "lens")
 
 

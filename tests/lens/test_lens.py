@@ -134,7 +134,7 @@ def test_layers_must_be_told(lens):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda A: A * torch.tensor([0.0] + [1.0] * (D - 1)), "that of layer 0 is singular"),
+        (lambda A: A * torch.tensor([0.0] + [1.0] * (D - 1)), "that of layer 0 has inf; give"),
         (lambda A: torch.eye(D) * torch.tensor([1e-8] + [1.0] * (D - 1)), "1.0e[+]08"),
         (lambda A: A * torch.nan, "must be finite numbers"),
         (lambda A: A[:, :-1], "must have the shape"),

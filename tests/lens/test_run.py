@@ -128,6 +128,24 @@ def test_the_affine_maps_carry_mean_and_covariance_and_undo_a_rotation():
     torch.testing.assert_close(torch.cov(z.T), torch.cov(last.T), rtol=0.05, atol=0.5)
 
 
+def test_no_other_rotation_correlates_more():
+    """The whitened last residual and the whitened z have a symmetric positive cross-covariance,
+    which no rotation of one of them makes larger in trace."""
+    torch.manual_seed(1)
+    last = torch.randn(3000, 5).double() @ torch.randn(5, 5).double()
+    x = torch.stack([last @ torch.randn(5, 5).double() + torch.randn(3000, 5), last])
+    moments = SecondMoments(2, 5, CPU)
+    moments.update(x)
+    A, _ = affine_maps(moments)
+    own = torch.cov(last.T, correction=0)
+    values, vectors = torch.linalg.eigh(own + 0.01 * own.trace() / 5 * torch.eye(5))
+    whiten = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    centered = x - x.mean(1, keepdim=True)
+    cross = whiten @ (centered[1].T @ centered[0] / 3000) @ A[0].T @ whiten
+    torch.testing.assert_close(cross, cross.T)
+    assert torch.linalg.eigvalsh(cross).min() > 0
+
+
 def test_a_run_carries_its_lens_and_says_both_fvus(run, found):
     config = json.loads((run / "config.json").read_text())
     assert config["lens"]["sha256"] == found.lens.digest
