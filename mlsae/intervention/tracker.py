@@ -22,7 +22,8 @@ from .positions import Positions, locate
 # step; and only `generate` knows where the prompt ends, since without a cache each step looks like
 # a prompt. So both are wrapped while an intervention lasts.
 
-_CACHES = ("past_key_values", "cache_params", "state", "mems")
+_CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
+"""The names of the argument that holds a cache; the first one since transformers 5.24."""
 
 
 class PositionTracker:

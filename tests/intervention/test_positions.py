@@ -3,6 +3,8 @@
 Legend: B rows, T positions.
 """
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -121,7 +123,8 @@ def test_a_loop_over_a_cache_by_hand_follows_the_positions(family):
     longer = torch.cat([IDS, IDS[:, :2]], 1)
     with intervene(model, MLSAE_, edits):
         whole = model(input_ids=longer, use_cache=False).logits
-        name = "cache_params" if family == "mamba" else "past_key_values"
+        given = inspect.signature(model.forward).parameters  # "cache" since transformers 5.24
+        name = next(n for n in ("cache", "cache_params", "past_key_values") if n in given)
         output = model(input_ids=IDS, use_cache=True)
         parts = [output.logits]
         for i in range(2):
