@@ -77,9 +77,10 @@ def layer_range(layers: Sequence[int]) -> str:
 
 
 def in_the_mean(settings: dict[str, Any]) -> str:
-    """What is to be said after k by batchtopk; nothing with topk."""
+    """What is to be said after k by batchtopk and jumprelu; nothing with topk."""
     k_max = settings.get("k_max")
-    return "" if k_max is None else f" in the mean, {k_max:,} at most (BatchTopK)"
+    name = "JumpReLU" if settings.get("activation") == "jumprelu" else "BatchTopK"
+    return "" if k_max is None else f" in the mean, {k_max:,} at most ({name})"
 
 
 def _named_layers(layers: Sequence[int]) -> str:
@@ -90,12 +91,12 @@ def _named_layers(layers: Sequence[int]) -> str:
 def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
     """Rows: what it is, then every setting of its training, then the versions."""
     d_in, n_latents = settings["d_in"], settings["n_latents"]
-    batchtopk = () if settings.get("k_max") is None else ("k_max", "threshold")
+    more = [name for name in ("k_max", "threshold") if settings.get(name) is not None]
     rows: list[tuple[object, ...]] = [
         ("d_in", d_in),
         ("n_latents", f"{n_latents} ({n_latents / d_in:g} × d_in)"),
         ("k", settings["k"]),
-        *((name, settings[name]) for name in batchtopk),
+        *((name, settings[name]) for name in more),
         ("standardize", settings["standardize"]),
         ("model", settings.get("model") or "not known"),
     ]

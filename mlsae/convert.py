@@ -13,6 +13,10 @@ The formats:
     dictionary_learning  ae.pt, config.json: AutoEncoderTopK
     openai               openai/sparse_autoencoder: autoencoder.pt
 
+Read only: Gemma Scope (params.npz, params.safetensors), Llama Scope (hyperparams.json), Qwen-Scope
+(layerN.sae.pt), and of dictionary_learning BatchTopKSAE, MatryoshkaBatchTopKSAE and
+JumpReluAutoEncoder.
+
 The weights stay bit-identical and the outputs the same; an SAE that the target format cannot
 express is an error. What it cannot store (layers, model, settings, counters of dead latents) is
 written beside its files, in mlsae.json and carried.safetensors, and read back from there. Pickled

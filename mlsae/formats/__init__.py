@@ -20,7 +20,17 @@ import safetensors.torch
 
 from ..errors import InputError
 from ..files import write_file
-from . import dictionary_learning, openai, own, released, saelens, sparsify
+from . import (
+    dictionary_learning,
+    gemmascope,
+    llamascope,
+    openai,
+    own,
+    qwenscope,
+    released,
+    saelens,
+    sparsify,
+)
 from .remote import folders_in, listed, local_folder
 from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
@@ -48,7 +58,10 @@ FORMATS: dict[str, Format] = {
     "sparsify": sparsify,
     "saelens": saelens,
     "dictionary_learning": dictionary_learning,
-    "openai": openai,
+    "gemmascope": gemmascope,
+    "llamascope": llamascope,
+    "qwenscope": qwenscope,
+    "openai": openai,  # last: any file is taken for it
 }
 
 
@@ -101,7 +114,7 @@ def write(sae: SavedSAE, folder: Path | str, to: str) -> list[Path]:
     Returns the files written. Each is replaced whole or not at all. Raises InputError, and writes
     nothing, if the format cannot express what the SAE computes.
     """
-    if to != "mlsae":
+    if to != "mlsae" and (to, sae.activation) != ("saelens", "jumprelu"):
         sae.require_topk(to)
     folder, files = Path(folder), FORMATS[to].files(sae)
     if to != "mlsae":

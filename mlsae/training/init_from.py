@@ -40,7 +40,7 @@ def sized_as_init(default: TrainArguments, arguments: Sequence[str]) -> TrainArg
     with suppress(InputError):  # training says what is wrong, in one line for all processes
         saved = _read(given.init_from)
         sizes: dict[str, Any] = {"k": (saved.k,), "standardize": saved.standardize}
-        if saved.k_max is not None:
+        if saved.activation == "batchtopk":
             sizes |= {"activation": "batchtopk", "k_max": saved.k_max}
         expansion, rest = divmod(saved.n_latents, saved.d_in)
         if not rest:
@@ -68,6 +68,11 @@ def load_initial(configs: Sequence[TrainConfig]) -> SavedSAE | None:
         )
     saved = _read(name)
     check_residual(saved.about, f"--init_from {name}")
+    if saved.activation == "jumprelu":
+        raise InputError(
+            f"--init_from must be an SAE of topk or batchtopk, which are what is trained here, and "
+            f"{name} has a threshold per latent (jumprelu); load_sae uses it as it is"
+        )
     return saved
 
 
