@@ -6,7 +6,19 @@ mlsae = MLSAE.from_pretrained("runs/demo")  # a folder, or a name on the Hugging
 values, indices = mlsae.encode(residuals)  # (…, d_model) → (…, k)
 """
 
-from .dense import DenseSAE
-from .model import MLSAE, MLSAEConfig, load_sae
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .dense import DenseSAE
+    from .model import MLSAE, MLSAEConfig, load_sae
 
 __all__ = ["MLSAE", "DenseSAE", "MLSAEConfig", "load_sae"]
+
+
+def __getattr__(name: str) -> Any:
+    """What is in `__all__`, imported when it is asked for: torch takes seconds, and not every
+    program needs it at once."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".dense" if name == "DenseSAE" else ".model", __name__), name)

@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any, TypeVar
 
-import torch
 import tyro
 from rich.table import Table
 
-from .distributed import LostContactError, is_rank0, log_rank0
 from .errors import InputError, exit_on_bad_input, first_line
+from .ranks import LostContactError, is_rank0, log_rank0
 
 Config = TypeVar("Config")
 
@@ -77,7 +76,7 @@ def run_program(
 
     Any other exception is a bug and keeps its traceback.
     """
-    _silence_transformers()
+    silence_transformers()
     _escape_unprintable()
     with exit_on_bad_input():
         try:
@@ -106,12 +105,23 @@ def raise_out_of_memory() -> Iterator[None]:
     """Raise InputError where torch or Python cannot have the memory that the settings ask for."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except MemoryError as error:
         raise _too_large(error) from error
     except RuntimeError as error:
-        if not any(words in str(error) for words in _NO_MEMORY):
+        torch = sys.modules.get("torch")  # not imported here: the report and the app start sooner
+        on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+        if not on_gpu and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise _too_large(error) from error
+
+
+def silence_transformers() -> None:
+    """Turn off transformers' warnings and progress bars."""
+    # Not imported here: convert and report do not load it, and it takes seconds.
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def _too_large(error: BaseException) -> InputError:
@@ -125,15 +135,6 @@ def _escape_unprintable() -> None:
     """Print what stdout cannot encode, such as a path that is not UTF-8, as escapes."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _silence_transformers() -> None:
-    """Turn off transformers' warnings and progress bars."""
-    # Not imported here: convert and report do not load it, and it takes seconds.
-    transformers = sys.modules.get("transformers")
-    if transformers is not None:
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
 
 
 def empty_table(title: str, headings: Sequence[str], left: Collection[str] = ()) -> Table:

@@ -27,10 +27,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from .errors import InputError, first_line
-
-
-class LostContactError(RuntimeError):
-    """Another process of the run has ended, or does not answer within the timeout."""
+from .ranks import LostContactError as LostContactError
+from .ranks import is_rank0 as is_rank0
+from .ranks import launched as launched
+from .ranks import log_rank0 as log_rank0
 
 
 class Group:
@@ -177,12 +177,6 @@ class Mesh(NamedTuple):
 ALONE = Mesh(Group(), Group(), Group())
 
 
-def launched() -> bool:
-    """Whether a launcher started this process as one of several: `torchrun`, or Slurm with RANK
-    and WORLD_SIZE set."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def local_rank() -> int | None:
     """The number of this process on its node; None if no launcher started it."""
     return int(os.environ.get("LOCAL_RANK", "0")) if launched() else None
@@ -208,17 +202,6 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
             f"got {name!r}: {first_line(error)}"
         ) from error
     return device
-
-
-def is_rank0() -> bool:
-    """Whether this process is the one that writes files and prints."""
-    return not launched() or os.environ["RANK"] == "0"
-
-
-def log_rank0(message: str) -> None:
-    """Print to stderr, which keeps stdout for results. Only rank 0 prints."""
-    if is_rank0():
-        print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager

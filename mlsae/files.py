@@ -13,11 +13,14 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from .distributed import log_rank0
 from .errors import InputError
+from .ranks import log_rank0
 
 LOCK = ".lock"
 """The file in a folder that is locked by the process that writes a run there."""
+
+LABELS = "labels.json"
+"""The file in a run's folder with what a user wrote about its latents."""
 
 # What evaluation and analysis leave in a run's folder, and a new run there replaces.
 EVALUATION_FILES = ("evaluation.csv", "evaluation.json")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAMS = {"train", "plan", "evaluate", "analyze", "steer", "compare", "convert"}
 FLOORS = [
     "builtin", "formats", "data", "report", "training", "evaluation", "analysis", "intervention",
-    "planning",
+    "planning", "app",
 ]  # fmt: skip
 """The packages of mlsae from the ground up: each may import those before it."""
 
@@ -99,6 +99,8 @@ def test_the_wheel_holds_our_two_packages_only(tmp_path):
         "mlsae/report/page.css",
         "mlsae/report/browser.js",
         "mlsae/report/paper.json",
+        "mlsae/app/app.html",
+        "mlsae/app/read.js",
         "sparse_topk/triton_ops/topk/encode.py",
     ):
         assert needed in names

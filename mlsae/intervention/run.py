@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from ..analysis.geometry import token_strings
@@ -30,6 +29,7 @@ from .command_line import SteerConfig, changes_of
 from .context import intervene
 from .edits import Change, Edit
 from .effects import Effects, measure_effects
+from .generation import check_finite, continue_ids
 from .positions import shown_where
 
 
@@ -86,7 +86,7 @@ def steer(config: SteerConfig) -> Steered:
     with intervene(model, mlsae, changes, activations=activations):
         pass  # whether they fit
     effects = measure_effects(mlsae, reader, ids, changes, activations, config.show)
-    _check_finite(effects.log_p)
+    check_finite(effects.log_p)
     continuations = [
         _continue(config, model, tokenizer, ids.to(device), context)
         for context in (nullcontext(), intervene(model, mlsae, changes, activations=activations))
@@ -156,41 +156,11 @@ def _tokenize(config: SteerConfig, tokenizer: Any, model: Any) -> Tensor:
 
 def _continue(config: SteerConfig, model: Any, tokenizer: Any, ids: Tensor, context: Any) -> str:
     """What the model adds to the prompt's ids (T,), run in `context`."""
-    if config.max_new_tokens == 0:
-        return ""
-    sampling = config.temperature > 0
-    options = transformers.GenerationConfig(
-        max_new_tokens=config.max_new_tokens,
-        do_sample=sampling,
-        temperature=config.temperature if sampling else 1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(config.seed)
     with context:
-        mask = torch.ones_like(ids[None])
-        whole = model.generate(
-            ids[None], options, attention_mask=mask, logits_processor=[_checked_logits]
+        new = continue_ids(
+            model, tokenizer, ids, config.max_new_tokens, config.temperature, config.seed
         )
-    return str(tokenizer.decode(whole[0, len(ids) :]))
-
-
-def _checked_logits(_ids: Tensor, logits: Tensor) -> Tensor:
-    """The logits of a step of `generate`, checked."""
-    _check_finite(logits)
-    return logits
-
-
-def _check_finite(predictions: Tensor) -> None:
-    """Raise InputError if predictions are NaN."""
-    if predictions.isnan().any():
-        raise InputError(
-            "--add, --scale and --clamp must leave the model's predictions finite, and with these "
-            "changes they are not; change less, or check that the model is whole"
-        )
+    return str(tokenizer.decode(new))
 
 
 def _as_dict(change: Change) -> dict[str, Any]:

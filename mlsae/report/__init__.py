@@ -7,9 +7,18 @@ JavaScript are files beside this one.
 from pathlib import Path
 
 from ..errors import InputError
-from .page import write_report
 
 __all__ = ["redraw", "write_report"]
+
+
+def write_report(folder: Path, out: Path | None = None) -> None:
+    """Write the page of the run in `folder` to `out`, or to report.html in `folder`.
+
+    Raises InputError if the folder holds no run, or one of its files is damaged.
+    """
+    from .page import write_report  # with torch and plotly, which the app does not wait for
+
+    write_report(folder, out)
 
 
 def redraw(folder: Path) -> None:

@@ -3,20 +3,23 @@
 
 let openLatent = () => {}; // open a latent by its id; set when the data are unpacked
 let openPlace = () => {}; // open a latent by its place in the list sorted by a key
+const latentTable = unpack("latents").then(JSON.parse);
 
 (async () => {
-  const data = JSON.parse(await unpack("latents"));
+  const data = await latentTable;
+  for (const [id, label] of Object.entries(data.labels)) labels.set(Number(id), label);
   const L = data.layers.length;
   const rowOf = new Map(data.latent.map((id, row) => [id, row]));
   const allRows = Uint32Array.from(data.latent.keys());
   const state = { sort: "frequency", descending: true, query: "" };
 
-  // The text searched: the tokens at which a latent is most active, and those nearest to it in the embeddings.
+  // The text searched: the tokens at which a latent is most active, those nearest to it in the embeddings, and what a user wrote.
   const searchText = data.latent.map((_, row) => [data.peaks[row], data.tokens_in[row], data.tokens_out[row]].flat().join("\u0000").toLowerCase());
 
   const percent = (share) => (share === null ? "–" : share >= 0.1 ? `${(100 * share).toFixed(0)} %` : `${Number((100 * share).toPrecision(2))} %`);
   const fixed = (digits) => (value) => (value === null ? "–" : value.toFixed(digits));
   const chips = (tokens) => tokens.map((token) => element("span", { class: "chip" }, visible(token)));
+  const named = (row) => (labels.get(data.latent[row])?.label ? [element("b", { class: "label" }, labels.get(data.latent[row]).label)] : []);
   const shares = (row, name = "profile") => data[name].slice(row * L, (row + 1) * L).map((value) => value / 1000);
 
   const columns = [
@@ -27,7 +30,7 @@ let openPlace = () => {}; // open a latent by its place in the list sorted by a 
     { key: "frequency", label: "frequency", title: "share of tokens at which the latent is active", cell: (row) => percent(data.frequency[row]) },
     { key: "max_activation", label: "max", title: "largest activation", cell: (row) => fixed(1)(data.max_activation[row]) },
     ...(data.others ? [{ key: "match_decoder", label: "match", title: "best cosine in other SAEs, mean", cell: (row) => fixed(2)(data.match_decoder[row]) }] : []),
-    { key: null, label: "most active at", cell: (row) => element("span", { class: "peaks" }, ...chips(data.peaks[row])) },
+    { key: null, label: "most active at", cell: (row) => element("span", { class: "peaks" }, ...named(row), ...chips(data.peaks[row])) },
   ];
 
   function bars(row) {
@@ -56,7 +59,8 @@ let openPlace = () => {}; // open a latent by its place in the list sorted by a 
     const query = state.query.toLowerCase().replaceAll("·", " ").replaceAll("⏎", "\n").replaceAll("⇥", "\t");
     if (!query) return allRows.slice();
     const id = Number(query.match(/^\s*#?(\d+)\s*$/)?.[1] ?? NaN);
-    return allRows.filter((row) => data.latent[row] === id || searchText[row].includes(query));
+    const written = (row) => Object.values(labels.get(data.latent[row]) ?? {}).join("\u0000").toLowerCase();
+    return allRows.filter((row) => data.latent[row] === id || searchText[row].includes(query) || written(row).includes(query));
   }
 
   function refresh() {
@@ -102,7 +106,7 @@ let openPlace = () => {}; // open a latent by its place in the list sorted by a 
     }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "/" || event.target.matches("input, select")) return;
+    if (event.key !== "/" || event.target.matches("input, select, textarea")) return;
     event.preventDefault();
     search.focus();
   });
@@ -116,6 +120,12 @@ let openPlace = () => {}; // open a latent by its place in the list sorted by a 
     return element("button", { type: "button", class: "linklike", onclick: () => openLatent(id) }, String(id));
   }
 
+  // Where the panel is not on the screen, scroll to it.
+  function reveal() {
+    const { top, bottom } = panel.getBoundingClientRect();
+    if (top > innerHeight / 2 || bottom < innerHeight / 4) (panel.closest("section") ?? panel).scrollIntoView();
+  }
+
   openLatent = (id, scroll = true) => {
     if (!rowOf.has(id)) return;
     const row = rowOf.get(id);
@@ -124,20 +134,21 @@ let openPlace = () => {}; // open a latent by its place in the list sorted by a 
       refresh();
     }
     list.select(list.items.indexOf(row));
-    if (scroll) document.getElementById("latents").scrollIntoView();
+    if (scroll) reveal();
   };
   openPlace = (place, key) => {
     Object.assign(state, { sort: key, descending: false, query: "" });
     search.value = "";
     refresh();
     list.select(place);
-    document.getElementById("latents").scrollIntoView();
+    reveal();
   };
   for (const [name, key] of [["heatmap", "mean_layer"], ["heatmap-totals", "mean_layer_totals"]]) {
     const node = document.querySelector(`[data-plot="${name}"]`);
-    onceDrawn(node, () => node.on("plotly_click", ({ points: [point] }) => openPlace(Math.round(point.x) - 1, key)));
+    if (node) onceDrawn(node, () => node.on("plotly_click", ({ points: [point] }) => openPlace(Math.round(point.x) - 1, key)));
   }
 
+  document.addEventListener("labels", () => list.draw());
   const fromHash = () => Number(location.hash.match(/^#latent-(\d+)$/)?.[1] ?? NaN);
   addEventListener("hashchange", () => openLatent(fromHash()));
   refresh();

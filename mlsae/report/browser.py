@@ -5,6 +5,7 @@ Legend: L layers, M latents, E examples.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from .labels import Labels, shown_labels
 from .pack import pack_json, rounded
 from .run_data import Analysis
 from .schema import FLOW_NUMBERS, LATENT_NUMBERS, MATCH_NUMBERS, check_example_values
@@ -47,21 +49,40 @@ class BrowserData(NamedTuple):
     """Most examples per latent, or None if all are in the page."""
 
 
-def browser_data(analysis: Analysis, budget: int) -> BrowserData:
+class BrowserTables:
+    """The latents that were active, the most frequent first, and their examples: as JSON."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        tokens_active = analysis.latents["tokens_active"].to_numpy()
+        self.active = np.flatnonzero(tokens_active)
+        self.rows = self.active[np.argsort(-tokens_active[self.active], kind="stable")]
+        """Of the table, in the list's order."""
+        self.examples = _ExampleOrder(analysis, analysis.latents["latent"].to_numpy()[self.rows])
+
+    def latents(self, labels: Labels, listed: int | None = None) -> dict[str, Any]:
+        """The metrics of the first `listed` latents, or of all, as columns; and the labels of all
+        latents that have one."""
+        columns = _columns(self.analysis, self.rows[:listed], self.examples)
+        return columns | {"labels": shown_labels(labels)}
+
+    def chunk(self, index: int) -> dict[str, Any] | None:
+        """The examples of chunk `index`, all of them; None if there is no such chunk."""
+        is_there = 0 <= index * CHUNK < len(self.rows)
+        return self.examples.chunk(index, sys.maxsize) if is_there else None
+
+
+def browser_data(analysis: Analysis, labels: Labels, budget: int) -> BrowserData:
     """The data of the browser, in at most `budget` bytes of the page.
 
     Metrics have priority over examples. If not all examples fit, every latent keeps its first
     few, in this order: its strongest at any layer, the strongest at each other layer, the
     strongest of each quantile band, then the second of each of these, and so on.
     """
-    table = analysis.latents
-    tokens_active = table["tokens_active"].to_numpy()
-    active = np.flatnonzero(tokens_active)
-    rows = active[np.argsort(-tokens_active[active], kind="stable")]  # in the list's order
-    examples = _ExampleOrder(analysis, table["latent"].to_numpy()[rows])
-    listed = len(rows)
+    tables = BrowserTables(analysis)
+    examples, listed = tables.examples, len(tables.rows)
     limit = min(_TABLE_BYTES, budget)
-    while len(packed := pack_json(_columns(analysis, rows[:listed], examples))) > limit and listed:
+    while len(packed := pack_json(tables.latents(labels, listed))) > limit and listed:
         listed //= 2
     chunks, depth = _chunks(examples, -(-listed // CHUNK), budget - len(packed))
     reached = min(listed, CHUNK * len(chunks))
@@ -69,7 +90,7 @@ def browser_data(analysis: Analysis, budget: int) -> BrowserData:
     return BrowserData(
         {"latents": packed} | {f"examples-{i}": chunk for i, chunk in enumerate(chunks)},
         listed,
-        len(active),
+        len(tables.active),
         reached,
         int(kept.sum()),
         len(examples.place),

@@ -117,7 +117,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> None:
     }
     page = render(
         "comparison.html",
-        ("page.js",),
+        ("packed.js", "page.js"),
         {"plotly": packed_plotly(), "plots": pack_plots(plots)},
         title=f"Comparison of {len(runs)} multi-layer SAEs",
         rows=_rows(runs, published),

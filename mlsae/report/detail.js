@@ -8,9 +8,9 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
 
   function examplesOf(row) {
     const index = Math.floor(row / data.chunk);
-    if (!document.getElementById(`packed-examples-${index}`)) return Promise.resolve(null);
     if (!chunks.has(index)) chunks.set(index, unpack(`examples-${index}`).then(JSON.parse));
     return chunks.get(index).then((chunk) => {
+      if (!chunk) return null; // left out of the page
       const place = row % data.chunk;
       const rows = [];
       for (let i = place ? chunk.ends[place - 1] : 0; i < chunk.ends[place]; i++)
@@ -126,12 +126,13 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
   }
 
   return async function show(row) {
-    current = row;
+    const shown = (current = { row });
+    document.dispatchEvent(new CustomEvent("latent", { detail: data.latent[row] }));
     const button = (label, by, name) => element("button", { type: "button", title: name, "aria-label": name, onclick: () => move(by) }, label);
     const head = element("header", {}, element("h3", {}, `Latent ${data.latent[row]}`), button("‹", -1, "previous latent in the list"), button("›", 1, "next latent in the list"));
-    const body = [head, stats(row), profile(row), ...(data.continued ? [lifeline(row)] : [])];
+    const body = [head, written(data.latent[row]), stats(row), profile(row), ...(data.continued ? [lifeline(row)] : [])];
     panel.replaceChildren(...body);
     const rows = await examplesOf(row);
-    if (current === row) panel.replaceChildren(...body, gallery(row, rows));
+    if (current === shown) panel.append(gallery(row, rows));
   };
 }

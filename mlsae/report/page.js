@@ -1,11 +1,5 @@
-// On every page: unpack its data, draw the plots that come into view, follow light and dark mode.
+// On every page: draw the plots that come into view, follow light and dark mode.
 "use strict";
-
-async function unpack(id) {
-  const bytes = Uint8Array.from(atob(document.getElementById(`packed-${id}`).textContent), (c) => c.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return new Response(stream).text();
-}
 
 function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -24,8 +18,7 @@ function visible(token) {
 }
 
 const plots = (async () => {
-  const [code, data] = await Promise.all([unpack("plotly"), unpack("plots")]);
-  document.head.append(element("script", {}, code));
+  const [data] = await Promise.all([unpack("plots"), loadPlotly()]);
   return JSON.parse(data);
 })();
 
@@ -84,6 +77,3 @@ for (const group of document.querySelectorAll(".choice"))
     for (const part of document.querySelectorAll(`[data-in="${group.dataset.of}"]`))
       part.hidden = part.dataset.choice !== target.dataset.choice;
   });
-
-if (!("DecompressionStream" in window))
-  document.body.prepend(element("p", { class: "missing" }, "This browser is too old to unpack the page. Chrome 80, Firefox 113, Safari 16.4 and later can."));

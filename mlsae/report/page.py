@@ -30,13 +30,14 @@ def write_report(folder: Path, out: Path | None = None) -> None:
     run = read_run_data(folder)
     plots = _plots(run)
     packed = {"plotly": packed_plotly(), "plots": pack_plots(plots)}
-    scripts: tuple[str, ...] = ("page.js",)
+    scripts: tuple[str, ...] = ("packed.js", "page.js")
     if run.analysis:
         packed["prompt"] = pack_json(_prompt(run.analysis))
-        scripts = ("page.js", "prompt.js", "list.js", "detail.js", "browser.js")
+        scripts += ("token.js", "prompt.js", "written.js", "list.js", "detail.js", "browser.js")
     page = _render(run, plots, scripts, packed, None)
     if run.analysis:
-        browser = browser_data(run.analysis, MAX_PAGE_BYTES - len(page) - _MARGIN)
+        room = MAX_PAGE_BYTES - len(page) - _MARGIN
+        browser = browser_data(run.analysis, run.labels, room)
         page = _render(run, plots, scripts, packed | browser.packed, browser)
     write_file(out or folder / "report.html", page)
 

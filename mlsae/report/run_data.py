@@ -22,6 +22,7 @@ from torch import Tensor
 from ..data.sinks import DropRule
 from ..errors import InputError, first_line
 from . import schema
+from .labels import Labels, read_labels
 from .schema import (
     CONFIG,
     COUNT,
@@ -73,6 +74,8 @@ class RunData:
     evaluation: dict[str, Any] | None
     """evaluation.json; its metrics are under "figures"."""
     analysis: Analysis | None
+    labels: Labels
+    """What the user wrote about latents."""
 
     @property
     def layers(self) -> list[int]:
@@ -132,7 +135,8 @@ def read_run_data(folder: Path) -> RunData:
         evaluation = _evaluation(folder / "evaluation.json")
     with _raise_unreadable(folder, "measure it again with mlsae.analyze"):
         analysis = _analysis(folder)
-    return RunData(folder, config, training, validation, totals, evaluation, analysis)
+    labels = read_labels(folder)
+    return RunData(folder, config, training, validation, totals, evaluation, analysis, labels)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from ..errors import InputError
 from ..files import (
     ANALYSIS_FILES,
     EVALUATION_FILES,
+    LABELS,
     LOCK,
     check_folder,
     check_out,
@@ -49,6 +50,7 @@ RUN_FILES = (
     *PUSHED_FILES,
     *EVALUATION_FILES,
     *ANALYSIS_FILES,
+    LABELS,
     "checkpoints",
     "tensorboard",
     "wandb",

@@ -36,7 +36,7 @@ class Reader:
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         self.driver.get("about:blank")
-        self.driver.get(page.as_uri() + fragment)
+        self.driver.get((page if isinstance(page, str) else page.as_uri()) + fragment)
         return self
 
     def js(self, code, *arguments):
@@ -79,14 +79,16 @@ class Reader:
         self.driver.execute_async_script("setTimeout(arguments[0], 250)")
         return int(self.one("#match-count").text.split(" of ")[0].replace(",", ""))
 
-    def complaints(self):
-        """The page's errors and warnings, and its requests for anything but itself."""
+    def complaints(self, own="file:"):
+        """The page's errors and warnings, and its requests for anything but itself, or what is at
+        an address that begins with `own`."""
         complaints = [entry["message"] for entry in self.driver.get_log("browser")]
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 url = message["params"]["request"]["url"]
-                if not re.match(r"data:|blob:|about:|file:.*\.html", url):
+                pages = r"file:.*\.html" if own == "file:" else re.escape(own)
+                if not re.match(rf"data:|blob:|about:|{pages}", url):
                     complaints.append(url)
         return complaints
 

@@ -3,10 +3,7 @@
 Legend: L layers, M latents.
 """
 
-import base64
-import gzip
 import json
-import re
 
 import numpy as np
 import pyarrow.parquet
@@ -17,11 +14,7 @@ from mlsae.errors import InputError
 from mlsae.report import write_report
 from mlsae.report.run_data import read_run_data
 from tests.helpers.make_run import make_run
-
-
-def packed(page, name):
-    match = re.search(rf'<script type="text/plain" id="packed-{name}">([^<]*)</script>', page)
-    return json.loads(gzip.decompress(base64.b64decode(match[1])))
+from tests.helpers.packed import packed
 
 
 @pytest.fixture(scope="module")

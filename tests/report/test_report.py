@@ -18,15 +18,10 @@ from mlsae.report.browser import KINDS, browser_data
 from mlsae.report.comparison import write_comparison
 from mlsae.report.run_data import read_run_data
 from tests.helpers.make_run import make_run
+from tests.helpers.packed import packed
 from tests.helpers.programs import program
 
 PYTHIA = "EleutherAI/pythia-70m-deduped"
-
-
-def packed(page, name):
-    """The data that the page's script would unpack."""
-    match = re.search(rf'<script type="text/plain" id="packed-{name}">([^<]*)</script>', page)
-    return json.loads(gzip.decompress(base64.b64decode(match[1])))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +113,7 @@ def test_all_examples_are_in_the_page_in_order_if_they_fit(whole):
 @pytest.mark.parametrize("budget", [1_000_000, 300_000, 120_000, 60_000])
 def test_what_does_not_fit_is_left_out_evenly_and_reported(whole, budget):
     folder, content, _ = whole
-    browser = browser_data(read_run_data(folder).analysis, budget)
+    browser = browser_data(read_run_data(folder).analysis, {}, budget)
     assert sum(map(len, browser.packed.values())) <= budget
     texts = {
         name: json.loads(gzip.decompress(base64.b64decode(text)))

@@ -3,10 +3,7 @@
 Legend: M latents.
 """
 
-import base64
-import gzip
 import json
-import re
 
 import numpy as np
 import pyarrow.parquet
@@ -16,13 +13,9 @@ from mlsae.errors import InputError
 from mlsae.report import latent_plots, write_report
 from mlsae.report.run_data import read_run_data
 from tests.helpers.make_run import make_run
+from tests.helpers.packed import packed
 
 OTHERS = ("runs/x16-k32-s1", "runs/<b>")
-
-
-def packed(page, name):
-    match = re.search(rf'<script type="text/plain" id="packed-{name}">([^<]*)</script>', page)
-    return json.loads(gzip.decompress(base64.b64decode(match[1])))
 
 
 @pytest.fixture(scope="module")

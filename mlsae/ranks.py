@@ -1,0 +1,28 @@
+"""Which of the processes of a run this is, as its launcher says. It needs no torch, whose import
+takes seconds."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+class LostContactError(RuntimeError):
+    """Another process of the run has ended, or does not answer within the timeout."""
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several: `torchrun`, or Slurm with RANK
+    and WORLD_SIZE set."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_rank0() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def log_rank0(message: str) -> None:
+    """Print to stderr, which keeps stdout for results. Only rank 0 prints."""
+    if is_rank0():
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,335 @@
+"""What `python -m mlsae.app` answers: prompts, predictions, continuations; and to whom.
+
+Legend: T positions, D width of the residual stream, M latents, K active per token, L layers.
+"""
+
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("starlette", reason="needs the extra mlsae[app]")
+pytest.importorskip("httpx2", reason="needs httpx2, which starlette's client is made of")
+
+from starlette.testclient import TestClient
+
+from mlsae import MLSAE
+from mlsae.app.__main__ import AppConfig, run_app
+from mlsae.app.runs import Runs
+from mlsae.app.serve import serve
+from mlsae.errors import InputError
+from mlsae.intervention import Edit, intervene
+from tests.helpers.app_run import K, L, M, app_run, guarded, served
+from tests.helpers.models import forward_with_hook
+
+TEXT = "def main(argv):"
+EDIT = {"latent": 3, "layers": [1], "op": "add", "value": 60.0}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return app_run(tmp_path_factory.mktemp("app"))
+
+
+@pytest.fixture(scope="module")
+def client(run):
+    app = guarded(Runs(AppConfig((run,), device="cpu")))
+    return TestClient(app, base_url="http://127.0.0.1:1")
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return transformers.AutoModelForCausalLM.from_pretrained(run.parent / "model").eval()
+
+
+@pytest.fixture(scope="module")
+def ids(run):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.parent / "model")
+    return tokenizer(TEXT, return_tensors="pt")["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def mlsae(run):
+    return MLSAE.from_pretrained(run).requires_grad_(False)
+
+
+def asked(client, path, **body):
+    answer = client.post(f"/runs/0/{path}", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def generated(client, **body):
+    with client.stream("POST", "/runs/0/generate", json={"text": TEXT, **body}) as answer:
+        assert answer.status_code == 200
+        return [json.loads(line) for line in answer.iter_lines()]
+
+
+def test_a_page_answers_before_torch_has_come():
+    code = (
+        "import sys\n"
+        "from mlsae.app import __main__, serve\n"
+        "assert not {'torch', 'numpy', 'transformers', 'plotly'} & set(sys.modules), 'slow'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_prompt_has_the_latents_that_dense_mathematics_finds(client, model, mlsae, ids):
+    found = asked(client, "prompt", text=TEXT)
+    assert "".join(found["tokens"]) == TEXT
+    dense = torch.zeros(L, len(ids[0]), M, dtype=torch.float64)
+    entries = found["entries"]
+    dense[entries["layer"], entries["token"], entries["latent"]] = torch.tensor(
+        entries["value"], dtype=torch.float64
+    )
+    assert len(entries["value"]) <= L * len(ids[0]) * K
+    # Layer 0 is what Hugging Face calls the second hidden state.
+    x = model(ids, output_hidden_states=True).hidden_states[1][0].double()
+    x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
+    scores = (x - mlsae.sae.b_dec.double()) @ mlsae.sae.W_enc.double().T
+    kth = scores.topk(K).values[:, -1:]
+    wanted = torch.where(scores >= kth, scores, 0).relu()
+    torch.testing.assert_close(dense[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_next_tokens_are_the_models_and_those_of_reconstructions(client, model, mlsae, ids):
+    at = 2
+    found = asked(client, "next", text=TEXT, position=at, edits=[EDIT])["rows"]
+    assert [row["name"] for row in found] == ["model", "0", "1", "changed"]
+    states = model(ids, output_hidden_states=True).hidden_states
+    truth = model(ids).logits[0, at].double().log_softmax(-1)
+    x_hat = mlsae.reconstruct(states[1]).x_hat
+    other = forward_with_hook(model, ids, 0, x_hat)[0, at].double()
+    for row, logits in ((found[0], model(ids).logits[0, at].double()), (found[1], other)):
+        log_p = logits.log_softmax(-1)
+        best = [token["p"] for token in row["tokens"]]
+        assert best == pytest.approx(log_p.exp().topk(len(best)).values.tolist(), rel=1e-3)
+        assert row["tokens"][0]["logit"] == pytest.approx(logits.max().item(), rel=1e-3)
+        kl = (truth.exp() * (truth - log_p)).sum().item()
+        assert row["kl"] == pytest.approx(kl, rel=1e-2, abs=1e-6)
+    assert found[3]["kl"] > 0
+
+
+def test_a_text_goes_on_with_and_without_changes(client, model, mlsae, ids, run):
+    events = generated(client, edits=[EDIT], max_new_tokens=6)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.parent / "model")
+
+    def greedy():
+        whole = model.generate(
+            ids, max_new_tokens=6, do_sample=False, pad_token_id=0,
+            attention_mask=torch.ones_like(ids),
+        )  # fmt: skip
+        return tokenizer.decode(whole[0, ids.shape[1] :])
+
+    with intervene(model, mlsae, [Edit(3, (1,), "add", 60.0)]):
+        steered = greedy()
+    wanted = {"baseline": greedy(), "steered": steered}
+    assert wanted["baseline"] != steered
+    for side, text in wanted.items():
+        own = [event for event in events if event.get("side") == side]
+        assert own[-1] == {"side": side, "text": text, "done": True}
+        so_far = [event["text"] for event in own[:-1]]
+        assert so_far
+        assert all(text.startswith(part) for part in so_far)
+        counts = [event["tokens"] for event in own[:-1]]
+        assert counts == sorted(set(counts))
+    only = generated(client, edits=[EDIT], max_new_tokens=6, sides=["steered"])
+    assert {event["side"] for event in only} == {"steered"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("prompt", {}, "text must be given"),
+        ("prompt", {"text": 3}, "text must be text, got 3"),
+        ("prompt", {"text": ""}, "a token that is not special"),
+        ("prompt", {"text": "x " * 500}, "at most 64 tokens"),
+        ("prompt", {"text": "\ud800"}, "half a character"),
+        ("prompt", {"text": "x" * 70_000}, "at most 64,000 bytes"),
+        ("next", {"text": "x", "position": 9}, "position must be in [0, 0], got 9"),
+        ("next", {"text": "x", "position": 0, "edits": [3]}, "an edit must be an object"),
+        ("generate", {"edits": [EDIT | {"latent": M}]}, f"latent must be in [0, {M - 1}]"),
+        ("generate", {"edits": [EDIT | {"latent": None}]}, "latent must be given"),
+        ("generate", {"edits": [EDIT | {"layers": [7]}]}, "layers must be among"),
+        ("generate", {"edits": [EDIT | {"layers": ["a"]}]}, "layers must be a tuple of integers"),
+        ("generate", {"edits": [EDIT | {"op": "<b>"}]}, "op must be add, scale, clamp or ablate"),
+        ("generate", {"edits": [EDIT | {"value": None}]}, "value must be given"),
+        ("generate", {"edits": [EDIT | {"positions": "2-"}]}, "positions must be"),
+        ("generate", {"edits": [EDIT | {"units": "x"}]}, "units must be sigma, max, mean or raw"),
+        ("generate", {"edits": [EDIT] * 33}, "at most 32 edits, got 33"),
+        ("generate", {"max_new_tokens": 257}, "max_new_tokens must be in [1, 256], got 257"),
+        ("generate", {"max_new_tokens": 60}, "at most 64 together"),
+        ("generate", {"temperature": -1}, "temperature must be in [0, 100], got -1"),
+        ("generate", {"sides": ["other"]}, "sides must be baseline and steered"),
+        ("generate", {"seed": 10**30}, "seed must be an integer"),
+    ],
+)
+def test_a_bad_request_is_told_in_a_sentence(client, path, body, words):
+    body = {"text": TEXT, **body} if path == "generate" else body
+    answer = client.post(
+        f"/runs/0/{path}",
+        content=json.dumps(body),
+        headers={"Content-Type": "application/json"},
+    )
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]
+
+
+def test_a_body_that_is_no_json_or_is_declared_as_something_else_is_refused(client):
+    kind = {"Content-Type": "application/json"}
+    for content in ('{"text": NaN}', "[1]", "{", "[" * 50_000):
+        assert client.post("/runs/0/prompt", content=content, headers=kind).status_code == 400
+    # What a form of another site may send without asking first.
+    plain = {"Content-Type": "text/plain"}
+    answer = client.post("/runs/0/prompt", content='{"text": "x"}', headers=plain)
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:8765"}, 200),
+        ({"Host": "[::1]:8765"}, 200),
+        ({"Host": "evil.example"}, 403),  # whose name leads to this machine
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "evil.example@127.0.0.1", "Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 200),
+        ({"Origin": "http://127.0.0.1:9"}, 403),  # another server on this machine
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+    ],
+)
+def test_only_the_page_itself_is_served(client, headers, status):
+    assert client.get("/runs/0/labels", headers=headers).status_code == status
+    answer = client.put("/runs/0/labels/9", json={"label": "x"}, headers=headers)
+    assert answer.status_code == status
+
+
+def test_a_link_of_another_site_may_open_the_page_but_change_nothing(client):
+    opened = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert client.get("/runs/0/", headers=opened).status_code == 200
+    assert client.post("/runs/0/prompt", json={"text": "x"}, headers=opened).status_code == 403
+
+
+def test_a_token_is_asked_for_and_kept_by_the_browser(run):
+    runs = Runs(AppConfig((run,), device="cpu"))
+    client = TestClient(guarded(runs, "secret"), base_url="http://127.0.0.1:1")
+    for path in ("/", "/runs/0/", "/runs/0/labels", "/plotly.js", "/?token=Secret", "/?token=ö"):
+        assert client.get(path).status_code == 403, path
+    assert client.post("/runs/0/prompt?token=secret", json={"text": "x"}).status_code == 403
+    bearer = {"Authorization": "Bearer secret"}
+    assert client.get("/runs/0/labels", headers=bearer).status_code == 200
+    answer = client.get("/runs/0/?token=secret", follow_redirects=False)
+    assert answer.headers["location"] == "/runs/0/"
+    assert "HttpOnly" in answer.headers["set-cookie"]
+    assert "SameSite=strict" in answer.headers["set-cookie"]
+    assert client.get("/runs/0/labels").status_code == 200  # by the cookie
+
+
+def test_the_page_runs_its_own_scripts_only(client):
+    answer = client.get("/runs/0/")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    scripts = next(part for part in policy.split("; ") if part.startswith("script-src"))
+    assert "unsafe" not in scripts
+    assert answer.text.count("<script>") == scripts.count("sha256-")
+
+
+def test_what_is_not_there_is_told(client):
+    for path in ("/runs/1/", "/runs/0/data/other", "/runs/0/data/examples-99", "/nothing"):
+        answer = client.get(path)
+        assert answer.status_code == 404
+        assert answer.json()["error"]
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_a_closed_tab_stops_and_the_next_one_has_its_turn(run, monkeypatch):
+    from mlsae.app.session import Session
+
+    generate, shown = Session.generate, []
+
+    def slowly(self, ids, changes, sampling, show, stopped):
+        def show_slowly(text, n):
+            time.sleep(0.05)
+            shown.append((sampling["max_new_tokens"], n))
+            show(text, n)
+
+        return generate(self, ids, changes, sampling, show_slowly, stopped)
+
+    monkeypatch.setattr(Session, "generate", slowly)
+    body = {"text": "x", "sides": ["baseline"]}
+    with served(run) as (runs, port), tab(port) as first, tab(port) as second:
+        asking = json.dumps(body | {"max_new_tokens": 50})
+        first.request("POST", "/runs/0/generate", asking, JSON)
+        with first.getresponse() as running:
+            assert json.loads(running.readline())["tokens"] == 1
+            asking = json.dumps(body | {"max_new_tokens": 2})
+            second.request("POST", "/runs/0/generate", asking, JSON)
+        first.close()
+        with second.getresponse() as answer:
+            assert [json.loads(line) for line in answer][-1]["done"]
+        assert max(n for most, n in shown if most == 50) < 50
+        assert shown[-1] == (2, 2)
+        assert runs.worker.unfinished == 0
+
+
+def test_streams_of_two_tabs_take_turns(run):
+    with served(run) as (_, port):
+
+        def stream(_):
+            asking = json.dumps({"text": TEXT, "edits": [EDIT], "max_new_tokens": 12})
+            with tab(port) as one:
+                one.request("POST", "/runs/0/generate", asking, JSON)
+                with one.getresponse() as answer:
+                    return [json.loads(line) for line in answer]
+
+        with ThreadPoolExecutor(2) as pool:
+            one, two = pool.map(stream, range(2))
+    ends = [[event for event in events if event.get("done")] for events in (one, two)]
+    assert ends[0] == ends[1]
+    assert [event["side"] for event in ends[0]] == ["baseline", "steered"]
+    assert any("waiting" in event for event in [*one, *two])
+
+
+def tab(port):
+    return closing(http.client.HTTPConnection("127.0.0.1", port))
+
+
+def test_bad_settings_are_told_before_anything_is_served(run, tmp_path, monkeypatch):
+    def fails(words, **settings):
+        with pytest.raises(InputError, match=words):
+            run_app(AppConfig(**{"runs": (run,), **settings}))
+
+    fails("RUN must be given at least once", runs=())
+    fails("must be the folder of a finished training run", runs=(tmp_path,))
+    fails("--port must be in", port=70_000)
+    fails("--host must be an address of this machine", host="256.1.1.1")
+    fails("--token must be ASCII letters and digits", token="a b")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        fails("--port must be free, and .* is in use", port=taken.getsockname()[1])
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    fails("mlsae.app needs a package that is not installed: pip install uvicorn")
+
+
+def test_an_address_for_others_has_a_token(run, monkeypatch, capsys):
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    serve(AppConfig((run,), host="0.0.0.0", port=0))
+    assert "/?token=" in capsys.readouterr().out
+    serve(AppConfig((run,), port=0))
+    assert "token" not in capsys.readouterr().out
