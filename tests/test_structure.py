@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"train", "plan", "evaluate", "analyze", "steer", "compare", "convert"}
+PROGRAMS = {"train", "plan", "evaluate", "analyze", "steer", "compare", "convert", "export"}
 FLOORS = [
     "builtin", "formats", "data", "report", "training", "evaluation", "analysis", "intervention",
-    "planning", "app",
+    "planning", "exports", "app",
 ]  # fmt: skip
 """The packages of mlsae from the ground up: each may import those before it."""
 
