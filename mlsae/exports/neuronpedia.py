@@ -66,7 +66,8 @@ def write_sources(run: Path, mlsae: MLSAE, stream: DataStream, out: Path, names:
     for layer, folder in folders.items():
         _write_about(folder, layer, names, now, mlsae, stream, n_tokens)
     strings = token_strings(stream.tokenizer)
-    head = stream.reader.model.get_output_embeddings()
+    model: Any = stream.reader.model
+    head = model.get_output_embeddings()
     n_features = n_activations = 0
     bar = tqdm(total=len(counts), unit=" latents", unit_scale=True, desc="exporting")
     with bar:
