@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Test converted SAEs and exports against the real classes of sparsify, SAELens, dictionary_learning,
-# SAEBench and delphi.
+# SAEBench, sae-probes and delphi.
 #     bash scripts/check_peers.sh [PYTHON]
 # PYTHON belongs to an environment that can run the tests (default: .venv). Each library gets its own
 # environment in the folder $PEERS (default: .venv/peers), which is kept for the next run.
@@ -18,7 +18,7 @@ environment() { # NAME PACKAGE…
 
 environment sparsify eai-sparsify==1.3.3 && touch "$PEERS/sparsify/ready"
 
-environment saelens sae-lens==6.54.12 tabulate
+environment saelens sae-lens==6.54.12 sae-probes==0.4.2 tabulate
 # SAEBench requires older versions of numpy and datasets than SAELens does; the parts tested here need
 # neither.
 "$PEERS/saelens/bin/python" -m pip install --quiet --no-deps sae-bench==0.6.0

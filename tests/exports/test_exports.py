@@ -117,6 +117,7 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(delphi, "_write_split", full)
+    (tmp_path / "new.partial" / "of a killed process").mkdir(parents=True)
     with pytest.raises(OSError, match="No space"):
         export(ExportConfig(run, to="delphi", tokens=64, out=tmp_path / "new"))
     assert list(tmp_path.iterdir()) == []

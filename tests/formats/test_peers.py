@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mlsae import MLSAE, DenseSAE, formats
+from mlsae import MLSAE, DenseSAE, MLSAEConfig, formats
 from mlsae.formats import SavedSAE
 from tests.helpers.peer_files import sae
 
@@ -96,3 +96,16 @@ def test_saebench_takes_the_dense_view():
     )  # fmt: skip
     assert "average l0: 6.0" in out
     assert out.endswith("ok\n")
+
+
+def test_sae_probes_takes_the_dense_view(tmp_path):
+    """Its probes of one latent and of 16, on a dataset that it ships. Even an SAE that was not
+    trained has a latent that tells its classes."""
+    torch.manual_seed(0)
+    MLSAE(MLSAEConfig(192, 512, 16, (1, 3), model="builtin")).save_pretrained(tmp_path / "run")
+    out = run(
+        python_of("saelens"), HELPERS / "peer_probes.py", tmp_path / "run", 3,
+        PYTHONPATH=f"{ROOT}/kernels:{ROOT}",
+    )  # fmt: skip
+    print(out[out.index("k = 1:") :])
+    assert all(float(line.split()[-1]) > 0.6 for line in out.splitlines() if line.startswith("k ="))
