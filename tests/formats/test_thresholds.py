@@ -270,9 +270,6 @@ def bad(folder, what):
     if what == "npz":
         (gemma(folder, w) / "params.npz").write_bytes(b"PK\x03\x04 and no more")
         return folder, r"params\.npz must be a readable \.npz"
-    if what == "objects":
-        np.savez(gemma(folder, w) / "params.npz", W_enc=np.array([{"code": print}]))
-        return folder, r"params\.npz must be a readable \.npz"
     if what == "transcoder":
         out = {"hf_hook_point_out": "model.layers.12.post_feedforward_layernorm.output"}
         return gemma_2(folder, w, **out), "transcoders"
@@ -285,13 +282,31 @@ def bad(folder, what):
 
 @pytest.mark.parametrize(
     "what",
-    ["no threshold", "a threshold of topk", "NaN", "too few", "gated", "npz", "objects",
+    ["no threshold", "a threshold of topk", "NaN", "too few", "gated", "npz",
      "transcoder", "no k", "norms", "scale"],
 )  # fmt: skip
 def test_what_has_no_counterpart_is_refused(tmp_path, what):
     path, told = bad(tmp_path / "theirs", what)
     with pytest.raises(InputError, match=told):
         load_sae(path)
+
+
+class Evil:
+    """Creates a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_code_in_arrays_is_not_run(tmp_path):
+    folder = gemma(tmp_path / "theirs", sae())
+    np.savez(folder / "params.npz", W_enc=np.array([Evil(tmp_path / "owned")], dtype=object))
+    with pytest.raises(InputError, match=r"params\.npz must be a readable \.npz"):
+        load_sae(folder)
+    assert not (tmp_path / "owned").exists()
 
 
 def test_our_own_files_that_disagree_are_refused(tmp_path):

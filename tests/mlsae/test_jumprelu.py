@@ -65,6 +65,7 @@ def test_a_score_that_is_large_but_below_its_threshold_gives_way_to_a_smaller_on
     values, indices = sae.encode(torch.tensor([[9.0, 2.0], [10.0, 1.0], [11.0, 1.0]]))
     assert values.tolist() == [[2.0], [0.0], [11.0]]  # a score equal to its threshold is not active
     assert indices[[0, 2]].tolist() == [[1], [0]]
+    assert sae.dense(torch.tensor([[10.0, 1.0], [11.0, 2.0]])).tolist() == [[0, 0], [11, 2]]
 
 
 def test_a_vector_with_more_latents_than_a_code_has_room_for_is_told_and_counted(monkeypatch):
