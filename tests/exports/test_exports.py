@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cache(run):
-    told = export(ExportConfig(run, to="delphi", tokens=TOKENS, splits=3))
+    told = export(ExportConfig(run, to="delphi", tokens=TOKENS, splits=3, micro_tokens=256))
     assert told.endswith(f"delphi: {run}-delphi")
     return run.with_name("small-delphi")
 
@@ -287,10 +288,15 @@ def test_neuronpedias_numbers_are_the_analysis(run, sources):
             lowest = promotes[latent].topk(10, largest=False).values.tolist()
             assert row["neg_values"] == pytest.approx(lowest, rel=1e-3, abs=1e-4)
             assert sum(row["logits_hist_data_bar_heights"]) == len(W_U)
-        for row in rows_of(folder, "activations"):
+        examples = rows_of(folder, "activations")
+        shown = Counter(int(row["index"]) for row in examples)
+        rare = [latent for latent in range(M) if 1 <= active[latent] <= 2]
+        assert [shown[latent] for latent in rare] == active[rare].tolist()  # none twice
+        for row in examples:
             assert len(row["tokens"]) == len(row["values"])
             assert row["values"][row["maxValueTokenIndex"]] == row["maxValue"] == max(row["values"])
             own = row["values"][row["qualifyingTokenIndex"]]
+            assert own > 0
             nearest = (h[layer, ..., int(row["index"])] - own).abs().min().item()
             assert nearest < 2e-3 * max(1, own)
 
