@@ -6,6 +6,11 @@ The first line is the tokenizer's bare encode, of texts in memory: what no pipel
 exceed. Each line is one pass over the first N tokens. "per CPU s" are tokens per second of all
 threads' CPU time, which other work on the machine changes less; memory is the peak of the process
 beyond what it had before, each way in a process of its own.
+
+A second table has the CPU time per token: "serial" is that of the thread which reads, splits,
+hashes, packs and writes, and waits while the Rust library's threads encode, whose time is the
+other. With P cores, a token takes serial + encode / P (Amdahl's law), by which the last column is
+computed, not measured.
 """
 
 from __future__ import annotations
@@ -37,32 +42,40 @@ WAYS = {
     "write": "from text, cache written",
     "cache": "from the cache",
 }
+MODELLED_CORES = 16
 
 
 def measure(way: str, config: DataConfig, seq_len: int, tokens: int) -> dict[str, float]:
     """One pass, in this process: tokens, seconds, CPU seconds, characters, peak bytes."""
     tokenizer = load_tokenizer(config)
     encoder(tokenizer)(["warm up"])
-    before, started, cpu = _peak(), time.perf_counter(), time.process_time()
+    before, started, cpu = _peak(), time.perf_counter(), _cpu()
     n_chars = 0
     if way == "encode":
         pieces = (piece.text for piece in Documents(config, "train"))
         batches = list(_batches((text for text in pieces if isinstance(text, str)), 4 * tokens))
         encode = encoder(tokenizer)
-        started, cpu = time.perf_counter(), time.process_time()
+        started, cpu = time.perf_counter(), _cpu()
         n_tokens = sum(sum(map(len, encode(batch))) for batch in batches)
         n_chars = sum(map(len, (text for batch in batches for text in batch)))
     else:
         with closing(Rows(config, tokenizer, seq_len, "train")) as rows:
-            started, cpu = time.perf_counter(), time.process_time()
+            started, cpu = time.perf_counter(), _cpu()
             n_tokens = sum(map(len, islice(rows, tokens // seq_len)))
+    seconds, (of_all, own) = time.perf_counter() - started, _cpu()
     return {
         "tokens": n_tokens,
-        "seconds": time.perf_counter() - started,
-        "cpu": time.process_time() - cpu,
+        "seconds": seconds,
+        "cpu": of_all - cpu[0],
+        "serial": own - cpu[1],
         "chars": n_chars,
         "memory": _peak() - before,
     }
+
+
+def _cpu() -> tuple[float, float]:
+    """CPU seconds of all threads, and of this one."""
+    return time.process_time(), time.thread_time()
 
 
 def _peak() -> int:
@@ -119,6 +132,16 @@ def main() -> None:
             f"| {WAYS[way]} | {rate:,.0f} | {ratios[0]:.2f} | {of_cpu:,.0f} | {ratios[1]:.2f} | "
             f"{4 * rate / 1e6:.1f} | {now['memory'] / 1e6:.0f} MB |"
         )
+
+    print(
+        f"\n| | serial, µs a token | encode, µs a token | tokens/s on {MODELLED_CORES} cores, "
+        "modelled |\n|---|---|---|---|"
+    )
+    for way in ("encode", "text", "write"):
+        now = found[way]
+        serial, encode = now["serial"] / now["tokens"], (now["cpu"] - now["serial"]) / now["tokens"]
+        modelled = 1 / (serial + encode / MODELLED_CORES)
+        print(f"| {WAYS[way]} | {1e6 * serial:.3f} | {1e6 * encode:.3f} | {modelled:,.0f} |")
 
 
 def _in_process(way: str, cache: str) -> dict[str, float]:

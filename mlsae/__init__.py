@@ -17,8 +17,13 @@ __all__ = ["MLSAE", "DenseSAE", "MLSAEConfig", "load_sae"]
 
 
 def __getattr__(name: str) -> Any:
-    """What is in `__all__`, imported when it is asked for: torch takes seconds, and not every
-    program needs it at once."""
+    """Import a public name when it is first asked for (PEP 562): torch, which it needs, takes
+    seconds, and the help of a program does not."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".dense" if name == "DenseSAE" else ".model", __name__), name)
+    module = import_module(".dense" if name == "DenseSAE" else ".model", __name__)
+    return globals().setdefault(name, getattr(module, name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

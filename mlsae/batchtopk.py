@@ -64,21 +64,3 @@ def resolve_k_max(activation: str, k: int, k_max: int | None, n_latents: int) ->
             f"{k_max}"
         )
     return min(4 * k if k_max is None else k_max, n_latents)
-
-
-def check_activation(activation: str, k: int, k_max: int | None, shard_latents: int) -> None:
-    """Raise InputError for settings of the activation that no number of latents could make
-    right."""
-    if activation == "topk" and k_max is not None:
-        raise InputError(
-            f"--sae.k_max is for --sae.activation batchtopk, got {k_max} with topk; leave it out"
-        )
-    if k_max is not None and k_max < k:
-        raise InputError(
-            f"--sae.k_max must be at least {k} (--sae.k, the mean that it bounds), got {k_max}"
-        )
-    if activation == "batchtopk" and shard_latents > 1:
-        raise InputError(
-            "--shard_latents must be 1 with --sae.activation batchtopk, whose selection is within "
-            f"a process, got {shard_latents}; shard the tokens only, or use topk"
-        )

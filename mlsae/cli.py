@@ -19,7 +19,7 @@ import tyro
 from rich.table import Table
 
 from .errors import InputError, exit_on_bad_input, first_line
-from .ranks import LostContactError, is_rank0, log_rank0
+from .launcher import LostContactError, is_rank0, log_rank0
 
 Config = TypeVar("Config")
 
@@ -107,16 +107,16 @@ def raise_out_of_memory() -> Iterator[None]:
         yield
     except MemoryError as error:
         raise _too_large(error) from error
-    except RuntimeError as error:
-        torch = sys.modules.get("torch")  # not imported here: the report and the app start sooner
-        on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-        if not on_gpu and not any(words in str(error) for words in _NO_MEMORY):
+    except RuntimeError as error:  # by its name, since not every program needs torch
+        no_memory = type(error).__name__ == "OutOfMemoryError"
+        if not no_memory and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise _too_large(error) from error
 
 
 def silence_transformers() -> None:
-    """Turn off transformers' warnings and progress bars."""
+    """Turn off transformers' warnings and progress bars, if it is imported: a program that imports
+    it after `run_program` has begun calls this again."""
     # Not imported here: convert and report do not load it, and it takes seconds.
     transformers = sys.modules.get("transformers")
     if transformers is not None:

@@ -30,14 +30,14 @@ from .config import (
     heldout_tokens,
 )
 from .data.sinks import DropRule
-from .distributed import launched, log_rank0
 from .errors import InputError, NonFiniteError
 from .evaluation import sharing
 from .evaluation.result import EvaluationResult
 from .evaluation.run import EvaluateConfig, evaluate
 from .evaluation.sharing import SHARED, Results
 from .files import check_out, locked, write_file
-from .training.init_from import sized_as_init
+from .launcher import launched, log_rank0
+from .training.init_sizes import sized_as_init
 from .training.run import train
 
 _OUT = Path("runs/compare")

@@ -13,11 +13,9 @@ from typing import Any, Literal
 
 import tyro
 
-from .batchtopk import check_activation
-from .data.config import DataConfig, check_seed
-from .data.heldout_split import check_share
+from .data.config import DataConfig, check_seed, check_share
 from .errors import InputError
-from .sae_config import Ints, SAEConfig, SAESweep, check_different
+from .sae_config import Ints, SAEConfig, SAESweep, check_activation, check_different
 
 __all__ = ["SAEConfig", "SAESweep", "TrainArguments", "TrainConfig"]
 
@@ -70,8 +68,9 @@ class TrainSettings:
     """Tokens between two validations. None: only at the end."""
     log_tokens: int | None = None
     """Tokens between two lines of metrics.jsonl. None: a hundredth of the run."""
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Also log to TensorBoard (OUT/tensorboard) or Weights & Biases, which must be installed."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also log to TensorBoard (OUT/tensorboard), Weights & Biases or trackio, or to several; they
+    must be installed."""
     checkpoint_minutes: float = 10.0
     """Minutes between two checkpoints, which are written while training goes on; the last one is
     of the end."""

@@ -11,7 +11,6 @@ Legend: S processes of a group.
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,10 +26,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from .errors import InputError, first_line
-from .ranks import LostContactError as LostContactError
-from .ranks import is_rank0 as is_rank0
-from .ranks import launched as launched
-from .ranks import log_rank0 as log_rank0
+from .launcher import LostContactError, launched
+from .launcher import is_rank0 as is_rank0  # who needs this file has them from here, too
+from .launcher import local_rank as local_rank
+from .launcher import log_rank0 as log_rank0
 
 
 class Group:
@@ -175,11 +174,6 @@ class Mesh(NamedTuple):
 
 
 ALONE = Mesh(Group(), Group(), Group())
-
-
-def local_rank() -> int | None:
-    """The number of this process on its node; None if no launcher started it."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if launched() else None
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:

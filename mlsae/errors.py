@@ -26,17 +26,19 @@ def first_line(error: BaseException) -> str:
 
 def check_installed(package: str, argument: str) -> None:
     """Raise InputError if `package`, which `argument` needs, cannot be imported."""
+    missing = InputError(f"{argument} needs a package that is not installed: pip install {package}")
     try:
-        importlib.import_module(package)
+        module = importlib.import_module(package)
     except Exception as error:  # a package that is damaged, or lacks another, raises anything
         if isinstance(error, ModuleNotFoundError) and error.name == package:
-            raise InputError(
-                f"{argument} needs a package that is not installed: pip install {package}"
-            ) from error
+            raise missing from error
         raise InputError(
             f"{argument} needs the package {package}, which is installed but cannot be imported: "
             f"{first_line(error)}; repair it, or leave {argument} out"
         ) from error
+    spec = getattr(module, "__spec__", None)
+    if spec is not None and spec.origin is None:  # a folder of that name, such as wandb's own
+        raise missing
 
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock, Timeout
 
 from .errors import InputError
-from .ranks import log_rank0
+from .launcher import log_rank0
 
 LOCK = ".lock"
 """The file in a folder that is locked by the process that writes a run there."""
@@ -108,8 +108,9 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` in this block, so that no other process writes a run to it.
+def locked(folder: Path, timeout: float = 1) -> Iterator[None]:
+    """Hold `folder` in this block, so that no other process writes a run to it. If one does, wait
+    for `timeout` seconds.
 
     The lock is the operating system's, on the file `.lock`, which is removed at the end. It ends
     with the process, so a killed one leaves none behind. On NFS it needs the server's lock manager;
@@ -124,7 +125,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        _acquire(lock, folder)
+        _acquire(lock, folder, timeout)
         yield
     finally:
         if lock.is_locked:
@@ -139,9 +140,9 @@ def locked(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _acquire(lock: FileLock, folder: Path) -> None:
+def _acquire(lock: FileLock, folder: Path, timeout: float) -> None:
     try:
-        lock.acquire(timeout=1)
+        lock.acquire(timeout=timeout)
     except Timeout as error:
         # Where only a file's existence locks, a killed process on another machine leaves it behind.
         stale = f" (if none is, remove {folder / LOCK})" if isinstance(lock, SoftFileLock) else ""

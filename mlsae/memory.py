@@ -210,6 +210,15 @@ def _encoding(s: _Sizes, vectors: int, k: int) -> float:
     return rows * (s.n_latents * max(4, s.itemsize) + selection)
 
 
+def encoding(config: MLSAEConfig, vectors: int, device_type: str) -> int:
+    """Bytes that encoding `vectors` in float32 holds beside its result."""
+    k = config.k_max or config.k
+    if device_type != "cpu":
+        return min(_KEY_BYTES, vectors * config.n_latents // 4) + 60 * vectors * k
+    sizes = _Sizes(config.d_in, config.n_latents, k, k, vectors, vectors, vectors, 4, 4)
+    return math.ceil(_encoding(sizes, vectors, k))
+
+
 def check_memory(needed: int, device: torch.device) -> None:
     """Raise InputError if `device` has fewer than `needed` bytes free."""
     free = available(device)

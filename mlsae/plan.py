@@ -33,7 +33,7 @@ from .errors import InputError, NonFiniteError
 from .planning.plan import make_plan
 from .planning.show import as_dict, print_plan
 from .planning.suggestions import suggestions
-from .training.init_from import sized_as_init
+from .training.init_sizes import sized_as_init
 
 
 @dataclass(frozen=True)

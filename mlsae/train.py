@@ -19,13 +19,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sparse_topk import keep_freed_memory
-
 from . import cli
 from .config import PRESETS, TrainArguments, TrainConfig
 from .errors import NonFiniteError
-from .training.init_from import sized_as_init
-from .training.run import train
+from .training.init_sizes import sized_as_init
 
 
 def parse(arguments: Sequence[str]) -> list[TrainConfig]:
@@ -39,8 +36,18 @@ def parse(arguments: Sequence[str]) -> list[TrainConfig]:
 
 def main() -> None:
     """Run the program."""
+    cli.run_program(lambda: _train(parse(sys.argv[1:])), NonFiniteError)
+
+
+def _train(configs: Sequence[TrainConfig]) -> None:
+    # Imported here, so that --help and a wrong argument do not wait for torch and transformers.
+    from sparse_topk import keep_freed_memory
+
+    from .training.run import train
+
+    cli.silence_transformers()
     keep_freed_memory()
-    cli.run_program(lambda: train(*parse(sys.argv[1:])), NonFiniteError)
+    train(*configs)
 
 
 if __name__ == "__main__":

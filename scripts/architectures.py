@@ -136,7 +136,7 @@ def _without_zeros(model: Any) -> Any:
 
 def read(name: str, folder: str) -> Result:
     """Check what is read of the model in `folder`. Raises InputError if it cannot be read."""
-    config = DataConfig(folder)
+    config = DataConfig(folder, model_dtype="float32")  # for both to compute in
     whole = load_transformer(config, CPU)
     reader = ResidualReader(whole)
     generator = torch.Generator().manual_seed(1)

@@ -11,8 +11,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mlsae import analyze, compare, convert, evaluate, formats, steer, train
+from mlsae import analyze, compare, convert, evaluate, formats, steer, trace, train
 from mlsae.analysis.run import AnalyzeConfig
+from mlsae.attribution.command_line import TraceConfig
 from mlsae.config import SAESweep, TrainArguments
 from mlsae.convert import ConvertConfig
 from mlsae.data.config import DataConfig
@@ -29,8 +30,9 @@ PROGRAMS = {
     "report": (report, report.ReportConfig),
     "compare": (compare, TrainArguments),
     "steer": (steer, SteerConfig),
+    "trace": (trace, TraceConfig),
 }
-WEIGHTS = (5, 5, 5, 5, 5, 1, 5)  # how often each program is run
+WEIGHTS = (5, 5, 5, 5, 5, 1, 5, 5)  # how often each program is run
 SMALL = (
     "--tokens 128 --batch_tokens 64 --seq_len 16 --sae.expansion 1 --sae.k 4 --eval_tokens 32 "
     "--heldout_share 0.5 --layers 0 1"
@@ -53,7 +55,8 @@ PATHS = (
     "run", "other", "damaged", "model",
 )  # fmt: skip
 SAES = (*formats.FORMATS, "saelens5", "converted")  # folders in "sae"
-ENDLESS = {"tokens", "eval_tokens", "keep_checkpoints"}  # a huge one is right, and takes for ever
+# A huge one is right, and takes for ever.
+ENDLESS = {"tokens", "eval_tokens", "keep_checkpoints", "check", "edges"}
 
 
 @dataclass
@@ -117,6 +120,10 @@ def _right_arguments(random: Random, program: str) -> list[str]:
             change = random.choice((["--latent", "3", "--add", "2"], ["--edit", "3@0:ablate"]))
             text = ["--prompt", "def f(x):", "--max_new_tokens", "3", "--save", "new.json"]
             return [random.choice(("run", "damaged")), *text, *change]
+        case "trace":
+            files = ["--save", "new.json", "--page", "new.html"]
+            what = random.choice((["--edges", "3"], ["--latent", "3", "--at_layer", "1"]))
+            return [random.choice(("run", "damaged")), "--prompt", "def f(x):", *what, *files]
         case "convert":
             to = random.choice(list(formats.FORMATS))
             several = ["sae", "new", "--hookpoint", random.choice(SAES), "--to", to]

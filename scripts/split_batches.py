@@ -30,7 +30,8 @@ from mlsae.training.state import TrainState
 from mlsae.training.validation import validate
 
 BATCH_TOKENS, SEQ_LEN = 2048, 64
-CONFIG = TrainConfig(DataConfig(seq_len=SEQ_LEN), sae=SAEConfig(expansion=8, k=8))
+_DATA = DataConfig(seq_len=SEQ_LEN, model_dtype="float32")  # so that rounding is small everywhere
+CONFIG = TrainConfig(_DATA, sae=SAEConfig(expansion=8, k=8))
 
 Measured = dict[str, Tensor]
 """Gradients and metrics of a step, by name."""

@@ -67,7 +67,7 @@ def config_of(cell: Cell) -> TrainConfig:
     betas = tuple(map(float, cell["betas"].split(","))) if cell["betas"] else None
     layers = tuple(map(int, cell["layers"].split(","))) if cell["layers"] else None
     config = TrainConfig(
-        DataConfig(model=cell["model"], layers=layers),
+        DataConfig(model=cell["model"], layers=layers, model_dtype="float32"),  # on every machine
         tokens=cell["tokens"],
         batch_tokens=cell["batch_tokens"],
         micro_tokens=MICRO_TOKENS,

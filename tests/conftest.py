@@ -8,6 +8,9 @@ import tempfile
 # Read when CUDA starts: deterministic algorithms, which some tests ask for, need it in cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Tests need no network, and must not wait for one. Read when huggingface_hub is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # Processes that share the cores take their share of threads: more of them wait for one another.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
@@ -34,6 +37,17 @@ else:
     # A kernel's first call compiles it, which takes longer than an example may by default.
     hypothesis.settings.register_profile("kernels", deadline=None)
     hypothesis.settings.load_profile("kernels")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_matrix_units():
+    """Transformers compute in float32 in this process, whichever CPU it runs on: tests compare what
+    training, evaluation and analysis read, to a few roundings."""
+    from mlsae.data import dtypes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dtypes, "multiplies_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

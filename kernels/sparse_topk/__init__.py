@@ -9,7 +9,7 @@ x_hat = sae(x)  # differentiable; the (tokens, latents) matrix is never stored
 from .allocator import keep_freed_memory
 from .codes import SAEOutput, Shards, TopK
 from .functional import sparse_decode, topk_encode, topk_sae
-from .module import SparseTopKSAE
+from .hub import SparseTopKSAE
 from .normuon import NorMuon
 from .ops import backend_name
 from .optim import UnitNormAdam

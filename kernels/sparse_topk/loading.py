@@ -1,6 +1,6 @@
 """What `from_pretrained` makes of its keywords: here, and in other modules that load from the hub.
 
-Apart from `module`, for other packages to use.
+Apart from `hub`, for other packages to use.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The ops, each run by one of two backends: plain torch, or Triton on a CUDA device.
 
 This is the one door to both backends, `torch_ops` and `triton_ops`. The products are torch
-operators, `torch.ops.sparse_topk.*`: torch.compile takes each as one node of its graph, whatever
-is inside. Each has a fake twin, which gives the shape and dtype of the result without computing it.
+operators, `torch.ops.sparse_topk.*` (`_ops` has the namespace): torch.compile takes each as one
+node of its graph, whatever is inside. Each has a fake twin, which gives the shape and dtype of the
+result without computing it.
 
 SPARSE_TOPK_BACKEND chooses the backend: "auto" (the default) takes Triton for tensors on a CUDA
 device and torch elsewhere, "torch" and "triton" take the one named. Triton is imported when it is
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import torch_ops
+from ._ops import add_op_namespace_prefix
 from .torch_ops import CSC
 
 _CHOICES = ("auto", "torch", "triton")
@@ -60,7 +62,7 @@ def backend_for(tensor: Tensor) -> ModuleType:
     return triton_ops
 
 
-@torch.library.custom_op("sparse_topk::topk_encode", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("topk_encode"), mutates_args=())
 def topk_encode(
     x: Tensor, W: Tensor, b: Tensor | None, k: int, relu: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -73,7 +75,7 @@ def _(x: Tensor, W: Tensor, b: Tensor | None, k: int, relu: bool = False) -> tup
     return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
 
 
-@torch.library.custom_op("sparse_topk::gather_sum", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gather_sum"), mutates_args=())
 def gather_sum(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """See `torch_ops.gather_sum`."""
     return backend_for(W).gather_sum(values, indices, W)
@@ -84,7 +86,7 @@ def _(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return W.new_empty(len(indices), W.shape[1])
 
 
-@torch.library.custom_op("sparse_topk::gather_dot", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gather_dot"), mutates_args=())
 def gather_dot(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """See `torch_ops.gather_dot`."""
     return backend_for(W).gather_dot(x, indices, W)
@@ -95,7 +97,7 @@ def _(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return x.new_empty(indices.shape)
 
 
-@torch.library.custom_op("sparse_topk::csc_by_latent", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("csc_by_latent"), mutates_args=())
 def _csc_by_latent(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     perm, indptr = backend_for(indices).csc_by_latent(indices, n_latents)
     return perm, indptr
@@ -106,7 +108,7 @@ def _(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     return indices.new_empty(indices.numel()), indices.new_empty(n_latents + 1)
 
 
-@torch.library.custom_op("sparse_topk::scatter_outer", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("scatter_outer"), mutates_args=())
 def _scatter_outer(
     values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -120,7 +122,7 @@ def _(
     return x.new_empty(len(indptr) - 1, x.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("sparse_topk::scatter_outer_", mutates_args=("out",))
+@torch.library.custom_op(add_op_namespace_prefix("scatter_outer_"), mutates_args=("out",))
 def _scatter_outer_(values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor, out: Tensor) -> None:
     backend_for(x).scatter_outer(values, CSC(perm, indptr), x, out)
 
@@ -130,7 +132,7 @@ def _(values: Tensor, perm: Tensor, indptr: Tensor, x: Tensor, out: Tensor) -> N
     pass
 
 
-@torch.library.custom_op("sparse_topk::keep_topk_", mutates_args=("z",))
+@torch.library.custom_op(add_op_namespace_prefix("keep_topk_"), mutates_args=("z",))
 def keep_topk_(z: Tensor, k: int) -> None:
     """See `torch_ops.keep_topk_`."""
     backend_for(z).keep_topk_(z, k)
@@ -141,7 +143,7 @@ def _(z: Tensor, k: int) -> None:
     pass
 
 
-@torch.library.custom_op("sparse_topk::aux_residual", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("aux_residual"), mutates_args=())
 def aux_residual(
     e_hat: Tensor, error: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -154,7 +156,7 @@ def _(e_hat: Tensor, error: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tens
     return torch.empty_like(weight), torch.empty_like(error)
 
 
-@torch.library.custom_op("sparse_topk::sum_by_latent", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("sum_by_latent"), mutates_args=())
 def _sum_by_latent(values: Tensor, indices: Tensor, perm: Tensor, indptr: Tensor) -> Tensor:
     return backend_for(values).sum_by_latent(values, indices, CSC(perm, indptr))
 

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .ops import backend_for
 from .torch_residuals import TokenMoments
 
-_library = torch.library.Library("sparse_topk", "FRAGMENT")
+_namespace = add_op_namespace_prefix("").removesuffix("::")
+_library = torch.library.Library(_namespace, "FRAGMENT")
 _library.define(
     "standardize(Tensor x, Tensor? center, Tensor? mask, ScalarType dtype, float? eps)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -162,17 +164,17 @@ for _name, _code, _fake in (
     ("merge_moments", _run_merge, lambda *a: tuple(map(torch.empty_like, a[:3]))),
 ):
     _library.impl(_name, _code, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparse_topk::{_name}", _fake, lib=_library)
+    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)
 for _name, _x_at, _fake in (
     ("standardize", 0, _fake_standardize),
     ("decode_error", 4, lambda values, indices, W, b, x, *more: _fake_error(W, x)),
     ("reconstruction_error", 1, lambda x_hat, x, *more: _fake_error(x_hat, x)),
 ):
     _library.impl(_name, _run(_name, _x_at), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparse_topk::{_name}", _fake, lib=_library)
-_decode_backward = torch.ops.sparse_topk.decode_backward.default
-_note_active_ = torch.ops.sparse_topk.note_active_.default
-_merge_moments = torch.ops.sparse_topk.merge_moments.default
-_standardize = torch.ops.sparse_topk.standardize.default
-_decode_error = torch.ops.sparse_topk.decode_error.default
-_reconstruction_error = torch.ops.sparse_topk.reconstruction_error.default
+    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)
+_decode_backward = ops.decode_backward.default
+_note_active_ = ops.note_active_.default
+_merge_moments = ops.merge_moments.default
+_standardize = ops.standardize.default
+_decode_error = ops.decode_error.default
+_reconstruction_error = ops.reconstruction_error.default

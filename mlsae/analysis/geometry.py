@@ -5,6 +5,7 @@ Legend: M latents, D width of the residual stream, V vocabulary, n nearest token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -171,10 +172,10 @@ def embeddings_of(model: Any, d_in: int, n_tokens: int) -> dict[str, Tensor | No
     return embeddings
 
 
-def token_strings(tokenizer: Any) -> list[str]:
-    """The text of each token of the vocabulary, with its spaces and line ends; "�" stands for part
-    of a character."""
-    ids = range(len(tokenizer))
+def token_strings(tokenizer: Any, ids: Sequence[int] | None = None) -> list[str]:
+    """The text of each of the tokens `ids` (None: of the vocabulary), with its spaces and line
+    ends; "�" stands for part of a character."""
+    ids = range(len(tokenizer)) if ids is None else ids
     strings = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
     names = tokenizer.convert_ids_to_tokens(list(ids))
     return [

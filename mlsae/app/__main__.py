@@ -32,8 +32,8 @@ class AppConfig:
     port: int = 8765
     """Port to listen at; 0: any that is free."""
     host: str = "127.0.0.1"
-    """Address to listen at. One that other machines reach needs a token, and is not encrypted: a
-    tunnel is better, as in ssh -L 8765:127.0.0.1:8765 HOST."""
+    """Address to listen at. One that other machines reach needs a token, and nothing is encrypted.
+    A tunnel is better: ssh -L 8765:127.0.0.1:8765 HOST."""
     token: str | None = None
     """What a browser must show to be served. None: none on this machine, a random one elsewhere."""
     open: tyro.conf.FlagCreatePairsOff[bool] = False

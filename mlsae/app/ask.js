@@ -15,10 +15,12 @@ async function ask(path, body, { method = "POST", signal } = {}) {
   throw new Error(error);
 }
 
-// What a request is about is told beside it; null clears it.
-function say(node, error) {
+// An error or a word is told beside what was asked; null clears it.
+function say(id, error) {
   if (error?.name === "AbortError") return;
-  document.getElementById(node).textContent = error?.message ?? error ?? "";
+  const node = document.getElementById(id);
+  node.classList.toggle("failed", error instanceof Error);
+  node.textContent = error?.message ?? error ?? "";
 }
 
 // Call `then` once, some time after the last call.

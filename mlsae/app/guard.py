@@ -7,6 +7,7 @@ and a request that changes something comes with the page's own Origin.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Collection
 from http.cookies import CookieError, SimpleCookie
@@ -17,7 +18,6 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-COOKIE = "mlsae_app_token"
 
 
 class Guard:
@@ -28,6 +28,8 @@ class Guard:
         self, app: ASGIApp, hosts: Collection[str] | None, token: str | None, policy: str
     ) -> None:
         self.app, self.hosts, self.token = app, hosts, token
+        # A browser gives a cookie to all ports of a machine, so other servers have other names.
+        self._cookie = "mlsae_" + hashlib.sha256((token or "").encode()).hexdigest()[:16]
         self._headers = {
             "Content-Security-Policy": policy,
             "Cross-Origin-Resource-Policy": "same-origin",
@@ -63,7 +65,7 @@ class Guard:
         if self.token is not None and not self._has_token(headers):
             given = QueryParams(scope["query_string"])
             if scope["method"] == "GET" and self._equal(given.get("token", "")):
-                return _keep_token(scope["path"], given)
+                return self._keep_token(scope["path"], given)
             return _refuse("a token is needed; open the address that mlsae.app printed")
         site, origin = headers.get("sec-fetch-site", "none"), headers.get("origin")
         opened = scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"
@@ -79,13 +81,21 @@ class Guard:
             kept.load(headers.get("cookie", ""))
         except CookieError:
             return False
-        own = kept[COOKIE].value if COOKIE in kept else ""
+        own = kept[self._cookie].value if self._cookie in kept else ""
         sent = headers.get("authorization", "").removeprefix("Bearer ")
         return self._equal(own) | self._equal(sent)
 
     def _equal(self, given: str) -> bool:
         """Whether it is the token, told in a time that does not depend on where they differ."""
         return hmac.compare_digest(given.encode(), (self.token or "").encode())
+
+    def _keep_token(self, path: str, given: QueryParams) -> Response:
+        """Keep the token in the browser, and lead to the address without it."""
+        rest = urlencode([(name, value) for name, value in given.multi_items() if name != "token"])
+        # A path that begins with two slashes would lead to another host.
+        answer = RedirectResponse("/" + path.lstrip("/") + (f"?{rest}" if rest else ""), 303)
+        answer.set_cookie(self._cookie, given["token"], httponly=True, samesite="strict")
+        return answer
 
 
 def _name(host: str) -> str:
@@ -94,15 +104,6 @@ def _name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
-
-
-def _keep_token(path: str, given: QueryParams) -> Response:
-    """Keep the token in the browser, and lead to the address without it."""
-    rest = urlencode([(name, value) for name, value in given.multi_items() if name != "token"])
-    # A path that begins with two slashes would lead to another host.
-    answer = RedirectResponse("/" + path.lstrip("/") + (f"?{rest}" if rest else ""), 303)
-    answer.set_cookie(COOKIE, given["token"], httponly=True, samesite="strict")
-    return answer
 
 
 def _refuse(why: str) -> Response:

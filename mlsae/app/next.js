@@ -14,7 +14,7 @@ async function showNext() {
     const { rows } = await (await ask("next", asked, { signal: mine.signal })).json();
     if (mine === nextNow) box.replaceChildren(nextTable(rows));
   } catch (error) {
-    if (mine === nextNow && error.name !== "AbortError") box.replaceChildren(element("p", { class: "said" }, error.message));
+    if (mine === nextNow && error.name !== "AbortError") box.replaceChildren(element("p", { class: "said failed" }, error.message));
   } finally {
     if (mine === nextNow) box.removeAttribute("aria-busy");
   }

@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import shlex
 
 from ..report.pack import read, render
+from .requests import MOST_CHECKS, MOST_NEW_TOKENS
 from .runs import Runs
 
 _BEFORE = ("fetched.js", "page.js", "token.js", "written.js")
 _BROWSER = ("list.js", "detail.js", "browser.js")
-_AFTER = ("ask.js", "labels.js", "chosen.js", "next.js", "read.js", "steer.js", "start.js")
+_AFTER = (
+    "ask.js", "labels.js", "chosen.js", "next.js", "read.js", "steer.js", "trace.js", "start.js",
+)  # fmt: skip
 
 
 def page(runs: Runs, number: int) -> bytes:
@@ -27,6 +31,8 @@ def page(runs: Runs, number: int) -> bytes:
         run=run,
         runs=runs.names,
         number=number,
+        quoted=shlex.quote(str(run.folder)),
+        most={"new": MOST_NEW_TOKENS, "checks": MOST_CHECKS},
         model=str(run.about.get("model") or "not named"),
     )
 

@@ -130,11 +130,14 @@ let readingNow = null; // the request that runs
 async function read() {
   const text = document.getElementById("text").value;
   readingNow?.abort();
-  readingNow = new AbortController();
+  const mine = (readingNow = new AbortController());
   say("read-said", null);
+  const late = setTimeout(() => say("read-said", "Reading; the model is busy, maybe with another tab’s request …"), 1000);
   document.getElementById("prompt-form").setAttribute("aria-busy", "true");
   try {
-    const answer = await (await ask("prompt", { text }, { signal: readingNow.signal })).json();
+    const answer = await (await ask("prompt", { text }, { signal: mine.signal })).json();
+    clearTimeout(late);
+    say("read-said", null);
     const first = !reading && !location.hash;
     reading = { ...answer, text };
     sessionStorage.setItem("prompt", text);
@@ -147,9 +150,10 @@ async function read() {
     while (last > 0 && !reading.entries.token.includes(last)) last--;
     await showToken(last, first);
   } catch (error) {
-    say("read-said", error);
+    if (mine === readingNow) say("read-said", error);
   } finally {
-    document.getElementById("prompt-form").removeAttribute("aria-busy");
+    clearTimeout(late);
+    if (mine === readingNow) document.getElementById("prompt-form").removeAttribute("aria-busy");
   }
 }
 

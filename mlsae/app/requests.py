@@ -3,6 +3,7 @@
     prompt    {"text"}
     next      {"text", "position", "edits"}
     generate  {"text", "edits", "sides", "max_new_tokens", "temperature", "seed"}
+    trace     {"text", "target", "against", "latent", "at_layer", "at_token", "check"}
     labels    {"label", "notes"}
 
 An edit is {"latent", "layers" (null: all), "op", "value", "units", "positions"}, as an
@@ -23,6 +24,7 @@ MOST_BYTES = 64_000
 """Of a request."""
 MOST_EDITS = 32
 MOST_NEW_TOKENS = 256
+MOST_CHECKS = 20
 SIDES = ("baseline", "steered")
 _LARGEST = 2**53  # integers that JavaScript counts to
 _WORDS = {str: "text", int: "an integer", float: "a number", list: "a list", dict: "an object"}
@@ -97,6 +99,18 @@ def read_sampling(body: dict[str, Any]) -> dict[str, Any]:
     if seed < 0:
         raise InputError(f"seed must be 0 or more, got {seed}")
     return {"max_new_tokens": new, "temperature": temperature, "seed": seed}
+
+
+def read_target(body: dict[str, Any]) -> dict[str, Any]:
+    """What to trace, as the arguments of `attribution.trace`; what is null is left out. Raises
+    InputError if it is malformed."""
+    kinds = {"target": str, "against": str, "latent": int, "at_layer": int, "at_token": int}
+    given = {name: get(body, name, kind) for name, kind in kinds.items()
+             if body.get(name) is not None}  # fmt: skip
+    check = get(body, "check", int, 0)
+    if not 0 <= check <= MOST_CHECKS:
+        raise InputError(f"check must be in [0, {MOST_CHECKS}], got {check}")
+    return given | {"check": check}
 
 
 def read_sides(body: dict[str, Any]) -> list[str]:

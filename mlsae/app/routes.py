@@ -54,6 +54,7 @@ def make_app(runs: Runs) -> Starlette:
             Route("/runs/{run:int}/status", served.status),
             Route("/runs/{run:int}/prompt", served.prompt, methods=["POST"]),
             Route("/runs/{run:int}/next", served.next_tokens, methods=["POST"]),
+            Route("/runs/{run:int}/trace", served.trace, methods=["POST"]),
             Route("/runs/{run:int}/generate", served.generate, methods=["POST"]),
             Route("/runs/{run:int}/labels", served.labels),
             Route("/runs/{run:int}/labels.{form}", served.exported_labels),
@@ -81,7 +82,8 @@ class _Served:
 
     async def page(self, request: Request) -> Response:
         run = self._run(request)
-        run.files(), run.session()  # begin to open it
+        run.files()  # begin to open it
+        run.session()
         return Response(page(self.runs, self.runs.all.index(run)), media_type="text/html")
 
     async def data(self, request: Request) -> Response:
@@ -101,7 +103,7 @@ class _Served:
 
     async def status(self, request: Request) -> Response:
         session = await self._wait(request, self._run(request).session())
-        return JSONResponse({"layers": session.layers, "most_new": requests.MOST_NEW_TOKENS})
+        return JSONResponse({"layers": session.layers})
 
     async def prompt(self, request: Request) -> Response:
         body = await requests.read_body(request)
@@ -120,6 +122,13 @@ class _Served:
         )
         return Response(json_text(found), media_type="application/json")
 
+    async def trace(self, request: Request) -> Response:
+        body = await requests.read_body(request)
+        text, target = requests.get(body, "text", str), requests.read_target(body)
+        session = await self._wait(request, self._run(request).session())
+        found = await self._work(request, lambda _: session.trace(text, target))
+        return Response(json_text(found), media_type="application/json")
+
     async def generate(self, request: Request) -> Response:
         """The text that follows, with and without changes: {"waiting": jobs before this one};
         {"side", "text": so far, "tokens"}, as they come; {"side", "text", "done": true}."""
@@ -129,16 +138,23 @@ class _Served:
         edits = await run_in_threadpool(requests.read_edits, body)
         session = await self._wait(request, self._run(request).session())
         new = sampling["max_new_tokens"]
-        ids = await self._work(request, lambda _: session.check(text, edits, new))
+        check = lambda _: session.check(text, edits, new)  # noqa: E731
+        # If it has to wait, the page is told, and what is wrong comes as an event.
+        ahead = self.runs.worker.unfinished
+        checked = None if ahead else await self._work(request, check)
 
         def job(side: str, emit: Callable[[Any], None], stopped: Callable[[], bool]) -> None:
             show = lambda so_far, n: emit({"side": side, "text": so_far, "tokens": n})  # noqa: E731
             changes = edits if side == "steered" else []
-            whole = session.generate(ids, changes, sampling, show, stopped)
+            whole = session.generate(checked, changes, sampling, show, stopped)
             emit({"side": side, "text": whole, "done": True})
 
         async def lines() -> AsyncIterator[str]:
+            nonlocal checked
             try:
+                if ahead:
+                    yield json_text({"waiting": ahead}) + "\n"
+                    checked = await self._work(request, check)
                 for side in sides:
                     async for event in self._events(job, side):
                         yield json_text(event) + "\n"
@@ -200,9 +216,10 @@ class _Served:
                 break
         if result.done():
             return result.result()
+        result.add_done_callback(lambda each: each.cancelled() or each.exception())  # nobody's now
         if cancel:
             future.cancel()
-        raise HTTPException(503, "the program ends")
+        raise HTTPException(503, "the program ends, or nobody waits for the answer")
 
     async def _events(self, job: Callable[..., None], side: str) -> AsyncIterator[dict[str, Any]]:
         """The events of a job in the one thread, as it emits them. It is stopped when they are not

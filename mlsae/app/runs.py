@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 class Run:
     """A run that is served: what its files hold, and its models, once they are loaded."""
 
-    def __init__(self, folder: Path, config: AppConfig, worker: Worker) -> None:
+    def __init__(
+        self, folder: Path, config: AppConfig, worker: Worker, opened: list[Session]
+    ) -> None:
         self.folder = folder
         self.about = _read_about(folder)
         """config.json, of which only d_in, n_latents and layers are checked yet."""
         self.analyzed = (folder / "analysis.json").is_file()
-        self._config, self._worker = config, worker
+        self._config, self._worker, self._opened = config, worker, opened
         self._lock = threading.Lock()
         self._files: Future[RunFiles] | None = None
         self._session: Future[Session] | None = None
@@ -49,7 +51,9 @@ class Run:
         def load() -> Session:
             from .session import Session  # with torch and transformers
 
-            return Session(self.folder, self.about, self._config)
+            session = Session(self.folder, self.about, self._config, self._opened)
+            self._opened.append(session)
+            return session
 
         with self._lock:
             if self._session is None or _failed(self._session):
@@ -67,7 +71,8 @@ class Runs:
         self.worker = Worker()
         self.closing = threading.Event()
         """Set when the program ends: what is running stops."""
-        self.all = [Run(folder, config, self.worker) for folder in config.runs]
+        opened: list[Session] = []  # of all runs
+        self.all = [Run(folder, config, self.worker, opened) for folder in config.runs]
         names = [run.folder.absolute().name for run in self.all]
         self.names = [
             name if names.count(name) == 1 else str(run.folder)

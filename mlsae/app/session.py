@@ -5,6 +5,7 @@ Legend: L layers, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,20 +17,28 @@ from torch import Tensor
 from .. import builtin
 from ..analysis.geometry import token_strings
 from ..analysis.prompt import read_prompt, tokenize
+from ..attribution import trace
 from ..cli import silence_transformers
+from ..data.residuals import ResidualReader
 from ..distributed import choose_device
 from ..errors import InputError
 from ..evaluation.heldout import HeldoutConfig, open_run
-from ..intervention import Edit, Replace, intervene, read_activations
+from ..intervention import Edit, Opened, Replace, intervene, read_activations
 from ..intervention.edits import Change, at_layers
-from ..intervention.generation import continue_ids
+from ..intervention.generation import check_finite, continue_ids
+from ..report.trace_page import drawn_flows, flows_width, trace_plots
 
 if TYPE_CHECKING:
     from .__main__ import AppConfig
 
 MOST_TOKENS = 1024
 """Of a prompt."""
+_MODEL = (
+    "model", "revision", "trust_remote_code", "model_dtype", "model_device_map", "model_quantize",
+)  # fmt: skip
+"""Settings that decide a transformer."""
 _SHOWN = 8  # next tokens
+_EDGES = 24  # strongest nodes of a trace, between which edges are drawn
 
 Stopped = Callable[[], bool]
 """Whether nobody waits for the result any more."""
@@ -42,10 +51,17 @@ class StoppedError(Exception):
 class Session:
     """The MLSAE of the run in `folder`, whose config.json is `about`, and its transformer.
 
-    Raises InputError if they cannot be loaded, or do not fit together.
+    Several sessions of one transformer hold it once. Raises InputError if they cannot be loaded, or
+    do not fit together.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], config: AppConfig) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        about: dict[str, Any],
+        config: AppConfig,
+        others: Sequence[Session] = (),
+    ) -> None:
         silence_transformers()
         trained = about.get("training")
         names_text = isinstance(trained, dict) and trained.get("dataset")
@@ -59,6 +75,7 @@ class Session:
         )
         self.folder = folder
         self.mlsae, self.stream = open_run(given, choose_device(config.device))
+        self._share(others)
         self.strings = token_strings(self.stream.tokenizer)
         model: Any = self.stream.reader.model
         settings = model.config.get_text_config()
@@ -77,20 +94,21 @@ class Session:
     def next_tokens(
         self, text: str, position: int, changes: Sequence[Change], stopped: Stopped
     ) -> dict[str, Any]:
-        """What may follow a position of a text: for the model, with the reconstruction at each
-        layer in the residual's place (of the tokens that the MLSAE is for), and with `changes` if
-        there are any. Each has its likeliest tokens, with p and logit, and KL(model ‖ it) in nats.
+        """What may follow a position of a text: for the model, with `changes` if there are any, and
+        with the reconstruction at each layer in the residual's place (of the tokens that the MLSAE
+        is for). Each has its likeliest tokens, with p and logit, and KL(model ‖ it) in nats.
 
-        Raises InputError if there is no such position, or a change does not fit.
+        Raises InputError if there is no such position, a change does not fit, or predictions become
+        NaN.
         """
         ids = self._ids(text)
         if not 0 <= position < len(ids):
             raise InputError(f"position must be in [0, {len(ids) - 1}], got {position}")
         kept = self.stream.token_mask(ids[None])[0].nonzero()[:, 0].tolist()
         rows: list[tuple[str, list[Change]]] = [("model", [])]
+        rows += [("changed", list(changes))] if changes else []
         if kept:
             rows += [(str(layer), [Replace((layer,), tuple(kept))]) for layer in self.layers]
-        rows += [("changed", list(changes))] if changes else []
         truth: Tensor | None = None
         result = []
         for name, own in rows:
@@ -98,9 +116,30 @@ class Session:
                 raise StoppedError
             logits = self._logits(ids, own)[position].double().cpu()
             log_p = logits.log_softmax(-1)
+            check_finite(log_p)
             truth = log_p if truth is None else truth
             result.append({"name": name, **self._likeliest(truth, log_p, logits)})
         return {"token": self.strings[int(ids[position])], "rows": result}
+
+    def trace(self, text: str, target: dict[str, Any]) -> dict[str, Any]:
+        """What a prediction after a text, or a latent in it, rests on (`attribution.trace`): its
+        numbers, without the long lists, and the plots of its page.
+
+        Raises InputError if `target` names nothing that can be traced.
+        """
+        reader = self.stream.reader
+        opened = Opened(self.mlsae, self.stream.config.model, self.stream.tokenizer, reader)
+        self._ids(text)  # whether it is short enough
+        found = trace(opened, text, edges=_EDGES, **target).as_dict(_EDGES)
+        plots = {name: json.loads(plot.to_json()) for name, plot in trace_plots(found).items()}
+        shown = ("tokens", "target", "n_nodes", "nodes", "edges", "correlation")
+        return {
+            **{name: found[name] for name in shown},
+            "layers": found["layers"],
+            "flows": [[flow["token"], flow["latent"]] for flow in drawn_flows(found)],
+            "width": flows_width(found),
+            "plots": plots,
+        }
 
     def check(self, text: str, changes: Sequence[Change], max_new_tokens: int) -> Tensor:
         """The ids (T,) of a text to go on from. Raises InputError if it is too long for that, or a
@@ -140,6 +179,14 @@ class Session:
                 model, tokenizer, ids.to(self.stream.device), **sampling, watch=watch
             )
         return str(tokenizer.decode(new))
+
+    def _share(self, others: Sequence[Session]) -> None:
+        """Use the transformer of another session, if it is the same one, and drop this one's."""
+        for other in others:
+            stream = other.stream
+            if all(getattr(stream.config, n) == getattr(self.stream.config, n) for n in _MODEL):
+                self.stream.reader = ResidualReader(stream.reader.model, self.layers)
+                return
 
     def _ids(self, text: str) -> Tensor:
         ids = tokenize(self.stream, text)

@@ -80,6 +80,7 @@ async function generate() {
   const number = (id) => Number(document.getElementById(id).value);
   const sampling = { max_new_tokens: number("new-tokens"), temperature: number("temperature"), seed: number("seed") };
   const key = JSON.stringify([text, sampling]);
+  if (reading?.text !== text) read();
   const edits = readEdits();
   const sides = [...(key === baselineOf ? [] : ["baseline"]), ...(edits.length ? ["steered"] : [])];
   say("steer-said", edits.length ? null : "Add a change to see what it does; the baseline is the model as it is.");
@@ -94,7 +95,7 @@ async function generate() {
     const response = await ask("generate", { text, edits, sides, ...sampling }, { signal: mine.signal });
     for await (const event of lines(response.body)) {
       if (event.error) throw new Error(event.error);
-      if (event.waiting) say("steer-said", "Waiting for another request, in this tab or another, to end …");
+      if (event.waiting) say("steer-said", "Waiting for another request to end, of this tab or another …");
       if (!event.side) continue;
       say("steer-said", null);
       const [, tokens] = (current[event.side] = [event.text, event.tokens ?? current[event.side][1]]);

@@ -60,7 +60,8 @@ class DataConfig:
     """Read the text and tokenize it, whatever the cache has, and keep nothing."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the transformer computes in. auto: on CUDA, as its configuration says, but bfloat16 if
-    that is float32 or says nothing; else float32."""
+    that is float32 or says nothing; elsewhere float32, but in training bfloat16 where CUDA would
+    have it and the CPU has matrix units for it (Intel's AMX)."""
     model_device_map: str | None = None
     """Where the transformer is, if not whole on the SAE's device: a device (cuda:1), or one of
     accelerate's ways to spread it (accelerate must be installed). auto: over all GPUs, leaving
@@ -82,3 +83,12 @@ def check_seed(seed: int | None, flag: str = "--seed") -> None:
     """Raise InputError if torch's generators do not take this seed, which `flag` gives."""
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise InputError(f"{flag} must be in [-2^63, 2^63), got {seed}")
+
+
+def check_share(split: builtin.Split, share: float) -> None:
+    """Raise InputError if, with this `--heldout_share`, the side `split` is empty: it must be in
+    (0, 1), and may be 1 where nothing is trained on."""
+    if 0 < share < 1 or (share == 1 and split == "heldout"):
+        return
+    most = "at most 1" if split == "heldout" else "less than 1, since the rest is trained on"
+    raise InputError(f"--heldout_share must be greater than 0 and {most}, got {share:g}")

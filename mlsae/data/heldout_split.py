@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import InputError
+from .config import check_share
 
 Split = Literal["train", "heldout"]
 
@@ -103,15 +104,6 @@ def _decimals(ids: IntArray) -> bytes:
     decimals = pa.array(ids).cast(pa.string())
     joined = pc.binary_join(pa.ListArray.from_arrays([0, len(ids)], decimals), " ")
     return bytes(joined[0].as_buffer())
-
-
-def check_share(split: Split, share: float) -> None:
-    """Raise InputError if, with this `--heldout_share`, the side `split` is empty: it must be in
-    (0, 1), and may be 1 where nothing is trained on."""
-    if 0 < share < 1 or (share == 1 and split == "heldout"):
-        return
-    most = "at most 1" if split == "heldout" else "less than 1, since the rest is trained on"
-    raise InputError(f"--heldout_share must be greater than 0 and {most}, got {share:g}")
 
 
 class HeldoutSplit:

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, first_line
+from .columnar import read_arrow, read_parquet
 from .records import (
     Reader,
     Record,
     Start,
     raise_unreadable,
-    read_arrow,
     read_csv,
     read_json,
     read_jsonl,
-    read_parquet,
     read_text,
 )
 

@@ -1,4 +1,5 @@
-"""Read the records of a file, one at a time, from any of them on, in memory for one record.
+"""Read the records of a file, one at a time, from any of them on, in memory for one record, or for
+a part of it where it is a long text. Those of Parquet and Arrow are in `columnar`.
 
 Only the wanted column is read, so other columns may be anything.
 """
@@ -10,23 +11,23 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..errors import InputError, first_line
 from .heldout_split import IntArray
+from .long_lines import NotTextError, last_text, parts_of_text
 
 INPUT_IDS = "input_ids"
 """The column in which tokenized datasets have their token ids, by convention."""
 
 _CHUNK_CHARS = 2**20  # of a text file, read at a time
-_BATCH_ROWS = 64  # of a Parquet file, read at a time: a row may be large
 _BUFFER_BYTES = 2**20
+_LONG_LINE = 2**24  # bytes of JSON: a longer one is not held whole
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -74,13 +75,18 @@ def read_text(path: Path, _column: str, start: Start) -> Iterator[Record]:
 
 
 def read_jsonl(path: Path, column: str, start: Start) -> Iterator[Record]:
-    """One record per line; empty lines are none."""
+    """One record per line; empty lines are none. The text of a long line comes in parts."""
     row, byte = start
     with _open_bytes(path, byte) as file:
-        for line in file:
-            if not line.isspace():
-                yield Record(Start(row, byte), f"line {row + 1} of {path}", _parse(line, column))
-            row, byte = row + 1, byte + len(line)
+        while line := file.readline(_LONG_LINE):
+            place, size = f"line {row + 1} of {path}", len(line)
+            if size == _LONG_LINE and not line.endswith(b"\n"):
+                size, value = _read_long(file, line, path, byte, column)
+                if value is not None:
+                    yield Record(Start(row, byte), place, value)
+            elif not line.isspace():
+                yield Record(Start(row, byte), place, _parse(line, column))
+            row, byte = row + 1, byte + size
 
 
 def read_json(path: Path, column: str, start: Start) -> Iterator[Record]:
@@ -113,41 +119,6 @@ def read_csv(path: Path, column: str, start: Start) -> Iterator[Record]:
                 )
 
 
-def read_parquet(path: Path, column: str, start: Start) -> Iterator[Record]:
-    """One record per row; other columns are not even read from the disk."""
-    with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
-        schema, row = file.schema_arrow, 0
-        present = [column] if column in schema.names else []
-        for group in range(file.num_row_groups):
-            n_rows = file.metadata.row_group(group).num_rows
-            if row + n_rows <= start.row:
-                row += n_rows
-            elif present:
-                for batch in file.iter_batches(_BATCH_ROWS, [group], present):
-                    yield from _read_arrow(batch.column(0), schema, path, column, row, start.row)
-                    row += len(batch)
-            else:
-                missing = pa.nulls(n_rows)
-                yield from _read_arrow(missing, schema, path, column, row, start.row)
-                row += n_rows
-
-
-def read_arrow(path: Path, column: str, start: Start) -> Iterator[Record]:
-    """One record per row of a file in Arrow's format, either for streams or for files."""
-    with pa.memory_map(str(path)) as source:
-        is_file = source.read(6) == b"ARROW1"
-        source.seek(0)
-        reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-        n_batches = reader.num_record_batches if is_file else None
-        batches = map(reader.get_batch, range(n_batches)) if n_batches is not None else reader
-        row = 0
-        for batch in batches:
-            present = column in batch.schema.names
-            values = batch.column(column) if present else pa.nulls(len(batch))
-            yield from _read_arrow(values, batch.schema, path, column, row, start.row)
-            row += len(batch)
-
-
 def wanted(record: Any, column: str) -> str | list[Any] | IntArray | Bad:
     """What `record` holds in `column`, if it is a text or a list."""
     if not isinstance(record, Mapping):
@@ -159,10 +130,10 @@ def wanted(record: Any, column: str) -> str | list[Any] | IntArray | Bad:
     ]
     if column not in record:
         return Bad(f"it has no column {column!r}", columns)
-    return _checked(record[column], column, columns)
+    return checked(record[column], column, columns)
 
 
-def _checked(value: Any, column: str, columns: list[str]) -> str | list[Any] | IntArray | Bad:
+def checked(value: Any, column: str, columns: list[str]) -> str | list[Any] | IntArray | Bad:
     if isinstance(value, list) and value and all(type(x) is int for x in value):
         return _as_array(value)
     if isinstance(value, str | list):
@@ -210,6 +181,45 @@ def _parse(line: bytes, column: str) -> str | list[Any] | IntArray | Bad:
         return Bad(f"it is not JSON: {error}")
 
 
+def _read_long(
+    file: io.BufferedReader, begun: bytes, path: Path, byte: int, column: str
+) -> tuple[int, Value | None]:
+    """How many bytes the line at `byte` of `path` has, and its value, None if it is empty. `file`
+    has read what the line has `begun` with, and reads it to its end. A text is read once more, as
+    its parts are wanted; a line of anything else is held."""
+    size = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal size
+        for chunk in chain([begun], _chunks_of_line(file)):
+            size += len(chunk)
+            yield chunk
+
+    line = chunks()
+    try:
+        which = last_text(line, column)
+    except NotTextError:
+        which = None
+    for _ in line:
+        pass
+    if which is not None:
+        return size, _parts_of_text(path, byte, column, which)
+    with _open_bytes(path, byte) as again:
+        whole = again.readline()
+        return size, None if whole.isspace() else _parse(whole, column)
+
+
+def _parts_of_text(path: Path, byte: int, column: str, which: int) -> Iterator[str]:
+    with raise_unreadable(path), _open_bytes(path, byte) as file:
+        yield from parts_of_text(_chunks_of_line(file), column, which)
+
+
+def _chunks_of_line(file: io.BufferedReader) -> Iterator[bytes]:
+    chunk = b""
+    while not chunk.endswith(b"\n") and (chunk := file.readline(_BUFFER_BYTES)):
+        yield chunk
+
+
 def _csv_rows(rows: Iterator[list[str]]) -> Iterator[list[str] | Bad]:
     """The rows; Bad for one that breaks the rules of quotes."""
     while True:
@@ -219,55 +229,6 @@ def _csv_rows(rows: Iterator[list[str]]) -> Iterator[list[str] | Bad]:
             yield Bad(f"it is not CSV: {error}")
         except StopIteration:
             return
-
-
-def _read_arrow(
-    values: pa.Array, schema: pa.Schema, path: Path, column: str, row: int, start: int
-) -> Iterator[Record]:
-    """The records of consecutive rows, the first of which is number `row`, from `start` on."""
-    columns = [
-        field.name
-        for field in schema
-        if _is_text(field.type) or (field.name == INPUT_IDS and _is_list(field.type))
-    ]
-    for i in range(max(0, start - row), len(values)):
-        place = f"row {row + i + 1} of {path}"
-        value: Value | None
-        if column not in schema.names:
-            value = Bad(f"it has no column {column!r}", columns)
-        else:
-            try:
-                value = _ids(values[i])
-                if value is None:
-                    value = _checked(values[i].as_py(), column, columns)
-            except UnicodeDecodeError:
-                value = Bad("it holds bytes that are not UTF-8")
-        yield Record(Start(row + i), place, value)
-
-
-def _ids(value: pa.Scalar) -> IntArray | None:
-    """The integers of a list, without a Python object for each; None if it is no such list."""
-    if not _is_list(value.type) or not pa.types.is_integer(value.type.value_type):
-        return None
-    if value.values is None or value.values.null_count:
-        return None
-    return np.asarray(value.values)
-
-
-def _is_list(arrow_type: pa.DataType) -> bool:
-    return any(
-        is_kind(arrow_type)
-        for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    )
-
-
-def _is_text(arrow_type: pa.DataType) -> bool:
-    if pa.types.is_dictionary(arrow_type):
-        arrow_type = arrow_type.value_type
-    return any(
-        is_kind(arrow_type)
-        for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    )
 
 
 def _open_bytes(path: Path, byte: int = 0) -> io.BufferedReader:

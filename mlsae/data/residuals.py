@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, first_line
-from .blocks import find_blocks, residual_of
+from .blocks import find_blocks, residual_of, with_residual
 
 
 class _AllReadError(Exception):
@@ -75,6 +75,24 @@ class ResidualReader:
         whole forward pass."""
         residuals: dict[int, Tensor] = {}
         logits = self._run(input_ids, residuals.__setitem__, stop=False)
+        return [residuals[layer] for layer in self.layers], logits
+
+    @torch.enable_grad()
+    def with_graph(self, input_ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        """As `with_logits`, but later residuals and the logits can be differentiated with respect
+        to each residual, through all that the model computes from it:
+
+            torch.autograd.grad(logits[0, -1, token], residuals)
+
+        The graph begins at the first layer that is read: what comes before it stores nothing.
+        """
+        residuals: dict[int, Tensor] = {}
+
+        def keep(layer: int, residual: Tensor) -> Tensor:
+            residuals[layer] = residual if residuals else residual.detach().requires_grad_()
+            return residuals[layer].clone()  # a block may change in place what it is given
+
+        logits = self._run(input_ids, keep, stop=False)
         return [residuals[layer] for layer in self.layers], logits
 
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -155,18 +173,22 @@ class ResidualReader:
             f"{type(self.model).__name__} cannot be read: {symptom}"
         )
 
-    def _run(self, input_ids: Tensor, keep: Callable[[int, Tensor], None], stop: bool) -> Tensor:
+    def _run(
+        self, input_ids: Tensor, keep: Callable[[int, Tensor], Tensor | None], stop: bool
+    ) -> Tensor:
         """Run the model, give each layer and its residual (B, T, D) to `keep`, and return the
-        logits. With `stop`, raise _AllReadError after the last block that is read."""
+        logits. What `keep` returns goes on in the residual's place. With `stop`, raise
+        _AllReadError after the last block that is read."""
 
         def hook_for(layer: int) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
                 residual = residual_of(output)
-                keep(layer, residual.to(input_ids.device))
+                other = keep(layer, residual.to(input_ids.device))
                 self._block_devices[layer] = residual.device
                 self._n_extra_outputs = None if output is residual else len(output) - 1
                 if stop and layer == self.layers[-1]:
                     raise _AllReadError
+                return None if other is None else with_residual(output, other.to(residual.device))
 
             return hook
 

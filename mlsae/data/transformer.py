@@ -15,6 +15,7 @@ import transformers
 from .. import builtin
 from ..errors import InputError, check_installed, first_line
 from .config import DataConfig
+from .dtypes import dtype_of
 from .shortened import shortened_config
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's own words
@@ -62,13 +63,16 @@ def load_transformer(
     that also sees images.
 
     It is on `device`, the SAE's, or where `model_device_map` puts it, which leaves `reserved` bytes
-    of `device` free. It computes in `model_dtype`. With `n_layers`, only the first so many blocks
-    are loaded, if the architecture allows it (see `shortened_config`).
+    of `device` free. It computes in the dtype of `dtype_of`. With `n_layers`, only the first so
+    many blocks are loaded, if the architecture allows it (see `shortened_config`), and only
+    residuals are read.
 
     Raises InputError if the model cannot be loaded, or a package that it needs is not installed.
     """
     model_config = _load_config(config)
-    options: dict[str, Any] = {"dtype": dtype_of(config, model_config, device)}
+    options: dict[str, Any] = {
+        "dtype": dtype_of(config, model_config, device.type, whole=n_layers is None)
+    }
     if config.model_device_map is not None:
         check_installed("accelerate", "--model_device_map")
         _check_device_map(config.model_device_map)
@@ -99,19 +103,6 @@ def load_transformer(
     if "device_map" not in options:
         model = model.to(device)
     return model.eval().requires_grad_(False)
-
-
-def dtype_of(config: DataConfig, model_config: Any, device: torch.device) -> Any:
-    """What the transformer computes in, as `from_pretrained` takes it. On a GPU, float32 would take
-    most of a run's time, and a checkpoint of float32 was mostly trained in less."""
-    if config.model_dtype != "auto":
-        return config.model_dtype
-    if device.type != "cuda":
-        return torch.float32
-    declared = getattr(model_config.get_text_config(), "dtype", None)
-    if declared in (None, torch.float32, "float32"):
-        return torch.bfloat16
-    return "auto"
 
 
 def empty_transformer(config: DataConfig, n_layers: int) -> Any:

@@ -12,8 +12,7 @@ import tyro
 from torch import Tensor
 
 from .. import builtin
-from ..data.config import DataConfig, check_seed
-from ..data.heldout_split import check_share
+from ..data.config import DataConfig, check_seed, check_share
 from ..data.sinks import DropRule
 from ..data.stream import DataStream, read_shape
 from ..distributed import log_rank0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -13,6 +13,7 @@ from ..data.config import check_seed
 from ..errors import InputError
 from .edits import Change, Edit, Replace
 from .literals import Units
+from .opening import OpenConfig
 from .positions import parse_where
 
 _EDIT = re.compile(
@@ -22,12 +23,10 @@ _EDIT = re.compile(
 _FORM = "LATENT@LAYERS:OP=VALUE, such as 876@2,3:add=4 or 12@all:ablate"
 
 
-@dataclass(frozen=True)
-class SteerConfig:
+@dataclass(frozen=True, kw_only=True)
+class SteerConfig(OpenConfig):
     """What to change, and on which text."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a trained MLSAE, or its name on the Hugging Face hub."""
     prompt: str
     """The text to go on from, with the special tokens that the tokenizer adds at its start."""
     latent: int | None = None
@@ -64,18 +63,6 @@ class SteerConfig:
     """Seed of sampling: the same draws with and without the changes."""
     show: int = 5
     """Rows of the tables: tokens that gain and that lose most, latents that change most."""
-    model: str | None = None
-    """The transformer. None: the one that the MLSAE was trained on."""
-    revision: str | None = None
-    """The model's branch, tag or commit on the hub. None: as in the run, or the newest with
-    --model."""
-    trust_remote_code: bool = False
-    """Whether to run Python code from the model's repository. It can do anything that you can, so
-    read it before."""
-    eos_token: str | None = None
-    """The token that ends a text. None: as in the run, or the tokenizer's EOS with --model."""
-    device: str = "auto"
-    """auto: CUDA if available, else the CPU."""
     save: Path | None = None
     """Write everything, at every position, to this JSON file."""
 

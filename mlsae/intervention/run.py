@@ -11,25 +11,17 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..analysis.geometry import token_strings
-from ..data.config import DataConfig
-from ..data.residuals import ResidualReader
-from ..data.transformer import check_token_ids, load_tokenizer, load_transformer
-from ..distributed import choose_device
-from ..errors import InputError
-from ..evaluation.heldout import check_trained
 from ..files import check_folder, write_file
-from ..formats.places import check_residual
-from ..model import MLSAE
 from .activations import Activations, read_activations
 from .command_line import SteerConfig, changes_of
 from .context import intervene
 from .edits import Change, Edit
 from .effects import Effects, measure_effects
 from .generation import check_finite, continue_ids
+from .opening import open_run
 from .positions import shown_where
 
 
@@ -77,24 +69,27 @@ def steer(config: SteerConfig) -> Steered:
     changes = changes_of(config)
     if config.save is not None:
         check_folder(config.save.parent, "--save", files=(config.save.name,))
-    device = choose_device(config.device)
-    mlsae = MLSAE.from_pretrained(config.run, device).requires_grad_(False)
     activations = _activations(config, changes)
-    data, tokenizer, model = _open_model(config, mlsae, device)
-    reader = ResidualReader(model, mlsae.config.layers or None)
-    ids = _tokenize(config, tokenizer, model)
+    opened = open_run(config)
+    mlsae, reader, tokenizer, model = (
+        opened.mlsae,
+        opened.reader,
+        opened.tokenizer,
+        opened.reader.model,
+    )
+    ids = opened.tokenize(config.prompt, config.max_new_tokens)
     with intervene(model, mlsae, changes, activations=activations):
         pass  # whether they fit
     effects = measure_effects(mlsae, reader, ids, changes, activations, config.show)
     check_finite(effects.log_p)
     continuations = [
-        _continue(config, model, tokenizer, ids.to(device), context)
+        _continue(config, model, tokenizer, ids.to(mlsae.sae.W_dec.device), context)
         for context in (nullcontext(), intervene(model, mlsae, changes, activations=activations))
     ]
     strings = token_strings(tokenizer)
     result = Steered(
         config,
-        data.model,
+        opened.name,
         changes,
         [strings[i] for i in ids.tolist()],
         (continuations[0], continuations[1]),
@@ -111,47 +106,6 @@ def _activations(config: SteerConfig, changes: Sequence[Change]) -> Activations 
     """Those of the run's analysis, if an edit is measured in them."""
     needed = any(isinstance(c, Edit) and c.units in ("max", "mean") for c in changes)
     return read_activations(config.run) if needed else None
-
-
-def _open_model(
-    config: SteerConfig, mlsae: MLSAE, device: torch.device
-) -> tuple[DataConfig, Any, Any]:
-    """The transformer that the MLSAE was trained on, or that is given, and its tokenizer."""
-    check_residual(mlsae.about, f"RUN {config.run}")
-    trained = mlsae.about.get("training", {})
-    check_trained(trained, config.run)
-    name = config.model or mlsae.config.model
-    if not name:
-        raise InputError(
-            f"--model must be given, since config.json in {config.run} names none, got none"
-        )
-    own = config.model is None
-    data = DataConfig(
-        name,
-        revision=config.revision or (trained.get("revision") if own else None),
-        trust_remote_code=config.trust_remote_code,
-        eos_token=config.eos_token or (trained.get("eos_token") if own else None),
-        model_dtype=trained.get("model_dtype", "auto"),
-        model_device_map=trained.get("model_device_map"),
-        model_quantize=trained.get("model_quantize"),
-    )
-    tokenizer, model = load_tokenizer(data), load_transformer(data, device)
-    check_token_ids(tokenizer, model)
-    return data, tokenizer, model
-
-
-def _tokenize(config: SteerConfig, tokenizer: Any, model: Any) -> Tensor:
-    """The prompt's ids (T,). Raises InputError if there are none, or too many."""
-    ids = torch.tensor(tokenizer(config.prompt)["input_ids"], dtype=torch.int64)
-    if not len(ids):
-        raise InputError("--prompt must have at least one token, got ''; give some text")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and len(ids) + config.max_new_tokens > context:
-        raise InputError(
-            f"--prompt and --max_new_tokens must be at most {context} tokens together (the model's "
-            f"context), got {len(ids)} and {config.max_new_tokens}"
-        )
-    return ids
 
 
 def _continue(config: SteerConfig, model: Any, tokenizer: Any, ids: Tensor, context: Any) -> str:

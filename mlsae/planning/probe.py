@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -62,6 +62,28 @@ class _Clock:
         into[name] = into.get(name, NOTHING) + since(before, self.now())
 
 
+class _Queue:
+    """What this process's threads wait for a processor, from now on."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def share(self) -> float:
+        """Of the time that they could have run, that in which others had it. 0 where the system
+        does not tell: Linux does, in `schedstat`."""
+        (waited, ran), (waited_before, ran_before) = self._now(), self._before
+        waited, ran = max(0.0, waited - waited_before), ran - ran_before
+        return waited / (waited + ran) if waited + ran > 0 else 0.0
+
+    def _now(self) -> tuple[float, float]:
+        """Seconds that threads have waited, and that they have run."""
+        waited = 0
+        for file in Path("/proc/self/task").glob("*/schedstat"):
+            with suppress(OSError):  # the thread has ended
+                waited += int(file.read_text().split()[1])
+        return waited / 1e9, time.process_time()
+
+
 def since(before: Span, now: Span) -> Span:
     """The time from one to the other."""
     return Span(now.wall - before.wall, now.cpu - before.cpu)
@@ -104,7 +126,9 @@ def probe(
     with clock.timed(once, "first batch"):
         initialize(configs, states, stream, small)
     once["first batch"] *= len(first) / len(small)
+    queued = _Queue()
     step, n_steps = _steps(states, stream, first, clock, seconds)
+    queued_share = queued.share()
     rests_on.append(f"{n_steps} steps timed, after {_WARM} to warm up")
     once |= _validations(configs, states, stream, heldout, needs, clock)
     written = needs.disk.checkpoint / DISK_RATE  # the others, while training goes on
@@ -112,7 +136,7 @@ def probe(
     rests_on.append(f"a checkpoint at {DISK_RATE / 1e9:.1f} GB/s, which is no measurement of here")
     encoding = step.sae * (2 * len(small) / len(first))
     once["report"] = _FINISH + encoding
-    return Times("probe", step, needs.steps, needs.step_tokens, once, rests_on)
+    return Times("probe", step, needs.steps, needs.step_tokens, once, rests_on, queued_share)
 
 
 def _steps(

@@ -71,6 +71,7 @@ def _time_dict(times: Times) -> dict[str, Any]:
     return {
         "basis": times.basis,
         "rests_on": times.rests_on,
+        "queued": times.queued,
         "tokens_per_second": times.tokens_per_second,
         "seconds": times.total.wall,
         "cpu_seconds": times.total.cpu if times.basis == "probe" else None,
@@ -147,9 +148,13 @@ def _time_table(times: Times) -> Table:
 def _spoken(times: Times) -> str:
     kind = "probe" if times.basis == "probe" else "model"
     rests = "; ".join(times.rests_on)
+    busy = (
+        f"; a guess, for this machine is busy: other processes had the processor for "
+        f"{times.queued:.0%} of the time that the probe could have run" if times.busy else ""
+    )  # fmt: skip
     return (
         f"{kind}: {times.tokens_per_second:,.0f} tokens/s while it trains, "
-        f"{times.total.wall / 3600:.2f} hours in all\nthis rests on: {rests}"
+        f"{times.total.wall / 3600:.2f} hours in all{busy}\nthis rests on: {rests}"
     )
 
 

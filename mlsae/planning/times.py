@@ -24,6 +24,7 @@ class Span(NamedTuple):
 
 
 NOTHING = Span(0.0, 0.0)
+_BUSY = 0.1  # of the time: then torch's threads also wait for one another
 
 
 class StepTime(NamedTuple):
@@ -54,6 +55,9 @@ class Times:
     """By name, beside the steps."""
     rests_on: list[str] = field(default_factory=list)
     """In words, a line each."""
+    queued: float = 0.0
+    """Of the time that threads of the probe could have run, the share in which other processes had
+    the processor; 0 where the system does not tell."""
 
     @property
     def parts(self) -> dict[str, Span]:
@@ -66,6 +70,11 @@ class Times:
     def total(self) -> Span:
         """From the start of the program to its end."""
         return sum(self.parts.values(), NOTHING)
+
+    @property
+    def busy(self) -> bool:
+        """Whether other processes make the times by the clock a guess."""
+        return self.queued > _BUSY
 
     @property
     def tokens_per_second(self) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from ..data.blocks import find_blocks
 from ..data.config import DataConfig
+from ..data.dtypes import dtype_of
 from ..data.transformer import empty_transformer, load_config
 
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.5}  # bytes of a weight in a block
@@ -39,25 +40,17 @@ class Transformer(NamedTuple):
 
 
 def size_of(config: DataConfig, last_layer: int, device_type: str) -> Transformer:
-    """The transformer that `config` names, up to its block `last_layer`. Raises InputError if it
-    cannot be built."""
+    """The transformer that `config` names, up to its block `last_layer`, as training has it on a
+    device of this type. Raises InputError if it cannot be built."""
     text_config = load_config(config)
     model = empty_transformer(config, last_layer + 1)
     blocks = find_blocks(model)
     in_blocks = sum(p.numel() for block in blocks for p in block.parameters())
     parameters = sum(p.numel() for p in model.parameters())
-    dtype = _dtype(config, text_config, device_type)
+    dtype = dtype_of(config, text_config, device_type, whole=False)
     quantized = _QUANTIZED.get(config.model_quantize or "", dtype.itemsize)
     n_bytes = round(quantized * in_blocks) + dtype.itemsize * (parameters - in_blocks)
     return Transformer(
         parameters, in_blocks, len(blocks), text_config.num_hidden_layers,
         text_config.hidden_size, dtype, n_bytes,
     )  # fmt: skip
-
-
-def _dtype(config: DataConfig, text_config: object, device_type: str) -> torch.dtype:
-    """What the transformer computes in, by `--model_dtype`."""
-    if config.model_dtype != "auto":
-        return getattr(torch, config.model_dtype)
-    saved = getattr(text_config, "dtype", None)
-    return saved if device_type == "cuda" and isinstance(saved, torch.dtype) else torch.float32

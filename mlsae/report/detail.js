@@ -66,7 +66,8 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
     const L = data.layers.length;
     const alive = data.alive.slice(row * L, (row + 1) * L).map((share) => share / 1000);
     const on = data.continued.slice(row * (L - 1), (row + 1) * (L - 1)).map((share) => share / 1000);
-    const [width, height, radius] = [100 / L, 34, 12];
+    const [width, height] = [100 / L, 34];
+    const radius = Math.max(2, Math.min(12, panel.clientWidth / L / 2)); // pixels: neighbors at most touch
     const svg = (name, attributes, title) => {
       const node = document.createElementNS("http://www.w3.org/2000/svg", name);
       for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
@@ -77,7 +78,7 @@ function latentDetail(data, { panel, shares, percent, fixed, chips, link, move }
     const label = data.layers.map((layer, i) => `layer ${layer}: ${percent(alive[i])}${i < L - 1 ? `, goes on ${percent(on[i])}` : ""}`).join("; ");
     const box = svg("svg", { class: "lifeline", height, role: "img", "aria-label": label });
     on.forEach((share, i) => box.append(svg("line", { x1: at(i), x2: at(i + 1), y1: height / 2, y2: height / 2, "stroke-width": (2 * radius * share).toFixed(2) }, `${percent(share)} of its tokens: at layer ${data.layers[i]} and at ${data.layers[i + 1]}`)));
-    alive.forEach((share, i) => box.append(svg("circle", { cx: at(i), cy: height / 2, r: (share ? Math.max(1.5, radius * Math.sqrt(share)) : 0).toFixed(2) }, `active at layer ${data.layers[i]} in ${percent(share)} of its tokens`)));
+    alive.forEach((share, i) => box.append(svg("circle", { cx: at(i), cy: height / 2, r: (share ? Math.max(1, radius * Math.sqrt(share)) : 0).toFixed(2) }, `active at layer ${data.layers[i]} in ${percent(share)} of its tokens`)));
     return element("figure", {}, box, element("figcaption", {}, "Its life along the layers. Dots: the share of its tokens at which it is active there (area). Lines: at which it is active at both layers."));
   }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,9 @@ from ..files import LABELS, locked, write_file
 LONGEST = {"label": 200, "notes": 4000}
 """Characters, at most."""
 FIELDS = (*LONGEST, "changed")
+
+_PATIENCE = 10  # seconds for which another program may hold the folder
+_one_at_a_time = threading.Lock()  # in this process
 
 Labels = dict[int, dict[str, str]]
 """By latent: label, notes, and when they were changed last."""
@@ -59,7 +63,7 @@ def write_label(folder: Path, latent: int, label: str, notes: str) -> Labels:
     if not folder.is_dir():
         raise InputError(f"{folder} is not there any more, so labels cannot be written")
     try:
-        with locked(folder):
+        with _one_at_a_time, locked(folder, _PATIENCE):
             labels = read_labels(folder)
             labels.pop(latent, None)
             if label or notes:
@@ -80,7 +84,7 @@ def add_labels(folder: Path, found: Mapping[int, tuple[str, str]]) -> int:
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        with locked(folder):
+        with _one_at_a_time, locked(folder, _PATIENCE):
             labels = read_labels(folder)
             new = {
                 latent: {"label": label, "notes": notes, "changed": now}

@@ -170,7 +170,9 @@ def training(
     """
     tokens = [entry["tokens"] for entry in log]
     dead = [entry["dead"] for entry in log]
-    shades = sample_colorscale("Viridis", [0.2 + 0.6 * i / len(layers) for i in range(len(layers))])
+    shades = sample_colorscale(
+        "Viridis", [0.3 + 0.45 * i / len(layers) for i in range(len(layers))]
+    )
     traces = [
         go.Scatter(
             x=tokens,

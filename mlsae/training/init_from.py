@@ -5,18 +5,14 @@ Legend: D width of the residual stream, M latents.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import formats
-from ..config import TrainArguments, TrainConfig, shared_folder
+from ..config import TrainConfig, shared_folder
 from ..distributed import log_rank0
 from ..errors import InputError
 from ..formats import SavedSAE
@@ -24,31 +20,6 @@ from ..formats.places import check_residual
 from ..model import MLSAE, MLSAEConfig
 
 _NORM_TOLERANCE = 1e-2  # what `UnitNormAdam` takes
-
-
-def sized_as_init(default: TrainArguments, arguments: Sequence[str]) -> TrainArguments:
-    """`default`, with the latents, k, standardization and activation of the SAE that `--init_from`
-    names on a command line, if it does: they need not be given. If they are, `check_fits` compares
-    them."""
-    # tyro takes its defaults before it parses, so the argument is read first.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--init_from", "--init-from", dest="init_from", nargs="?")
-    parser.add_argument("--sae.expansion", dest="expansion", nargs="*")
-    given, _ = parser.parse_known_args(arguments)
-    if given.init_from is None:
-        return default
-    with suppress(InputError):  # training says what is wrong, in one line for all processes
-        saved = _read(given.init_from)
-        sizes: dict[str, Any] = {"k": (saved.k,), "standardize": saved.standardize}
-        if saved.activation == "batchtopk":
-            sizes |= {"activation": "batchtopk", "k_max": saved.k_max}
-        expansion, rest = divmod(saved.n_latents, saved.d_in)
-        if not rest:
-            sizes["expansion"] = (expansion,)
-        elif given.expansion is None:
-            sizes["n_latents"] = (saved.n_latents,)
-        return replace(default, sae=replace(default.sae, **sizes))
-    return default
 
 
 def load_initial(configs: Sequence[TrainConfig]) -> SavedSAE | None:
@@ -66,7 +37,7 @@ def load_initial(configs: Sequence[TrainConfig]) -> SavedSAE | None:
             f"--init_from must be elsewhere than --out, which the new run replaces, got {name} and "
             f"{out}; choose another --out"
         )
-    saved = _read(name)
+    saved = read_initial(name)
     check_residual(saved.about, f"--init_from {name}")
     if saved.activation == "jumprelu":
         raise InputError(
@@ -76,7 +47,9 @@ def load_initial(configs: Sequence[TrainConfig]) -> SavedSAE | None:
     return saved
 
 
-def _read(name: str) -> SavedSAE:
+def read_initial(name: str) -> SavedSAE:
+    """The SAE that `--init_from` names: a file or folder, else a name on the hub. Raises InputError
+    if it cannot be read."""
     path = Path(os.path.expanduser(name))
     return formats.read(path) if path.exists() else MLSAE.from_pretrained(name).to_saved()
 

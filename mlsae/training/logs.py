@@ -1,12 +1,15 @@
-"""What a run logs while it trains: metrics.jsonl; on request, TensorBoard, Weights & Biases."""
+"""What a run logs while it trains: metrics.jsonl; on request, TensorBoard, Weights & Biases,
+trackio, or several of them."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,9 @@ class MetricsLog:
     """Writes lines of metrics to `metrics.jsonl` in the run's folder, and to the loggers `names`.
 
     `position` is where the file ended at the checkpoint that the run resumes from, after `tokens`
-    tokens: what was written after it is cut off. `run_id` names the Weights & Biases run, which a
-    resumed run continues. A logger that fails later is told once and no longer used: the metrics
-    are in the file.
+    tokens: what was written after it is cut off. `run_id` names the run of Weights & Biases and of
+    trackio, which a resumed run continues. A logger that fails later is told once and no longer
+    used: the metrics are in the file.
 
     Raises InputError if the file is shorter than `position`, or a logger cannot start.
     """
@@ -35,7 +38,7 @@ class MetricsLog:
         tokens: int = 0,
     ) -> None:
         path = folder / "metrics.jsonl"
-        self._loggers: dict[str, _TensorBoard | _WandB] = {}
+        self._loggers: dict[str, _TensorBoard | _WandB | _Trackio] = {}
         size = path.stat().st_size if path.exists() else 0
         if size < position:
             raise InputError(
@@ -44,20 +47,21 @@ class MetricsLog:
             )
         self._file = path.open("a+b")
         try:
-            for name in names:
+            for name in dict.fromkeys(names):
                 with _starting(name):
-                    self._loggers[name] = (
-                        _TensorBoard(folder, tokens + 1 if position else None)
-                        if name == "tensorboard"
-                        else _WandB(folder, settings, run_id)
-                    )
+                    if name == "tensorboard":
+                        self._loggers[name] = _TensorBoard(folder, tokens + 1 if position else None)
+                    elif name == "wandb":
+                        self._loggers[name] = _WandB(folder, settings, run_id)
+                    else:
+                        self._loggers[name] = _Trackio(folder, settings, run_id)
         except BaseException:
             self.close()
             raise
         self._file.truncate(position)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write a line. Its "tokens" are the step of TensorBoard's and Weights & Biases' curves."""
+        """Write a line. Its "tokens" are the step of the loggers' curves."""
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         scalars = _scalars(line)
@@ -123,8 +127,33 @@ class _WandB:
         self._run.finish()
 
 
+class _Trackio:
+    """A run on this machine, or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL tell."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], run_id: str) -> None:
+        init = importlib.import_module("trackio").init
+        with redirect_stdout(sys.stderr):  # stdout is for results
+            # In a context of its own: `init` ends the run of the context, that of another SAE.
+            self._run = Context().run(
+                init,
+                project=os.environ.get("TRACKIO_PROJECT", "mlsae"),
+                name=f"{folder.resolve().name}-{run_id[:8]}",  # runs are resumed by name
+                config=settings,
+                resume="allow",
+                embed=False,
+            )
+
+    def write(self, scalars: dict[str, float], tokens: int) -> None:
+        self._run.log(scalars, step=tokens)
+
+    def close(self) -> None:
+        with redirect_stdout(sys.stderr):
+            self._run.finish()
+
+
 _ADVICE = {
     "tensorboard": "leave it out",
+    "trackio": "unset TRACKIO_SPACE_ID and TRACKIO_SERVER_URL, or leave it out",
     "wandb": "run `wandb login`, set WANDB_MODE=offline, or leave it out",
 }
 

@@ -228,6 +228,7 @@ class TrainLoop:
             "stages": self.timer.seconds(),
             "batches": self.batches.state_dict(),
             "dropped": self.stream.drop.as_dict(),
+            "model_dtype": str(self.stream.dtype).removeprefix("torch."),
             "processes": self.mesh.data.size,
             "runs": {run_dir.name: run_dir.state_dict() for run_dir in self.run_dirs},
         }

@@ -42,7 +42,7 @@ from .run_dir import (
     load_checkpoint,
     newest_checkpoint,
 )
-from .settings import History, check_processes, history_of
+from .settings import History, check_processes, history_of, model_dtype_of
 from .start import initialize, new_state
 from .summary import encode_seconds, log_extension, print_summary, write_csv
 from .validation import Validation
@@ -172,8 +172,9 @@ def _load(
         "processes": mesh.world.size,
     }
     needed = needs_of(configs, saes, shape, device, **told).memory.total
+    data = replace(config.data, model_dtype=model_dtype_of(config, saved, device.type))
     stream = DataStream(
-        config.data, shape, device, mesh,
+        data, shape, device, mesh,
         micro_rows=micro_rows, seed=config.seed, whole=False, reserved=needed,
     )  # fmt: skip
     told |= {"transformer": stream.n_bytes, "model_dtype": stream.dtype, "free": available(device)}
@@ -244,8 +245,11 @@ def _log_backend(stream: DataStream, optimizers: Sequence[str]) -> None:
     layout = f", {world.size} processes: {data.size} × tokens, {latents.size} × latents"
     processes = layout if world.size > 1 else ""
     names = " and ".join(dict.fromkeys(optimizers))  # of W_enc and W_dec
-    dtype = str(stream.reader.model.dtype).removeprefix("torch.")
+    dtype = str(stream.dtype).removeprefix("torch.")
+    by_units = stream.device.type == "cpu" and stream.dtype == torch.bfloat16
+    chosen = by_units and stream.config.model_dtype == "auto"
+    why = ", for which this CPU has matrix units (else --model_dtype float32)" if chosen else ""
     log_rank0(
         f"training on {stream.device} with the {kernels} kernels and {names}{processes}; the "
-        f"transformer computes in {dtype}"
+        f"transformer computes in {dtype}{why}"
     )

@@ -87,6 +87,15 @@ def history_of(config: TrainConfig, inputs: Fingerprints, saved: dict[str, Any] 
     return History(inputs, extensions)
 
 
+def model_dtype_of(config: TrainConfig, saved: dict[str, Any] | None, device_type: str) -> Any:
+    """The `model_dtype` that the run of `config` has. One that goes on from a `saved` checkpoint
+    keeps what it began with, which auto may not give on this machine. In a checkpoint that does not
+    tell, of 0.2 or before, that was float32 on a CPU."""
+    if saved is None or config.data.model_dtype != "auto":
+        return config.data.model_dtype
+    return saved.get("model_dtype", "float32" if device_type == "cpu" else "auto")
+
+
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """The settings by their names on the command line; JSON-serializable."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))

@@ -27,8 +27,9 @@ MICRO_TOKENS = 2048
 
 
 def open_stream(layers: tuple[int, ...] | None, *, whole: bool) -> DataStream:
-    """The built-in model and corpus; with `whole`, all of the model, which then has logits."""
-    config = DataConfig(layers=layers)
+    """The built-in model and corpus; with `whole`, all of the model, which then has logits. In
+    float32 on every machine."""
+    config = DataConfig(layers=layers, model_dtype="float32")
     shape = read_shape(config)
     micro_rows = max(1, MICRO_TOKENS // shape.seq_len)
     return DataStream(config, shape, torch.device("cpu"), micro_rows=micro_rows, whole=whole)

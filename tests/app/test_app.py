@@ -103,19 +103,19 @@ def test_a_prompt_has_the_latents_that_dense_mathematics_finds(client, model, ml
 def test_next_tokens_are_the_models_and_those_of_reconstructions(client, model, mlsae, ids):
     at = 2
     found = asked(client, "next", text=TEXT, position=at, edits=[EDIT])["rows"]
-    assert [row["name"] for row in found] == ["model", "0", "1", "changed"]
+    assert [row["name"] for row in found] == ["model", "changed", "0", "1"]
     states = model(ids, output_hidden_states=True).hidden_states
     truth = model(ids).logits[0, at].double().log_softmax(-1)
     x_hat = mlsae.reconstruct(states[1]).x_hat
     other = forward_with_hook(model, ids, 0, x_hat)[0, at].double()
-    for row, logits in ((found[0], model(ids).logits[0, at].double()), (found[1], other)):
+    for row, logits in ((found[0], model(ids).logits[0, at].double()), (found[2], other)):
         log_p = logits.log_softmax(-1)
         best = [token["p"] for token in row["tokens"]]
         assert best == pytest.approx(log_p.exp().topk(len(best)).values.tolist(), rel=1e-3)
         assert row["tokens"][0]["logit"] == pytest.approx(logits.max().item(), rel=1e-3)
         kl = (truth.exp() * (truth - log_p)).sum().item()
         assert row["kl"] == pytest.approx(kl, rel=1e-2, abs=1e-6)
-    assert found[3]["kl"] > 0
+    assert found[1]["kl"] > 0
 
 
 def test_a_text_goes_on_with_and_without_changes(client, model, mlsae, ids, run):
@@ -145,6 +145,21 @@ def test_a_text_goes_on_with_and_without_changes(client, model, mlsae, ids, run)
     assert {event["side"] for event in only} == {"steered"}
 
 
+def test_a_prediction_is_traced(client, model, ids):
+    found = asked(client, "trace", text=TEXT, check=2)
+    logits = model(ids).logits[0, -1].double()
+    wanted = (logits.max() - logits.mean()).item()
+    assert found["target"]["value"] == pytest.approx(wanted, rel=1e-3)
+    assert set(found["plots"]) == {"flows", "latents", "errors", "checks"}
+    assert len(found["flows"]) == len(found["plots"]["flows"]["layout"]["xaxis"]["ticktext"])
+    places = {(token, latent) for token, latent in found["flows"]}
+    nodes = found["nodes"]
+    assert found["edges"]
+    for edge in found["edges"]:
+        assert nodes["layer"][edge["source"]] < nodes["layer"][edge["sink"]]
+        assert (nodes["token"][edge["source"]], nodes["latent"][edge["source"]]) in places
+
+
 @pytest.mark.parametrize(
     ("path", "body", "words"),
     [
@@ -156,6 +171,11 @@ def test_a_text_goes_on_with_and_without_changes(client, model, mlsae, ids, run)
         ("prompt", {"text": "x" * 70_000}, "at most 64,000 bytes"),
         ("next", {"text": "x", "position": 9}, "position must be in [0, 0], got 9"),
         ("next", {"text": "x", "position": 0, "edits": [3]}, "an edit must be an object"),
+        (
+            "next",
+            {"text": TEXT, "position": 1, "edits": [EDIT | {"value": 1e300}]},
+            "must leave the model's predictions finite",
+        ),
         ("generate", {"edits": [EDIT | {"latent": M}]}, f"latent must be in [0, {M - 1}]"),
         ("generate", {"edits": [EDIT | {"latent": None}]}, "latent must be given"),
         ("generate", {"edits": [EDIT | {"layers": [7]}]}, "layers must be among"),
@@ -170,6 +190,9 @@ def test_a_text_goes_on_with_and_without_changes(client, model, mlsae, ids, run)
         ("generate", {"temperature": -1}, "temperature must be in [0, 100], got -1"),
         ("generate", {"sides": ["other"]}, "sides must be baseline and steered"),
         ("generate", {"seed": 10**30}, "seed must be an integer"),
+        ("trace", {"text": TEXT, "check": 21}, "check must be in [0, 20], got 21"),
+        ("trace", {"text": TEXT, "target": "two words"}, "--target must be one token"),
+        ("trace", {"text": TEXT, "latent": 3}, "--at_layer must be given with --latent"),
     ],
 )
 def test_a_bad_request_is_told_in_a_sentence(client, path, body, words):
@@ -185,7 +208,7 @@ def test_a_bad_request_is_told_in_a_sentence(client, path, body, words):
 
 def test_a_body_that_is_no_json_or_is_declared_as_something_else_is_refused(client):
     kind = {"Content-Type": "application/json"}
-    for content in ('{"text": NaN}', "[1]", "{", "[" * 50_000):
+    for content in ('{"text": "x", "other": NaN}', "[1]", "{", "[" * 50_000):
         assert client.post("/runs/0/prompt", content=content, headers=kind).status_code == 400
     # What a form of another site may send without asking first.
     plain = {"Content-Type": "text/plain"}
@@ -307,6 +330,12 @@ def test_streams_of_two_tabs_take_turns(run):
 
 def tab(port):
     return closing(http.client.HTTPConnection("127.0.0.1", port))
+
+
+def test_runs_of_one_transformer_hold_it_once(run):
+    runs = Runs(AppConfig((run, run), device="cpu"))
+    one, two = (each.session().result().stream.reader.model for each in runs.all)
+    assert one is two
 
 
 def test_bad_settings_are_told_before_anything_is_served(run, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,8 +18,10 @@ from starlette.testclient import TestClient
 from mlsae.app.__main__ import AppConfig
 from mlsae.app.runs import Runs
 from mlsae.errors import InputError
+from mlsae.files import check_out
 from mlsae.report import write_report
 from mlsae.report.labels import read_labels, write_label
+from mlsae.training.run_dir import RUN_FILES
 from tests.helpers.app_run import guarded
 from tests.helpers.make_run import make_run
 from tests.helpers.packed import packed
@@ -70,6 +74,16 @@ def test_nothing_is_lost_when_tabs_write_at_once(client, run):
     assert all(int(entry["label"]) % 12 == latent for latent, entry in labels.items())
 
 
+def test_nothing_is_lost_when_two_programs_write_at_once(run):
+    code = (
+        "import sys; from pathlib import Path; from mlsae.report.labels import write_label\n"
+        "for i in range(int(sys.argv[2]), 40, 2): write_label(Path(sys.argv[1]), i, 'x', '')"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, str(run), str(i)]) for i in range(2)]
+    assert [program.wait() for program in both] == [0, 0]
+    assert list(read_labels(run)) == list(range(40))
+
+
 def test_what_cannot_be_a_label_is_refused(client):
     for latent, body, words in (
         (64, {"label": "x"}, "latent must be in [0, 63], got 64"),
@@ -80,6 +94,18 @@ def test_what_cannot_be_a_label_is_refused(client):
         answer = client.put(f"/runs/0/labels/{latent}", json=body)
         assert answer.status_code == 400
         assert words in answer.json()["error"]
+
+
+def test_a_run_with_labels_can_be_replaced_and_resumed(run):
+    write_label(run, 1, "x", "")
+    check_out(run, True, False, RUN_FILES, 0)
+
+
+def test_models_that_cannot_be_loaded_are_told(client):
+    answer = client.get("/runs/0/status")  # of a folder without weights
+    assert answer.status_code == 400
+    assert "model.safetensors" in answer.json()["error"]
+    assert client.get("/runs/0/data/latents").status_code == 200
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"x": {}}', '{"1": {"label": 3}}', "[" * 10**5])

@@ -81,6 +81,9 @@ def test_a_prompt_is_read_steered_and_its_latent_labeled(reader, site):
     reader.until("document.getElementById('steer-said').textContent.startsWith('layers must be')")
     write(reader, ".edit [name=layers]", "0")
 
+    reader.js("document.getElementById('trace-form').requestSubmit()")
+    reader.until("document.getElementById('checks-plot').dataset.drawn")
+
     write(reader, ".written [name=label]", NASTY + Keys.TAB)
     reader.until("document.querySelector('.written .saved').textContent === 'saved'")
     assert read_labels(run)[latent]["label"] == NASTY

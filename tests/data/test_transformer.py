@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from mlsae import builtin
 from mlsae.config import SAEConfig, TrainConfig
-from mlsae.data import shortened, transformer
+from mlsae.data import dtypes, shortened, transformer
 from mlsae.data.blocks import find_blocks
 from mlsae.data.config import DataConfig
 from mlsae.data.residuals import ResidualReader
+from mlsae.data.stream import DataStream, read_shape
 from mlsae.data.transformer import load_transformer
 from mlsae.errors import InputError
 from mlsae.evaluation.patching import check_substitution
@@ -23,6 +24,7 @@ from mlsae.training.run import train
 from tests.helpers.models import CONFIGS, STATE_SPACE, UNCUT, WITH_IMAGES, saved
 
 CPU = torch.device("cpu")
+MULTIPLIES_BFLOAT16 = dtypes.multiplies_bfloat16  # conftest stands in for it
 IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
@@ -177,22 +179,53 @@ def test_residuals_have_the_model_s_dtype():
         assert ResidualReader(model)(IDS).dtype == getattr(torch, name)
 
 
-@pytest.mark.parametrize(
-    ("declared", "on_a_gpu"),
-    [
-        ("float32", torch.bfloat16),
-        (None, torch.bfloat16),
-        ("bfloat16", "auto"),
-        ("float16", "auto"),
-    ],
-)
-def test_float32_on_a_gpu_is_for_those_who_ask_for_it(declared, on_a_gpu):
-    """ "auto" is what transformers finds in the configuration."""
-    config = transformers.GPT2Config(dtype=declared)
-    gpu = torch.device("cuda")
-    assert transformer.dtype_of(DataConfig(), config, gpu) == on_a_gpu
-    assert transformer.dtype_of(DataConfig(), config, CPU) == torch.float32
-    assert transformer.dtype_of(DataConfig(model_dtype="float32"), config, gpu) == "float32"
+SAVED = [  # in what, and what a GPU computes in
+    ("float32", torch.bfloat16),
+    (None, torch.bfloat16),
+    ("bfloat16", torch.bfloat16),
+    ("float16", torch.float16),
+]
+
+
+@pytest.mark.parametrize(("saved", "on_a_gpu"), SAVED)
+def test_float32_on_a_gpu_is_for_those_who_ask_for_it(saved, on_a_gpu):
+    config = transformers.GPT2Config(dtype=saved)
+    for whole in (True, False):
+        assert dtypes.dtype_of(DataConfig(), config, "cuda", whole) == on_a_gpu
+        asked = DataConfig(model_dtype="float32")
+        assert dtypes.dtype_of(asked, config, "cuda", whole) == torch.float32
+
+
+@pytest.mark.parametrize(("saved", "on_a_gpu"), SAVED)
+@pytest.mark.parametrize("units", [True, False])
+def test_a_cpu_reads_residuals_in_bfloat16_only_by_matrix_units(
+    saved, on_a_gpu, units, monkeypatch
+):
+    """Logits are in float32, and so is what a GPU would run in float16."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units}, raising=False)
+    monkeypatch.setattr(dtypes, "multiplies_bfloat16", MULTIPLIES_BFLOAT16)
+    config = transformers.GPT2Config(dtype=saved)
+    read = dtypes.dtype_of(DataConfig(), config, "cpu", whole=False)
+    assert (read == torch.bfloat16) == (units and on_a_gpu == torch.bfloat16)
+    others = [
+        dtypes.dtype_of(DataConfig(), config, "cpu", whole=True),
+        dtypes.dtype_of(DataConfig(), config, "mps", whole=False),
+        dtypes.dtype_of(DataConfig(model_dtype="float32"), config, "cpu", whole=False),
+    ]
+    assert others == [torch.float32] * 3
+
+
+def test_training_has_its_transformer_in_bfloat16_and_an_evaluation_has_not(monkeypatch):
+    monkeypatch.setattr(dtypes, "multiplies_bfloat16", lambda: True)
+    settings = builtin_settings()
+    streams = [
+        DataStream(settings, read_shape(settings), CPU, micro_rows=1, whole=whole)
+        for whole in (True, False)
+    ]
+    assert [stream.dtype for stream in streams] == [torch.float32, torch.bfloat16]
+    whole, part = (next(stream.residuals(IDS)) for stream in streams)
+    error = (part - whole).square().sum() / (whole - whole.mean(1, keepdim=True)).square().sum()
+    assert 0 < error < 2**-8
 
 
 def test_attention_is_torch_s_own_kernel():

@@ -88,7 +88,7 @@ class Reader:
             if message["method"] == "Network.requestWillBeSent":
                 url = message["params"]["request"]["url"]
                 pages = r"file:.*\.html" if own == "file:" else re.escape(own)
-                if not re.match(rf"data:|blob:|about:|{pages}", url):
+                if not re.match(rf"data:|blob:|about:|chrome:|{pages}", url):
                     complaints.append(url)
         return complaints
 

@@ -9,7 +9,8 @@ import socket
 import traceback
 
 import torch
-import torch.multiprocessing
+
+from .programs import fork_context
 
 
 class Team:
@@ -17,10 +18,7 @@ class Team:
 
     def __init__(self, size, timeout=30, patience=120):
         self.patience = patience  # seconds to wait for a result
-        context = torch.multiprocessing.get_context("forkserver")  # one import of torch for all
-        context.set_forkserver_preload(
-            ["mlsae.training.state", "mlsae.training.validation", "torch._dynamo"]
-        )
+        context = fork_context()  # one import of torch for all
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -17,6 +17,7 @@ def torchrun(out, *arguments, processes=2):
     """Start the program with SETTINGS and SAE; `arguments` come last and override them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), "-m", "mlsae.train", "--out", str(out)]
+    command += ["--model_dtype", "float32"]  # on every CPU
     for name, value in SETTINGS.items():
         command += [f"--{name}", str(value)]
     for name, value in SAE.items():

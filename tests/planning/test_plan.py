@@ -3,6 +3,10 @@
 import argparse
 import io
 import json
+import os
+import subprocess
+import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -13,15 +17,20 @@ from huggingface_hub import constants
 
 from mlsae import memory, plan
 from mlsae.config import TrainConfig
+from mlsae.data import dtypes
+from mlsae.data.transformer import load_transformer
 from mlsae.errors import InputError
-from mlsae.planning import cost_model, gpus
+from mlsae.planning import cost_model, gpus, show
 from mlsae.planning import plan as planning
+from mlsae.planning import probe as probing
 from mlsae.planning.suggestions import suggestions
 from mlsae.planning.times import Span, StepTime, Times
+from mlsae.planning.transformer import size_of
 from mlsae.train import parse
 from mlsae.training import needs
 from mlsae.training.run import train
 from sparse_topk import costs
+from tests.helpers.models import CONFIGS, saved
 from tests.helpers.programs import SMALL
 
 CPU = torch.device("cpu")
@@ -116,6 +125,20 @@ def test_blocks_above_the_last_layer_do_not_count():
     assert dropped == 4 * 4 * whole.setting.transformer.in_blocks // 6
 
 
+@pytest.mark.parametrize(("device", "units"), [("cuda", False), ("cpu", True), ("cpu", False)])
+def test_a_plan_counts_the_dtype_that_training_computes_in(device, units, tmp_path, monkeypatch):
+    """Of a checkpoint in float32: bfloat16 on a GPU and on matrix units."""
+    monkeypatch.setattr(dtypes, "multiplies_bfloat16", lambda: units)
+    _, data = saved(CONFIGS["gpt2"], tmp_path)
+    counted = size_of(data, 0, device)
+    assert counted.dtype == (torch.float32 if (device, units) == ("cpu", False) else torch.bfloat16)
+    assert counted.bytes == counted.parameters * counted.dtype.itemsize
+    if device == "cpu":
+        model = load_transformer(data, CPU, 1)
+        assert model.dtype == counted.dtype
+        assert sum(p.nbytes for p in model.parameters()) == counted.bytes
+
+
 def test_a_probe_tells_what_it_measured_and_writes_nothing(
     capsys, little_text, tmp_path, monkeypatch
 ):
@@ -131,6 +154,37 @@ def test_a_probe_tells_what_it_measured_and_writes_nothing(
     shown = capsys.readouterr().out
     assert "Time, measured here by a probe" in shown
     assert "tokens/s while it trains" in shown
+
+
+@pytest.mark.parametrize(("waited", "guess"), [(1.0, True), (0.1, False)])
+def test_a_busy_machine_makes_the_clock_a_guess(waited, guess, monkeypatch):
+    """Two seconds of the processor, beside which threads waited in the queue."""
+    readings = iter([(5.0, 3.0), (5.0 + waited, 5.0)])
+    monkeypatch.setattr(probing._Queue, "_now", lambda self: next(readings))
+    share = probing._Queue().share()
+    assert share == pytest.approx(waited / (waited + 2))
+    times = Times("probe", StepTime(*3 * [Span(1, 1)]), 1, 10, {}, [], share)
+    said = "a guess, for this machine is busy: other processes had the processor for 33%"
+    assert (said in show._spoken(times)) == guess
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_that_share_a_processor_wait_for_it():
+    """Two that spin on one core: each has it half of the time."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # of this thread, and of what it starts
+    try:
+        loop = ["sh", "-c", "echo begun; while :; do :; done"]
+        with subprocess.Popen(loop, stdout=subprocess.PIPE) as spinning:
+            spinning.stdout.readline()
+            queue, end = probing._Queue(), time.monotonic() + 0.5
+            while time.monotonic() < end:
+                pass
+            share = queue.share()
+            spinning.kill()
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert 0.2 < share < 1
 
 
 def test_what_does_not_fit_is_not_probed_and_every_suggestion_saves_memory(capsys, monkeypatch):

@@ -5,10 +5,12 @@ import json
 import pytest
 
 from mlsae.config import SAEConfig, TrainConfig
+from mlsae.data import dtypes
 from mlsae.data.config import DataConfig
 from mlsae.errors import InputError
 from mlsae.training.loop import TrainLoop
 from mlsae.training.run import train
+from mlsae.training.settings import model_dtype_of
 
 BATCH = 128
 WARMUP, DECAY = 0.1, 0.25
@@ -131,3 +133,20 @@ def test_an_extension_that_is_cut_and_extended_again_ends_with_the_same_bits(
     assert [(each["from"], each["to"]) for each in extensions] == [(1000, 2000), (2000, 2600)]
     tokens, lr = rates(tmp_path / "cut")[-1]
     assert lr == pytest.approx(rate(tokens, 1000, 2600), rel=1e-9)
+
+
+def test_a_run_keeps_the_dtype_of_the_transformer_it_began_with(tmp_path, capsys, monkeypatch):
+    """On a CPU without the units that it chose bfloat16 for; and one of an earlier version in
+    float32, on a CPU that has them."""
+    told = []
+    for tokens, units in ((128, True), (256, False)):
+        monkeypatch.setattr(dtypes, "multiplies_bfloat16", lambda units=units: units)
+        train(settings(tmp_path / "run", tokens, resume=tokens > 128))
+        told += [line for line in capsys.readouterr().err.splitlines() if "computes in" in line]
+    begun, resumed = told
+    assert "computes in bfloat16, for which this CPU has matrix units (else --model_dtype" in begun
+    assert resumed.endswith("computes in bfloat16")
+    config, earlier = settings(tmp_path, 256), {}
+    assert model_dtype_of(config, earlier, "cpu") == "float32"
+    assert model_dtype_of(config, earlier, "cuda") == "auto"
+    assert model_dtype_of(config, None, "cpu") == "auto"

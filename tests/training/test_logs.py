@@ -1,8 +1,12 @@
-"""What a run says: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""What a run says: metrics.jsonl, TensorBoard, Weights & Biases, trackio."""
 
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 import types
+from contextvars import ContextVar
 
 import pytest
 
@@ -64,6 +68,13 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch):
         check_installed("wandb", "--log wandb")
 
 
+def test_a_folder_with_the_name_of_a_logger_is_not_the_logger(monkeypatch, tmp_path):
+    (tmp_path / "wandb_of_a_run").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"--log it needs .* pip install wandb_of_a_run"):
+        check_installed("wandb_of_a_run", "--log it")
+
+
 def test_a_logger_that_is_damaged_is_named(monkeypatch, tmp_path):
     (tmp_path / "wandb.py").write_text("raise AttributeError('numpy has no attribute float_')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -111,3 +122,108 @@ def test_a_log_that_is_missing_is_not_made(tmp_path):
     with pytest.raises(InputError, match=r"must have the 9 bytes .* and has 0; put it back"):
         MetricsLog(tmp_path, (), {}, "id", 9)
     assert not list(tmp_path.iterdir())
+
+
+class FakeTrackio(types.ModuleType):
+    """As trackio, it has one run at a time, which the next one ends; see `trackio.init`."""
+
+    def __init__(self):
+        super().__init__("trackio")
+        self.current = ContextVar("current", default=None)
+        self.runs = []
+
+    def init(self, project, name, config, resume, embed):
+        print("* Created new run")
+        if self.current.get() is not None:
+            self.current.get().finish()
+        run = FakeRun(project, name, config, resume)
+        self.current.set(run)
+        self.runs.append(run)
+        return run
+
+
+class FakeRun:
+    def __init__(self, *options):
+        self.options, self.lines, self.finished = options, [], False
+
+    def log(self, scalars, step):
+        assert not self.finished
+        self.lines.append((step, scalars))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_saes_that_train_together_have_a_run_of_trackio_each(tmp_path, monkeypatch, capsys):
+    trackio = FakeTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    logs = []
+    for name in ("x2-k4", "x4-k4"):
+        (tmp_path / name).mkdir()
+        logs.append(MetricsLog(tmp_path / name, ["trackio"], {"k": 4}, "0123456789"))
+    for log in logs:
+        log.write(LINE)
+    assert [run.finished for run in trackio.runs] == [False, False]
+    for log in logs:
+        log.close()
+    assert [run.options for run in trackio.runs] == [
+        ("mlsae", "x2-k4-01234567", {"k": 4}, "allow"),
+        ("mlsae", "x4-k4-01234567", {"k": 4}, "allow"),
+    ]
+    line = {"fvu": 0.5, "fvu_layers/0": 0.4, "fvu_layers/1": 0.6}
+    assert all(run.finished and run.lines == [(100, line)] for run in trackio.runs)
+    assert capsys.readouterr().out == ""  # which is for results
+
+
+def test_several_loggers_get_every_line_once(tmp_path, monkeypatch):
+    wandb, trackio = FakeWandb(), FakeTrackio()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    log = MetricsLog(tmp_path, ["wandb", "trackio", "wandb"], {}, "run-id")
+    log.write(LINE)
+    log.close()
+    assert [call[0] for call in wandb.calls] == ["init", "log", "finish"]
+    assert len(trackio.runs) == 1
+    assert len(trackio.runs[0].lines) == 1
+
+
+def test_the_real_loggers_work_without_a_network(tmp_path):
+    """All three at once, and resumed, in a process whose home is empty."""
+    for name in ("wandb", "trackio", "tensorboard"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from mlsae.training.logs import MetricsLog\n"
+        "names = ['tensorboard', 'wandb', 'trackio']\n"
+        "position = 0\n"
+        "for tokens in (100, 200):\n"
+        "    log = MetricsLog(Path(sys.argv[1]), names, {'k': 4}, '0123456789', position, tokens)\n"
+        "    log.write({'tokens': tokens, 'fvu': 1 / tokens, 'fvu_layers': [0.4, 0.6]})\n"
+        "    position = log.position()\n"
+        "    log.close()\n"
+        "import trackio\n"
+        "(run,) = trackio.Api().runs('mlsae')\n"
+        "from trackio.sqlite_storage import SQLiteStorage\n"
+        "lines = SQLiteStorage.get_logs('mlsae', run.name)\n"
+        "print(run.name, [(line['step'], line['fvu']) for line in lines])\n"
+    )
+    environment = {
+        **os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path), "WANDB_MODE": "offline",
+        "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    run = tmp_path / "run"
+    run.mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(run)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "no longer used" not in result.stderr
+    assert result.stdout == "run-01234567 [(100, 0.01), (200, 0.005)]\n"
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert list(run.glob("tensorboard/events.*"))

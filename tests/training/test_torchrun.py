@@ -37,7 +37,7 @@ def test_a_rank_is_killed_and_the_run_goes_on_as_one_process_would(tmp_path):
 
     one = tmp_path / "one"
     settings = dict(SETTINGS)
-    data = DataConfig(seq_len=settings.pop("seq_len"))
+    data = DataConfig(seq_len=settings.pop("seq_len"), model_dtype="float32")
     train(TrainConfig(data, sae=SAEConfig(**SAE), out=one, **settings))
     assert {path.name for path in one.iterdir()} == {path.name for path in out.iterdir()}
     for name in ("model.safetensors", "latents.safetensors"):

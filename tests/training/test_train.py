@@ -114,13 +114,13 @@ def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+def allow_files_of_100_kb():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(tmp_path):
-    """Files of at most 100 kB: the weights do not fit."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    result = program(*SMALL, "--out", tmp_path / "run", preexec_fn=limit)
+    """The weights do not fit."""
+    result = program(*SMALL, "--out", tmp_path / "run", before=allow_files_of_100_kb)
     assert result.returncode == 2
     assert "error: cannot write" in result.stderr.splitlines()[-1]
     assert [path.name for path in contents(tmp_path / "run")] == ["metrics.jsonl"]

@@ -1,5 +1,7 @@
-"""Which of the processes of a run this is, as its launcher says. It needs no torch, whose import
-takes seconds."""
+"""What a launcher such as `torchrun` told this process: which of several it is, so that one prints.
+
+Nothing here needs torch: programs that only parse their arguments do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,11 @@ def launched() -> bool:
     """Whether a launcher started this process as one of several: `torchrun`, or Slurm with RANK
     and WORLD_SIZE set."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def local_rank() -> int | None:
+    """The number of this process on its node; None if no launcher started it."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if launched() else None
 
 
 def is_rank0() -> bool:
