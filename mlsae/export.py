@@ -21,12 +21,20 @@ import sys
 
 from .cli import parse, run_program
 from .exports.run import ExportConfig, export
+from .report import redraw
+
+
+def export_and_print(config: ExportConfig) -> None:
+    """Export, say what was written, and redraw the report, which shows labels."""
+    print(export(config))
+    if config.labels_from is not None:
+        redraw(config.run)
 
 
 def main() -> None:
     """Run the program."""
     config = parse(ExportConfig, __doc__, sys.argv[1:], "python -m mlsae.export")
-    run_program(lambda: print(export(config)))
+    run_program(lambda: export_and_print(config))
 
 
 if __name__ == "__main__":

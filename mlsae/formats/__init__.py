@@ -34,7 +34,7 @@ from . import (
 from .remote import folders_in, listed, local_folder
 from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
-__all__ = ["FORMATS", "SavedSAE", "detect", "local_folder", "read", "write"]
+__all__ = ["FORMATS", "WRITTEN", "SavedSAE", "detect", "local_folder", "read", "write"]
 
 SETTINGS, CARRIED = "mlsae.json", "carried.safetensors"
 
@@ -48,20 +48,27 @@ class Format(Protocol):
     def read(self, path: Path, /) -> SavedSAE:
         """Read the SAE at `path`."""
 
+
+class WrittenFormat(Format, Protocol):
+    """What it provides if SAEs are written in it, too."""
+
     def files(self, sae: SavedSAE, /) -> dict[str, bytes]:
         """The files of `sae` in this format, by name."""
 
 
-FORMATS: dict[str, Format] = {
+WRITTEN: dict[str, WrittenFormat] = {
     "mlsae": own,
     "released": released,
     "sparsify": sparsify,
     "saelens": saelens,
     "dictionary_learning": dictionary_learning,
+    "openai": openai,
+}
+FORMATS: dict[str, Format] = {
     "gemmascope": gemmascope,
     "llamascope": llamascope,
     "qwenscope": qwenscope,
-    "openai": openai,  # last: any file is taken for it
+    **WRITTEN,  # openai last: any file is taken for it
 }
 
 
@@ -116,7 +123,7 @@ def write(sae: SavedSAE, folder: Path | str, to: str) -> list[Path]:
     """
     if to != "mlsae" and (to, sae.activation) != ("saelens", "jumprelu"):
         sae.require_topk(to)
-    folder, files = Path(folder), FORMATS[to].files(sae)
+    folder, files = Path(folder), WRITTEN[to].files(sae)
     if to != "mlsae":
         settings: dict[str, Any] = {
             "layers": sae.layers,

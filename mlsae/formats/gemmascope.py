@@ -67,11 +67,6 @@ def read(path: Path) -> SavedSAE:
     )
 
 
-def files(sae: SavedSAE) -> dict[str, bytes]:
-    """Raises InputError: nobody else's SAE is a Gemma Scope."""
-    raise InputError("--to gemmascope cannot be written; give --to saelens or mlsae")
-
-
 def _read_npz(path: Path) -> dict[str, Tensor]:
     """The arrays of an .npz file, without running code. Raises InputError if it is damaged."""
     try:

@@ -113,8 +113,3 @@ def _number(content: dict[str, Any], name: str, path: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise InputError(f"{name} in {path} must be a number above 0, got {value!r}")
     return float(value)
-
-
-def files(sae: SavedSAE) -> dict[str, bytes]:
-    """Raises InputError: nobody else's SAE is a Llama Scope."""
-    raise InputError("--to llamascope cannot be written; give --to saelens or mlsae")

@@ -47,8 +47,3 @@ def read(path: Path) -> SavedSAE:
         layers=(int(layer[1]),),
         model=f"Qwen/{named[1]}",
     )
-
-
-def files(sae: SavedSAE) -> dict[str, bytes]:
-    """Raises InputError: nobody else's SAE is a Qwen-Scope."""
-    raise InputError("--to qwenscope cannot be written; give --to saelens or mlsae")
