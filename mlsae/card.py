@@ -40,13 +40,14 @@ def model_card(settings: dict[str, Any]) -> ModelCard:
         tags=["arxiv:2409.04185", "interpretability", "mlsae", "sparse-autoencoder"],
     )
     layers = settings.get("layers", ())
+    number, more = how_many_active(settings)
     codes = "k" if settings.get("k_max") is None else "k_max"
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# A multi-layer SAE of {_named(model)}",
         f"One TopK sparse autoencoder for the residual stream of {_named_layers(layers)} "
         f"([Lawson et al., ICLR 2025]({PAPER})): {settings['n_latents']:,} latents, "
-        f"{settings['k']} of them active for each token and layer{in_the_mean(settings)}.",
+        f"{number} of them active for each token and layer{more}.",
         "```python\nfrom mlsae import MLSAE\n\n"
         'mlsae = MLSAE.from_pretrained("this repository")\n'
         f"values, indices = mlsae.encode(residuals)  # (…, d_in) → (…, {codes})\n"
@@ -76,11 +77,17 @@ def layer_range(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-def in_the_mean(settings: dict[str, Any]) -> str:
-    """What is to be said after k by batchtopk and jumprelu; nothing with topk."""
-    k_max = settings.get("k_max")
-    name = "JumpReLU" if settings.get("activation") == "jumprelu" else "BatchTopK"
-    return "" if k_max is None else f" in the mean, {k_max:,} at most ({name})"
+def how_many_active(settings: dict[str, Any]) -> tuple[str, str]:
+    """How many latents are active, and what is to be said after it by batchtopk and jumprelu; the
+    files of a JumpReLU SAE need not tell more than how many a code has room for."""
+    k, k_max = settings["k"], settings.get("k_max")
+    if k_max is None:
+        return f"{k:,}", ""
+    if settings.get("activation") != "jumprelu":
+        return f"{k:,}", f" in the mean, {k_max:,} at most (BatchTopK)"
+    if k == k_max:
+        return f"at most {k_max:,}", " (JumpReLU)"
+    return f"{k:,}", f" in the mean, {k_max:,} at most (JumpReLU)"
 
 
 def _named_layers(layers: Sequence[int]) -> str:

@@ -70,8 +70,8 @@ class JumpReLUSAE(SparseTopKSAE):
             raise InputError(
                 f"k_max must be at least {most}, the active latents of one of the vectors, got "
                 f"{self.k_max}, which {int((excess > 0).sum())} of them exceed; set "
-                f"sae.k_max = {most}, leave such vectors out (first tokens, mostly), or let "
-                "encode_capped keep a part"
+                f"sae.k_max = {most} (or k_max in its config.json), leave such vectors out (first "
+                "tokens, mostly), or let encode_capped keep a part"
             )
         return codes
 
