@@ -47,15 +47,15 @@ def write_cache(
     Memory holds the text, a few rows' residuals and one file. Raises InputError if no token is
     left, or there are more splits than latents.
     """
+    n_latents, k = mlsae.config.n_latents, mlsae.config.k
+    if splits is not None and splits > n_latents:
+        raise InputError(f"--splits must be at most {n_latents:,} (the latents), got {splits}")
     input_ids = stream.heldout(tokens)
     token_mask = stream.token_mask(input_ids)
     check_kept(token_mask, not_special(input_ids, stream.tokenizer))
-    n_latents, k = mlsae.config.n_latents, mlsae.config.k
     if splits is None:
         needed = math.ceil(int(token_mask.sum()) * k * _ACTIVE.itemsize / _FILE_BYTES)
         splits = min(n_latents, max(_SPLITS, needed))
-    if splits > n_latents:
-        raise InputError(f"--splits must be at most {n_latents:,} (the latents), got {splits}")
     bounds = [n_latents * i // splits for i in range(splits + 1)]
     hookpoints = names_of_blocks(stream.reader.model, stream.reader.blocks, stream.reader.layers)
     for hookpoint in hookpoints:

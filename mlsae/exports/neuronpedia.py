@@ -59,12 +59,13 @@ def write_sources(run: Path, mlsae: MLSAE, stream: DataStream, out: Path, names:
     Memory holds the examples of a few thousand latents. Raises InputError if the analysis is
     damaged, or of another SAE.
     """
-    layers, n_tokens, counts = _read_counts(run, mlsae)
+    about, counts = _read_counts(run, mlsae)
+    layers, n_tokens = about["layers"], about["tokens"]
     labels = read_labels(run)
     folders = {layer: out / names.model / names.source(layer) for layer in layers}
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     for layer, folder in folders.items():
-        _write_about(folder, layer, names, now, mlsae, stream, n_tokens)
+        _write_about(folder, layer, names, now, mlsae, stream, about)
     strings = token_strings(stream.tokenizer)
     model: Any = stream.reader.model
     head = model.get_output_embeddings()
@@ -103,9 +104,9 @@ def write_sources(run: Path, mlsae: MLSAE, stream: DataStream, out: Path, names:
     )
 
 
-def _read_counts(run: Path, mlsae: MLSAE) -> tuple[list[int], int, Tensor]:
-    """The layers of the analysis, its tokens, and at how many of them each latent is active, (M,
-    L). Raises InputError if it is damaged, or of another SAE."""
+def _read_counts(run: Path, mlsae: MLSAE) -> tuple[dict[str, Any], Tensor]:
+    """What analysis.json says, and at how many tokens each latent is active, (M, L). Raises
+    InputError if one is damaged, or of another SAE."""
     about = read_json(run / "analysis.json")
     layers, n_tokens = about.get("layers"), about.get("tokens")
     counts = read_tensors(run / "analysis.safetensors").get("counts", torch.empty(0))
@@ -116,7 +117,7 @@ def _read_counts(run: Path, mlsae: MLSAE) -> tuple[list[int], int, Tensor]:
             f"{run / 'analysis.safetensors'} must have the counts of {mlsae.config.n_latents} "
             f"latents at {len(layers)} layers, got {tuple(counts.shape)}; analyze again"
         )
-    return layers, n_tokens, counts
+    return about, counts
 
 
 def _examples(path: Path, first: int, last: int) -> dict[int, dict[int, list[dict[str, Any]]]]:
@@ -147,7 +148,7 @@ def _write_about(
     now: str,
     mlsae: MLSAE,
     stream: DataStream,
-    n_tokens: int,
+    about: dict[str, Any],
 ) -> None:
     """The four files about a source."""
     folder.mkdir(parents=True)
@@ -176,9 +177,9 @@ def _write_about(
         },
         "source": {
             "id": names.source(layer), "modelId": names.model, "setName": names.source_set,
-            "hasDashboards": True, "inferenceEnabled": False, "dataset": stream.config.dataset,
-            "num_prompts": n_tokens // stream.seq_len, "num_tokens_in_prompt": stream.seq_len,
-            "notes": f"{description}; {n_tokens:,} tokens", "hasUmap": False,
+            "hasDashboards": True, "inferenceEnabled": False, "dataset": about.get("dataset"),
+            "num_prompts": about.get("rows"), "num_tokens_in_prompt": about.get("seq_len"),
+            "notes": f"{description}; {about['tokens']:,} tokens", "hasUmap": False,
             "hasUmapLogSparsity": False, "hasUmapClusters": False,
         },
     }.items():  # fmt: skip

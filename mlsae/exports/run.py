@@ -9,11 +9,11 @@ from typing import Literal
 
 import torch
 
+from .. import formats
 from ..distributed import choose_device
 from ..errors import InputError
 from ..evaluation.heldout import HeldoutConfig, open_run
 from ..files import new_folder
-from ..model import MLSAEConfig
 from .delphi import write_cache
 from .explanations import take_labels
 from .neuronpedia import check_analysis, write_sources
@@ -63,17 +63,19 @@ def export(config: ExportConfig) -> str:
     device = choose_device(config.device)
     if config.to == "neuronpedia":
         check_analysis(config.run)
-    mlsae, stream = open_run(replace(config, out=out), device)
+        names = _names(config)
     with torch.inference_mode(), new_folder(out) as partial:
+        mlsae, stream = open_run(replace(config, out=out), device)
         if config.to == "delphi":
             told = write_cache(mlsae, stream, partial, config.tokens, config.splits)
         else:
-            told = write_sources(config.run, mlsae, stream, partial, _names(config, mlsae.config))
+            told = write_sources(config.run, mlsae, stream, partial, names)
     return f"{told}\n{config.to}: {out}"
 
 
-def _names(config: ExportConfig, sae: MLSAEConfig) -> Names:
+def _names(config: ExportConfig) -> Names:
     """Raises InputError if a name is none at Neuronpedia."""
+    sae = formats.read(config.run)
     thousands, rest = divmod(sae.n_latents, 1024)
     size = str(sae.n_latents) if rest or not thousands else f"{thousands}k"
     names = Names(
