@@ -42,6 +42,8 @@ def model_card(settings: dict[str, Any]) -> ModelCard:
     layers = settings.get("layers", ())
     number, more = how_many_active(settings)
     codes = "k" if settings.get("k_max") is None else "k_max"
+    lens = settings.get("lens")
+    shape, given = ("(…, d_in)", "") if lens is None else ("(layers, …, d_in)", ", layers")
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# A multi-layer SAE of {_named(model)}",
@@ -50,8 +52,9 @@ def model_card(settings: dict[str, Any]) -> ModelCard:
         f"{number} of them active for each token and layer{more}.",
         "```python\nfrom mlsae import MLSAE\n\n"
         'mlsae = MLSAE.from_pretrained("this repository")\n'
-        f"values, indices = mlsae.encode(residuals)  # (…, d_in) → (…, {codes})\n"
-        "x_hat = mlsae(residuals)\n```",
+        f"values, indices = mlsae.encode(residuals{given})  # {shape} → (…, {codes})\n"
+        f"x_hat = mlsae(residuals{given})\n```",
+        *([] if lens is None else [_of_lens(lens)]),
         "## Settings",
         _table(("setting", "value"), _settings(settings)),
     ]
@@ -59,6 +62,14 @@ def model_card(settings: dict[str, Any]) -> ModelCard:
         heading = f"## Validation: {heldout['n_tokens']:,} held-out tokens"
         parts += [heading, _metrics(heldout, layers)]
     return ModelCard("\n\n".join([*parts, "## Citation", _CITATION]) + "\n")
+
+
+def _of_lens(lens: dict[str, Any]) -> str:
+    return (
+        f"It works in the basis of the last layer, into which a lens ({lens.get('kind')}) carries "
+        "the residuals of each layer, and from which reconstructions are carried back; "
+        "`lens.safetensors` holds its maps. So the methods are told the layers of `residuals`."
+    )
 
 
 def _on_the_hub(name: str) -> bool:
@@ -124,6 +135,7 @@ def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
 def _metrics(heldout: dict[str, Any], layers: Sequence[int]) -> str:
     """A row per layer, and one of their mean."""
     names = {"fvu": "FVU", "fvu_paper": "FVU as in the paper", "l0": "L0"}
+    names["fvu_lens"] = "FVU in the lens's basis"  # if there is one
     names["fvu_all"] = "FVU with the tokens left out"  # if there are any
     columns = [name for name in names if f"{name}_layers" in heldout]
     rows: list[tuple[object, ...]] = [

@@ -82,6 +82,10 @@ class TrainSettings:
     """Start from the weights of a trained SAE: a run's folder, a name on the Hugging Face hub, or a
     file or folder of another library's format. Latents, k, standardization and batchtopk are then
     its own. None: random weights."""
+    lens: Path | None = None
+    """Train in the basis of the last layer, into which a lens carries each layer's residuals: a
+    lens.safetensors or its folder (see `python -m mlsae.lens`), or one of the tuned-lens package.
+    None: in each layer's own."""
     seed: int = 0
     """Seed of the order of rows, and of the initial weights unless --seeds are given."""
     out: Path = Path("runs/mlsae")

@@ -132,7 +132,7 @@ class DenseSAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """x (…, D) → f (…, M): activations, 0 where a latent is not active."""
         if self.mlsae is not None:
-            self._standardized = self.mlsae.standardize(x)
+            self._standardized = self.mlsae.standardize(x, self.cfg.hook_layer)
             x = self._standardized.x
         return self.sae.dense(x.to(self.dtype))
 

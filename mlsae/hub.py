@@ -24,16 +24,21 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # is public
 
+from sparse_topk import SparseTopKSAE
 from sparse_topk.loading import parse_dtype, refuse_unknown
 
 from . import formats
+from .basis import Lens
 from .card import model_card
 from .distributed import Group
 from .errors import InputError, first_line
 from .files import write_file
 from .formats import SavedSAE
 
-_FILES = ["config.json", "model.safetensors", "README.md", formats.SETTINGS, formats.CARRIED]
+_FILES = [
+    "config.json", "model.safetensors", "README.md", formats.SETTINGS, formats.CARRIED,
+    formats.LENS,
+]  # fmt: skip
 _OFFLINE = "it is not here and HF_HUB_OFFLINE=1 is set; unset that, or first run `hf download"
 
 
@@ -43,6 +48,8 @@ class HubFiles(ModelHubMixin):
 
     config: Any
     shards: Group
+    lens: Lens | None
+    sae: SparseTopKSAE
     about: dict[str, Any]
 
     @property
@@ -75,9 +82,10 @@ class HubFiles(ModelHubMixin):
         **extra: Any,
     ) -> str | None:
         """Write `config.json` (this config, and `about`, which `extra` is added to),
-        `model.safetensors` (`W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,), in their dtype) and the
-        model card `README.md`, unless there is one. Each file is replaced at once. Collective when
-        sharded: every process must call it, and rank 0 writes.
+        `model.safetensors` (`W_enc` (M, D), `W_dec` (M, D), `b_dec` (D,), in their dtype),
+        `lens.safetensors` if there is a lens, and the model card `README.md`, unless there is one.
+        Each file is replaced at once. Collective when sharded: every process must call it, and
+        rank 0 writes.
 
         With `push_to_hub`, also push it to `repo_id`, and return the commit's address. Raises
         TypeError if `config` or `model_card_kwargs` of the mixin are given: an MLSAE knows both.
@@ -101,7 +109,8 @@ class HubFiles(ModelHubMixin):
 
     def generate_model_card(self) -> ModelCard:
         """The model card: what it is, its settings, and its validation metrics if known."""
-        return model_card({**asdict(self.config), "threshold": self.threshold, **self.about})
+        known = {"threshold": self.threshold, "lens": self.lens and self.lens.about}
+        return model_card({**asdict(self.config), **known, **self.about})
 
     @classmethod
     def from_pretrained(
@@ -110,6 +119,7 @@ class HubFiles(ModelHubMixin):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str | None = torch.float32,
         *,
+        lens: Path | str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: Path | str | None = None,
@@ -118,16 +128,20 @@ class HubFiles(ModelHubMixin):
         **unknown: Any,
     ) -> Self:
         """Load an MLSAE, or a checkpoint of the paper's own code, from a folder or by its name on
-        the Hugging Face hub; the last five arguments are the hub's. `dtype` is a torch.dtype, its
+        the Hugging Face hub; the last five arguments are the hub's. An MLSAE that was trained with
+        a lens has it in its folder; `lens` is that of one which has not, such as the paper's
+        `-lens` checkpoints: see `formats.read_lens`. `dtype` is a torch.dtype, its
         name, or "auto": that of the file. With HF_HUB_OFFLINE=1, a name must have been downloaded
         before.
 
-        Raises InputError if a file is missing, damaged, or of another shape than the config;
+        Raises InputError if a file is missing, damaged, or of another shape than the config, or if
+        `lens` is given to an MLSAE that has one or was trained without;
         ValueError if `dtype` is none; TypeError on another keyword.
         """
         refuse_unknown(unknown)
         wanted = parse_dtype(dtype)
         name = str(pretrained_model_name_or_path)
+        _check_one(Path(name))
         try:
             if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith(("/", "."))):
                 raise FileNotFoundError("there is no such folder")
@@ -143,7 +157,33 @@ class HubFiles(ModelHubMixin):
                 f"its name on the Hugging Face hub, and {name} cannot be loaded: "
                 + (f"{_OFFLINE} {name}`" if offline else str(error))
             ) from error
+        if lens is not None:
+            loaded.take_lens(lens, name)
+        elif loaded.lens is None and loaded.about.get("released", {}).get("tuned_lens"):
+            warnings.warn(
+                f"{name} was trained on residuals that a tuned lens had transformed: give lens="
+                "FOLDER, that of the lens; on plain residuals its codes mean nothing",
+                stacklevel=2,
+            )
         return loaded
+
+    def take_lens(self, path: Path | str, name: str) -> None:
+        """Take the lens at `path`. Raises InputError if this one, called `name`, has a lens or was
+        trained without; or if the lens cannot be read, or is of other layers or another width."""
+        config = self.config
+        if self.lens is not None:
+            raise InputError(
+                f"--lens is for an MLSAE whose files do not tell it, and {name} has its own lens; "
+                "leave it out"
+            )
+        lens = formats.lens_for(path, config.layers, self.about, name)
+        lens.check_layers(config.layers)
+        if lens.d_in != config.d_in:
+            raise InputError(
+                f"--lens must be of the width of {name}, {config.d_in}, and has {lens.d_in}; give "
+                "that which it was trained with"
+            )
+        self.lens = lens.to(self.sae.W_dec.device)
 
     @classmethod
     def _from_pretrained(
@@ -159,14 +199,22 @@ class HubFiles(ModelHubMixin):
             hub.pop("config", None)  # the mixin has read it; `formats` reads it anew
             folder = Path(snapshot_download(model_id, allow_patterns=_FILES, **hub))
         saved = formats.read(folder)
-        theirs = saved.about.get("released", {})
-        if theirs and (theirs.get("tuned_lens") or "-lens" in Path(model_id).name):
-            warnings.warn(
-                f"{model_id} was trained on residuals that a tuned lens had transformed: give it "
-                "those; on plain residuals its codes mean nothing",
-                stacklevel=4,
-            )
+        theirs = saved.settings_of("released")
+        if theirs and "-lens" in Path(model_id).name:
+            theirs["tuned_lens"] = True  # a plain checkpoint's config does not say it
         return cls.from_saved(saved, device, dtype)
+
+
+def _check_one(folder: Path) -> None:
+    """Raise InputError if a local folder is no run, and has some in it."""
+    if (folder / "config.json").is_file() or not folder.is_dir():
+        return
+    inside = [path for path in formats.folders_in(folder) if not path.endswith("checkpoints")]
+    if inside and "." not in inside:
+        raise InputError(
+            f"RUN must be the folder of one MLSAE, and {folder} has none but in folders of its "
+            f"own; give one of these: {formats.listed([str(folder / path) for path in inside])}"
+        )
 
 
 def check_push(repo_id: str) -> None:

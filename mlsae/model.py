@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparse_topk import SAEOutput, SparseTopKSAE, TopK
 
 from . import formats
+from .basis import Carried, Layers, Lens, carry
 from .batchtopk import BatchTopKSAE
 from .distributed import ALONE, Group
 from .errors import InputError
@@ -63,15 +64,21 @@ class Standardized(NamedTuple):
     """Residual vectors as the SAE sees them, and what undoes it."""
 
     x: Tensor
-    """(…, D) x̃ = (x − μ) / (σ + 1e-5), float32, or float64 if x is."""
+    """(…, D) x̃ = (z − μ) / (σ + 1e-5), float32, or float64 if x is; z = x without a lens."""
     mean: Tensor
     """(…, 1) μ."""
     std: Tensor
     """(…, 1) σ."""
+    carried: Carried
+    """x and z."""
 
     def invert(self, y: Tensor) -> Tensor:
-        """y · σ + μ: (…, D) in standardized units → (…, D) in the units of x."""
-        return y * self.std + self.mean
+        """(…, D) in standardized units → (…, D) in the model's basis: y · σ + μ, carried back."""
+        return self.carried.back(y * self.std + self.mean)
+
+    def error(self, y: Tensor) -> Tensor:
+        """z − (y · σ + μ): (…, D) in the lens's basis, of a reconstruction y of x̃."""
+        return self.carried.z - y * self.std - self.mean
 
 
 class Reconstruction:
@@ -85,14 +92,18 @@ class Reconstruction:
 
     @cached_property
     def x_hat(self) -> Tensor:
-        """x̂ (…, D), in the units and the dtype of x."""
+        """x̂ (…, D), in the units, the basis and the dtype of x."""
         return self.standard.invert(self._output.x_hat).to(self._x.dtype)
 
     @cached_property
     def error(self) -> Tensor:
-        """x − x̂ (…, D), in the units of x."""
-        _, mean, std = self.standard
-        return self._x - self._output.x_hat * std - mean
+        """x − x̂ (…, D), in the units and the basis of x."""
+        return self.standard.carried.change(self.error_in_basis)
+
+    @cached_property
+    def error_in_basis(self) -> Tensor:
+        """z − ẑ (…, D), in the lens's basis; `error` without a lens."""
+        return self.standard.error(self._output.x_hat)
 
     @property
     def codes(self) -> TopK:
@@ -103,15 +114,18 @@ class Reconstruction:
 class MLSAE(nn.Module, HubFiles):
     """One TopK SAE for the residual vectors of all layers (Lawson et al., arXiv 2409.04185).
 
-        μ, σ = mean and unbiased standard deviation of x over its D elements
-        x̃ = (x − μ) / (σ + 1e-5)
+        z = x, or with a lens A_ℓ x + b_ℓ at layer ℓ
+        μ, σ = mean and unbiased standard deviation of z over its D elements
+        x̃ = (z − μ) / (σ + 1e-5)
         h = ReLU(TopK(W_enc (x̃ − b_pre)))        or what exceeds a threshold, see `batchtopk`
-        x̂ = (Σ_k h · W_dec rows + b_pre) · σ + μ
+        ẑ = (Σ_k h · W_dec rows + b_pre) · σ + μ
+        x̂ = ẑ, or with a lens x − A_ℓ⁻¹ (z − ẑ)
 
-    Nothing depends on the layer. b_pre is the SAE's `b_dec`; there is no latent bias, unless
-    `bias` is on, as in a converted SAE. With `standardize=False`, vectors are taken as they are.
-    With `shards`, a group of several processes, each process holds some of the latents (see
-    `sharding`).
+    Nothing depends on the layer, but for the lens, if there is one: then the methods need `layers`,
+    the layer that x (…, D) is of, or a list of the L layers of x (L, …, D). b_pre is the SAE's
+    `b_dec`; there is no latent bias, unless `bias` is on, as in a converted SAE. With
+    `standardize=False`, vectors are taken as they are. With `shards`, a group of several processes,
+    each process holds some of the latents (see `sharding`).
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are those of `hub.HubFiles`.
     """
@@ -124,9 +138,13 @@ class MLSAE(nn.Module, HubFiles):
         config: MLSAEConfig,
         device: torch.device | str | None = None,
         shards: Group = ALONE.latents,
+        lens: Lens | None = None,
     ) -> None:
         super().__init__()
+        if lens is not None:
+            lens.check_layers(config.layers)
         self.config, self.shards = config, shards
+        self.lens = lens
         self.about = {}
         shape = (config.d_in, config.n_latents, config.k)
         self.sae: SparseTopKSAE
@@ -143,32 +161,38 @@ class MLSAE(nn.Module, HubFiles):
         """What an activation must exceed, with batchtopk; None otherwise."""
         return self.sae.threshold.item() if isinstance(self.sae, BatchTopKSAE) else None
 
-    def standardize(self, x: Tensor) -> Standardized:
+    def carry(self, x: Tensor, layers: Layers | None = None) -> Carried:
+        """Residuals x, and z: the same in the basis that the SAE works in; see `basis.carry`."""
+        return carry(x, self.lens, layers)
+
+    def standardize(self, x: Tensor, layers: Layers | None = None) -> Standardized:
         """x̃ (…, D) float32, or float64 if x is; μ and σ (…, 1). A constant vector has σ = 0 and
         becomes 0, so x̂ is the constant, exactly. A vector that is not finite becomes NaN, which
         stops training (see `training.loop.raise_if_nonfinite`). Raises ValueError if x is not of a
         floating-point dtype."""
         if not x.is_floating_point():
             raise ValueError(f"x must be of a floating-point dtype, got {x.dtype}")
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        carried = self.carry(x, layers)
+        z = carried.z
         if not self.config.standardize:
-            return Standardized(x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1]))
-        std, mean = torch.std_mean(x, dim=-1, keepdim=True)
-        return Standardized((x - mean) / (std + SIGMA_EPS), mean, std)
+            zeros = torch.zeros_like(z[..., :1])
+            return Standardized(z, zeros, torch.ones_like(zeros), carried)
+        std, mean = torch.std_mean(z, dim=-1, keepdim=True)
+        return Standardized((z - mean) / (std + SIGMA_EPS), mean, std, carried)
 
-    def encode(self, x: Tensor) -> TopK:
+    def encode(self, x: Tensor, layers: Layers | None = None) -> TopK:
         """The active latents of residual vectors x (…, D): values and indices (…, K), or (…, k_max)
         with zeros with batchtopk; the values in the parameters' dtype, or autocast's."""
-        return self.sae.encode(self.standardize(x).x)
+        return self.sae.encode(self.standardize(x, layers).x)
 
-    def reconstruct(self, x: Tensor) -> Reconstruction:
+    def reconstruct(self, x: Tensor, layers: Layers | None = None) -> Reconstruction:
         """x̂, x − x̂ and the active latents of residual vectors x (…, D), in one pass."""
-        standard = self.standardize(x)
+        standard = self.standardize(x, layers)
         return Reconstruction(x, standard, self.sae.reconstruct(standard.x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x̂ (…, D), in the units and the dtype of x."""
-        return self.reconstruct(x).x_hat
+    def forward(self, x: Tensor, layers: Layers | None = None) -> Tensor:
+        """x̂ (…, D), in the units, the basis and the dtype of x."""
+        return self.reconstruct(x, layers).x_hat
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, of all shards together. Collective when sharded: every process
@@ -184,7 +208,7 @@ class MLSAE(nn.Module, HubFiles):
             weights[THRESHOLD] = self.sae.get_buffer("threshold").cpu()
         return SavedSAE(
             weights, config.k, config.standardize, config.layers, config.model, self.about,
-            k_max=config.k_max, threshold=self.threshold,
+            k_max=config.k_max, threshold=self.threshold, lens=self.lens,
         )  # fmt: skip
 
     @classmethod
@@ -206,7 +230,7 @@ class MLSAE(nn.Module, HubFiles):
             saved.k_max,
             saved.activation,
         )
-        mlsae = cls(config, device="meta")
+        mlsae = cls(config, device="meta", lens=saved.lens and saved.lens.to(device))
         weights = {name: w.to(device, dtype or w.dtype) for name, w in saved.weights.items()}
         threshold = weights.pop(THRESHOLD, saved.threshold)
         mlsae.sae.load_state_dict(weights, assign=True)
@@ -242,6 +266,11 @@ def load_sae(
         raise InputError(
             f"k_max is for SAEs with thresholds that leave open how many latents are active, got "
             f"{k_max} with {path}, whose activation is {saved.activation}; leave it out"
+        )
+    if saved.lens is not None:
+        raise InputError(
+            f"PATH must hold an SAE that takes its inputs as they are, and that in {path} has a "
+            "lens; load it with MLSAE.from_saved(formats.read(PATH))"
         )
     if k_max is not None:
         if not 1 <= k_max <= saved.n_latents:

@@ -22,17 +22,9 @@ import json
 import sys
 from dataclasses import dataclass
 
-import torch
-
-from sparse_topk import keep_freed_memory
-
 from . import cli
 from .config import PRESETS, TrainArguments
-from .distributed import choose_device
 from .errors import InputError, NonFiniteError
-from .planning.plan import make_plan
-from .planning.show import as_dict, print_plan
-from .planning.suggestions import suggestions
 from .training.init_sizes import sized_as_init
 
 
@@ -56,6 +48,18 @@ def run(arguments: list[str]) -> None:
     assert isinstance(asked, PlanArguments)
     if not asked.probe_seconds > 0:
         raise InputError(f"--probe_seconds must be greater than 0, got {asked.probe_seconds}")
+    # Imported here, so that --help and a wrong argument do not wait for torch and transformers.
+    import torch
+
+    from sparse_topk import keep_freed_memory
+
+    from .distributed import choose_device
+    from .planning.plan import make_plan
+    from .planning.show import as_dict, print_plan
+    from .planning.suggestions import suggestions
+
+    cli.silence_transformers()
+    keep_freed_memory()
     plan = make_plan(asked.configs(), asked.gpu, asked.probe_seconds)
     device = torch.device("cuda") if asked.gpu else choose_device(asked.device)
     found = suggestions(plan, device)
@@ -67,7 +71,6 @@ def run(arguments: list[str]) -> None:
 
 def main() -> None:
     """Run the program."""
-    keep_freed_memory()
     cli.run_program(lambda: run(sys.argv[1:]), NonFiniteError)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 SETTINGS = (
     "--tokens 10000 --batch_tokens 512 --micro_tokens 256 --seq_len 64 --sae.expansion 2 --sae.k 8 "
     "--sae.dead_tokens 2000 --max_grad_norm 1 --eval_tokens 512 --eval_every 3000 "
-    "--log_tokens 1000 --checkpoint_tokens 512"
+    "--log_tokens 1000 --checkpoint_tokens 512 --heldout_share 0.2"
 ).split()
 
 

@@ -13,7 +13,7 @@ PROGRAMS = {"train", "plan", "evaluate", "analyze", "steer", "trace", "compare",
             "export"}  # fmt: skip
 FLOORS = [
     "builtin", "formats", "data", "report", "training", "evaluation", "analysis", "intervention",
-    "planning", "attribution", "exports", "app",
+    "planning", "lens", "attribution", "exports", "app",
 ]  # fmt: skip
 """The packages of mlsae from the ground up: each may import those before it."""
 
@@ -80,13 +80,14 @@ def test_a_cpu_needs_no_triton():
 
 def test_help_waits_for_no_library_that_takes_seconds():
     code = (
-        "import sys, mlsae\n"
-        "from mlsae.train import main\n"
-        "sys.argv[1:] = ['--help']\n"
-        "try:\n"
-        "    main()\n"
-        "finally:\n"
-        "    heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'}\n"
-        "    assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+        "import sys, mlsae, mlsae.plan, mlsae.train\n"
+        "for program in (mlsae.train, mlsae.plan):\n"
+        "    sys.argv[1:] = ['--help']\n"
+        "    try:\n"
+        "        program.main()\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -36,7 +36,8 @@ def runs_beside(run: Path, given: Sequence[Path] | None) -> list[Path]:
             raise InputError(f"--beside must be other SAEs than RUN, got {name}; leave it out")
         if any(is_same_place(str(name), str(other)) for other in names[:i]):
             raise InputError(f"--beside must name each SAE once, got {name} twice; leave one out")
-    own = MLSAE.from_pretrained(run).config
+    mlsae = MLSAE.from_pretrained(run)
+    own, digest = mlsae.config, mlsae.lens and mlsae.lens.digest
     for name in names:
         saved, _ = _read(name)
         if saved.model and own.model and not is_same_place(saved.model, own.model):
@@ -48,6 +49,11 @@ def runs_beside(run: Path, given: Sequence[Path] | None) -> list[Path]:
             raise InputError(
                 f"--beside must be SAEs of RUN's width, {own.d_in}, and {name} has {saved.d_in}; "
                 "leave it out"
+            )
+        if (saved.lens and saved.lens.digest) != digest:
+            raise InputError(
+                f"--beside must be SAEs with the lens of RUN, or none as it, and {name} works in "
+                "another basis; leave it out"
             )
     return names
 

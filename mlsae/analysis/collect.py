@@ -65,7 +65,7 @@ def collect(
             rows = slice(start, start + stream.micro_rows)
             keep = token_mask[rows].to(device)
             x = stream.reader(input_ids[rows].to(device))[:, keep].float()  # (L, N, D)
-            codes = mlsae.encode(x)
+            codes = mlsae.encode(x, stream.reader.layers)
             place = places[rows][token_mask[rows]]
             accumulator.update(codes, (place // input_ids.shape[1]).to(device))
             adjacent.update(x)

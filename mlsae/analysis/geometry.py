@@ -142,13 +142,19 @@ class Directions(NamedTuple):
         }
 
 
-def compute_directions(W_dec: Tensor, W_enc: Tensor, transformer: Any, n_tokens: int) -> Directions:
+def compute_directions(
+    W_dec: Tensor, W_enc: Tensor, transformer: Any, n_tokens: int, in_last_basis: bool = False
+) -> Directions:
     """The `Directions` of the SAE with weights (M, D), on a transformer whose tokenizer has
-    `n_tokens` tokens."""
+    `n_tokens` tokens. With a lens, its rows are `in_last_basis`, that of the last layer's residual
+    and of the output embeddings, and no lens carries the input embeddings there: they have none.
+    """
     n_latents, d_in = W_dec.shape
     near = neighbors(W_dec)
     random_share, random_mmcs = random_cosines(near.edges, d_in, n_latents)
     embeddings = embeddings_of(transformer, d_in, n_tokens)
+    if in_last_basis:
+        embeddings["in"] = None
     tokens = {
         side: None if weight is None else nearest_tokens(W_dec, weight, _NEAREST_TOKENS)
         for side, weight in embeddings.items()

@@ -51,7 +51,8 @@ def read_prompt(
     A layer is its position in `layers`. Special and dropped tokens have no entries.
     """
     x = stream.reader(ids[None].to(stream.device))[:, 0]
-    values, indices = (part.cpu() for part in mlsae.encode(x))  # (L, T, K)
+    codes = mlsae.encode(x, stream.reader.layers)
+    values, indices = (part.cpu() for part in codes)  # (L, T, K)
     active = (values > 0) & stream.token_mask(ids[None]).T
     layer, token, rank = active.nonzero(as_tuple=True)
     order = torch.argsort(token, stable=True)

@@ -77,7 +77,9 @@ def analyze(config: AnalyzeConfig) -> AnalysisResult:
     pass_seconds = time.perf_counter() - started
 
     sae = mlsae.sae
-    directions = compute_directions(sae.W_dec, sae.W_enc, stream.reader.model, len(text.strings))
+    directions = compute_directions(
+        sae.W_dec, sae.W_enc, stream.reader.model, len(text.strings), mlsae.lens is not None
+    )
     active = collected.whole.profile[0].sum(1) > 0
     rows = LatentRows(sae.W_dec, sae.W_enc, active.to(stream.device))
     found = stability(rows, read_rows(others, stream.device), stream.seed) if others else None

@@ -4,6 +4,7 @@ An MLSAE writes the residual vector x at a layer and token as
 
     x = σ · (Σ_j h_j · W_dec[j] + b_dec) + μ + error,
 
+or with a lens A⁻¹ (that − b) + error, with W_dec[j] carried back as A⁻¹ W_dec[j] in what follows,
 and the target y depends on each part. With g = ∂y/∂x, through all that the model computes from x,
 
     attribution of latent j = h_j · ∂y/∂h_j = h_j · σ · (W_dec[j] · g)
@@ -115,15 +116,15 @@ def attribute(
     errors: list[Tensor] = []
     constants: list[Tensor] = []
     with torch.no_grad():
-        for x, grad in zip(residuals, grads, strict=False):
-            parts = mlsae.reconstruct(x[0].detach())
+        for name, x, grad in zip(reader.layers, residuals, grads, strict=False):
+            parts = mlsae.reconstruct(x[0].detach(), name)
             layers.append(_Layer(mlsae, parts.standard, parts.codes))
             effects.append(layers[-1].slopes(grad[0]) * parts.codes.values)
             constant = parts.standard.invert(mlsae.sae.b_dec.expand_as(parts.error))
             for part, sums in ((parts.error, errors), (constant, constants)):
                 sums.append((part * grad[0].double()).sum(-1).cpu())
     nodes, places = _nodes(reader.layers, layers, effects)
-    edges = _edges(mlsae, residuals, layers, nodes, places, n_edges)
+    edges = _edges(mlsae, reader.layers, residuals, layers, nodes, places, n_edges)
     latents = [effect.double().sum(-1).cpu() for effect in effects]
     a, b, c = (torch.stack(part) for part in (latents, errors, constants))
     if not torch.stack([a, b, c]).isfinite().all():  # or the target, whose gradient is then none
@@ -152,6 +153,7 @@ def _nodes(
 
 def _edges(
     mlsae: MLSAE,
+    names: Sequence[int],
     residuals: Sequence[Tensor],
     layers: Sequence[_Layer],
     nodes: Nodes,
@@ -166,7 +168,8 @@ def _edges(
         if not sources:
             continue
         with torch.enable_grad():
-            h = activation(mlsae, residuals[layer][0, token], int(nodes.latent[sink]))
+            x = residuals[layer][0, token]
+            h = activation(mlsae, x, int(nodes.latent[sink]), names[layer])
         lowest = min(chosen[i][0] for i in sources)
         wanted = residuals[lowest:layer]
         grads = torch.autograd.grad(h, wanted, retain_graph=True)

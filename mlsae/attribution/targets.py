@@ -53,7 +53,8 @@ class LatentTarget:
         self, mlsae: MLSAE, layers: Sequence[int], residuals: Sequence[Tensor], logits: Tensor
     ) -> Tensor:
         """As of `LogitTarget`."""
-        return activation(mlsae, residuals[layers.index(self.layer)][0, -1], self.latent)
+        x = residuals[layers.index(self.layer)][0, -1]
+        return activation(mlsae, x, self.latent, self.layer)
 
     def below(self, layers: Sequence[int]) -> int:
         """As of `LogitTarget`."""
@@ -63,9 +64,9 @@ class LatentTarget:
 Target = LogitTarget | LatentTarget
 
 
-def activation(mlsae: MLSAE, x: Tensor, latent: int) -> Tensor:
-    """h of a latent in a residual vector x (D,), differentiable where it is active."""
-    values, indices = mlsae.encode(x)
+def activation(mlsae: MLSAE, x: Tensor, latent: int, layer: int) -> Tensor:
+    """h of a latent in a residual vector x (D,) of a layer, differentiable where it is active."""
+    values, indices = mlsae.encode(x, layer)
     return (values * (indices == latent)).sum()
 
 
@@ -86,7 +87,7 @@ def check_latent(target: LatentTarget, mlsae: MLSAE, layers: Sequence[int]) -> N
 def check_active(target: LatentTarget, mlsae: MLSAE, x: Tensor) -> None:
     """Raise InputError if the target is not active in its residual vector x (D,): its activation
     then has no gradient."""
-    values, indices = mlsae.encode(x)
+    values, indices = mlsae.encode(x, target.layer)
     if not (values[indices == target.latent] > 0).any():
         strongest = values.argsort(descending=True)[:_LISTED]
         active = [str(int(indices[i])) for i in strongest if values[i] > 0]

@@ -33,6 +33,6 @@ def dtype_of(config: DataConfig, model_config: Any, device_type: str, whole: boo
 
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has matrix units for bfloat16, as AMX. Vector instructions alone gain
-    nothing (bench/NOTES.md, 2026-11-23). False where torch does not tell, before its 2.11."""
+    nothing (bench/NOTES.md, 2026-11-23). False where torch does not tell, as older ones."""
     tell: Any = getattr(torch.cpu, "get_capabilities", dict)
     return bool(tell().get("amx_bf16", False))

@@ -34,6 +34,8 @@ class Faithfulness(NamedTuple):
     """(L,) `metrics.top_share`, about the mean of the first batch."""
     fvu_all: Tensor | None
     """(L,) `metrics.fvu` with the tokens that are dropped though not special; None if none are."""
+    fvu_lens: Tensor | None = None
+    """(L,) `metrics.fvu` in the basis of the lens, of z and ẑ; None without a lens."""
 
 
 class Predictions:
@@ -99,6 +101,7 @@ class FaithfulnessPass:
         self.scatter = torch.zeros(
             n_layers, config.d_in, config.d_in, dtype=torch.float64, device=device
         )
+        self.sq_error_lens = torch.zeros(n_layers, dtype=torch.float64, device=device)
         self.dropped: list[Tensor] = []  # residuals (L, S, D) of each batch
         self.sq_deviation: list[list[Tensor]] = [[] for _ in reader.layers]  # of kept tokens
         # Of all tokens that are not special, if some of them are dropped:
@@ -154,10 +157,23 @@ class FaithfulnessPass:
 
     def pca(self) -> Tensor:
         """See `Faithfulness.pca`."""
+        return metrics.pca_explained(self._centered_scatter(), self.mlsae.config.k)
+
+    def fvu_lens(self) -> Tensor | None:
+        """See `Faithfulness.fvu_lens`: Σ|z − mean z|² = tr(A S Aᵀ), S being the scatter of x."""
+        lens, layers = self.mlsae.lens, list(self.reader.layers)
+        if lens is None:
+            return None
+        scatter = self._centered_scatter()
+        half = lens.turn(scatter, layers)  # S Aᵀ: rows are vectors
+        whole = lens.turn(half.transpose(1, 2), layers)
+        return self.sq_error_lens / whole.diagonal(dim1=1, dim2=2).sum(1)
+
+    def _centered_scatter(self) -> Tensor:
+        """Σ_n (x_n − mean)(x_n − mean)ᵀ of each layer, (L, D, D)."""
         n = self.sums.tokens.sum()
         offset = self.sums.deviation.sum(0, dtype=torch.float64)  # (L, D)
-        centered = self.scatter - offset[:, :, None] * offset[:, None, :] / n
-        return metrics.pca_explained(centered, self.mlsae.config.k)
+        return self.scatter - offset[:, :, None] * offset[:, None, :] / n
 
     def top_share(self) -> Tensor:
         """See `Faithfulness.top_share`."""
@@ -174,12 +190,14 @@ class FaithfulnessPass:
     ) -> Tensor:
         """x̂ of the residuals x (B, T, D) at the i-th layer; also updates the sums."""
         sums, keep = self.sums, token_mask[..., None]
-        reconstruction = self.mlsae.reconstruct(x)
+        reconstruction = self.mlsae.reconstruct(x, self.reader.layers[i])
         codes = reconstruction.codes
         if text_mask is not None:
             self.moments_all[i].update(x[text_mask][None])
             self.sq_error_all[i] += reconstruction.error[text_mask].square().sum()
         error = reconstruction.error * keep
+        if self.mlsae.lens is not None:
+            self.sq_error_lens[i] += (reconstruction.error_in_basis * keep).square().sum()
         values = codes.values.float() * keep  # (B, T, K)
         deviation = (x - sums.origin[i]) * keep
         sums.sq_error[rows, i] = error.square().sum((1, 2), dtype=torch.float64)
@@ -236,4 +254,5 @@ def measure_faithfulness(
         text_pass.pca(),
         text_pass.top_share(),
         text_pass.fvu_all(),
+        text_pass.fvu_lens(),
     )

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from .. import builtin
 from ..data.config import DataConfig, check_seed, check_share
+from ..data.model_id import check_lens_model
 from ..data.sinks import DropRule
 from ..data.stream import DataStream, read_shape
 from ..distributed import log_rank0
 from ..errors import InputError
-from ..formats.places import check_residual
 from ..model import MLSAE
+from .trained import load_run
 
 _DEFAULT_MICRO_TOKENS = 2048
 # Settings of the text that a measurement takes from the run:
@@ -27,15 +28,6 @@ _PARTS = ("column", "dataset_config", "dataset_split", "dataset_revision")  # fo
 _APART = ("dataset_config", "dataset_split")  # which have no text in common
 _MEDIAN_TOKENS = 16_384  # of the held-out rows, to measure norms on
 _MOST_RESAMPLES = 1_000_000
-_TRAINED = {  # the settings of the training that a measurement begins from
-    "dataset": str, "column": str, "seq_len": int, "seed": int, "model_dtype": str,
-    "model_device_map": str, "model_quantize": str, "dataset_config": str, "dataset_split": str,
-    "dataset_revision": str, "heldout_share": float, "max_bad_records": float,
-}  # fmt: skip
-_CHOICES = {
-    "model_dtype": ("auto", "float32", "bfloat16", "float16"),
-    "model_quantize": (None, "8bit", "4bit"),
-}
 
 
 @dataclass(frozen=True)
@@ -54,6 +46,9 @@ class HeldoutConfig:
     trained on, or all if not known."""
     model: str | None = None
     """The transformer. None: the one it was trained on."""
+    lens: Path | None = None
+    """The lens of a released checkpoint whose files do not hold it: a folder of the tuned-lens
+    package, or a lens.safetensors. None: the run's own, if it has one."""
     revision: str | None = None
     """The model's branch, tag or commit on the hub. None: as in the run, or the newest with
     --model."""
@@ -126,12 +121,10 @@ def open_run(
         check_share("heldout", config.heldout_share)
     if config.resamples > _MOST_RESAMPLES:  # else memory might end only after the measurement
         raise InputError(f"--resamples must be at most {_MOST_RESAMPLES:,}, got {config.resamples}")
-    mlsae = MLSAE.from_pretrained(config.run, device).requires_grad_(False)
+    mlsae = load_run(config.run, device, config.lens)
     if config.out is None and not config.run.exists():
         raise InputError(f"--out must be given if RUN is on the hub, as {config.run} is, got none")
-    check_residual(mlsae.about, f"RUN {config.run}")
     trained = mlsae.about.get("training", {})
-    check_trained(trained, config.run)
     data = _data_config(config, mlsae, trained)
     shape = read_shape(data)
     micro_tokens = config.micro_tokens or max(_DEFAULT_MICRO_TOKENS, shape.seq_len)
@@ -146,6 +139,9 @@ def open_run(
             f"{config.run}, and {data.model} has {shape.d_in}; give the model that the "
             "MLSAE was trained on with --model"
         )
+    if mlsae.lens is not None:
+        check_lens_model(mlsae.lens, data, shape.d_in)
+        mlsae.lens.check_layers(shape.layers)
     seed = config.seed if config.seed is not None else trained.get("seed") or 0
     check_seed(seed)
     stream = DataStream(data, shape, device, micro_rows=micro_tokens // shape.seq_len, seed=seed)
@@ -182,27 +178,6 @@ def _drop_norms(config: HeldoutConfig, mlsae: MLSAE, stream: DataStream) -> None
         found = stream.resolve_drop(stream.heldout(min(config.tokens, _MEDIAN_TOKENS)))
         if found:
             log_rank0(found)
-
-
-def check_trained(trained: Any, run: Path) -> None:
-    """Raise InputError if what config.json says of the training is damaged."""
-    if not isinstance(trained, dict):
-        raise InputError(f"training in {run / 'config.json'} must be an object, got {trained!r}")
-    for name, kind in _TRAINED.items():
-        value = trained.get(name)
-        kinds = (int, float) if kind is float else kind
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise InputError(
-                f"training.{name} in {run / 'config.json'} must be of type {kind.__name__}, got "
-                f"{value!r}; repair the file"
-            )
-    for name, choices in _CHOICES.items():
-        if trained.get(name, choices[0]) not in choices:
-            rule = " or ".join(map(str, choices))
-            raise InputError(
-                f"training.{name} in {run / 'config.json'} must be {rule}, got "
-                f"{trained[name]!r}; repair the file"
-            )
 
 
 def _data_config(config: HeldoutConfig, mlsae: MLSAE, trained: dict[str, Any]) -> DataConfig:

@@ -44,7 +44,7 @@ def replaced_from(
     def hook_for(i: int) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             x = residual_of(output)
-            x_hat = mlsae(x.to(residuals[i].device).float())
+            x_hat = mlsae(x.to(residuals[i].device).float(), reader.layers[i])
             keep = token_mask[..., None]
             return with_residual(output, torch.where(keep, x_hat.to(x.dtype), residuals[i]).to(x))
 

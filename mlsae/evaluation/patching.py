@@ -24,15 +24,14 @@ _TOLERANCE = 1e-3  # of the largest logit: what rounding may change
 # arguments they had in the true pass, would have to copy by hand what follows the last block.
 
 
-@torch.no_grad()
 def substituted_logits(
     reader: ResidualReader, input_ids: Tensor, layer: int, residual: Tensor
 ) -> Tensor:
     """The logits (B, T, V) of input_ids (B, T) if `residual` (B, T, D), in the model's dtype, is
     the output of block `layer`.
 
-    Only the blocks above it run. `reader` must have read the model before: it then knows in which
-    form the blocks return their residual.
+    Only the blocks above it run, and the logits are differentiable in `residual`. `reader` must
+    have read the model before: it then knows in which form the blocks return their residual.
     """
     with _blocks_return(reader.blocks, layer, reader.block_output(layer, residual)):
         return reader.logits(input_ids)
@@ -55,6 +54,7 @@ def _blocks_return(blocks: nn.ModuleList, layer: int, output: Any) -> Iterator[N
                 block.forward = wrapper
 
 
+@torch.no_grad()
 def check_substitution(reader: ResidualReader, input_ids: Tensor) -> None:
     """Raise InputError if substituting the true residual of input_ids (B, T) changes the logits.
 

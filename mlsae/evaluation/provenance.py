@@ -40,6 +40,8 @@ class Provenance:
     seq_len: int
     layers: tuple[int, ...]
     """Layers that were measured at."""
+    lens: dict[str, Any] | None
+    """Which lens the MLSAE has: its kind, and the SHA-256 of its maps."""
     trained_on_layers: tuple[int, ...]
     n_latents: int
     k: int
@@ -63,6 +65,7 @@ def provenance_of(
     """The provenance of a measurement that has just ended and began at `started`
     (`time.perf_counter`), at the tokens that `token_mask` (rows, T) leaves of those that are not
     special, `text_mask` (rows, T)."""
+    lens = mlsae.lens
     return Provenance(
         run=str(run),
         model=stream.config.model,
@@ -73,6 +76,7 @@ def provenance_of(
         rows=len(token_mask),
         seq_len=stream.seq_len,
         layers=stream.reader.layers,
+        lens=None if lens is None else {"kind": lens.about.get("kind"), "sha256": lens.digest},
         trained_on_layers=mlsae.config.layers,
         n_latents=mlsae.config.n_latents,
         k=mlsae.config.k,

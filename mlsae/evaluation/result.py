@@ -37,6 +37,7 @@ _RESIDUAL_COLUMNS = {
     "explained": _Column("explained", ".1%"),
     "PCA of {k}": _Column("pca", ".1%"),
     "FVU, with left out": _Column("fvu_all", ".4f"),
+    "FVU, lens's basis": _Column("fvu_lens", ".4f"),
 }
 _PREDICTION_COLUMNS = {
     "ΔCE": _Column("delta_ce", ".3f", interval=True),
@@ -61,7 +62,8 @@ class EvaluationResult:
     provenance: Provenance
     metrics: dict[str, Interval]
     """By name, (L + 1,) each, the mean over layers last: `token_metrics.TokenMetrics`, and those
-    that have no interval (see `run.evaluate`); `fvu_all` only if tokens were dropped."""
+    that have no interval (see `run.evaluate`); `fvu_all` only if tokens were dropped, `fvu_lens`
+    only with a lens."""
     predictions: int
     """Predictions that were measured: see `token_metrics.TokenSums`."""
     ce_true: float
@@ -138,6 +140,11 @@ class EvaluationResult:
         top_share = self.metrics["top_share"].value[:-1].tolist()
         if word := describe_top_share(top_share, self.layers):
             notes.append(word)
+        if lens := self.provenance.lens:
+            notes.append(
+                f"in the basis of a lens ({lens['kind']}); all figures are in the model's own, but "
+                "for L1 and the FVU in the lens's"
+            )
         return notes
 
     def _joint_table(self) -> Table:

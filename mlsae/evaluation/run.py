@@ -78,6 +78,7 @@ def _metrics(measured: Faithfulness, resamples: int, seed: int) -> dict[str, Int
     pca        `metrics.pca_explained` by k components of the layer's own
     top_share  `metrics.top_share`
     fvu_all    `metrics.fvu` with the dropped tokens that are not special, if there are any
+    fvu_lens   `metrics.fvu` in the basis of the lens, if there is one
     """
     dead = (~measured.active).double().mean(0)
     computed = {
@@ -86,6 +87,7 @@ def _metrics(measured: Faithfulness, resamples: int, seed: int) -> dict[str, Int
         "pca": without_interval(append_mean(measured.pca).cpu()),
         "top_share": without_interval(append_mean(measured.top_share).cpu()),
     }
-    if measured.fvu_all is not None:
-        computed["fvu_all"] = without_interval(append_mean(measured.fvu_all).cpu())
+    for name, value in (("fvu_all", measured.fvu_all), ("fvu_lens", measured.fvu_lens)):
+        if value is not None:
+            computed[name] = without_interval(append_mean(value).cpu())
     return computed

@@ -102,7 +102,7 @@ def _spool(
             place = keep.nonzero()  # (N, 2)
             place[:, 0] += first
             x = stream.reader(rows.to(device))[:, keep].float()
-            values, indices = mlsae.encode(x)
+            values, indices = mlsae.encode(x, stream.reader.layers)
             for layer, folder in enumerate(folders):
                 token, rank = (values[layer] > _LEAST).nonzero(as_tuple=True)
                 latent = indices[layer][token, rank]

@@ -12,6 +12,7 @@ on). `read` reads both back, so a round trip loses nothing.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,10 +32,15 @@ from . import (
     saelens,
     sparsify,
 )
+from .lens import FILE as LENS
+from .lens import lens_bytes, lens_for, read_lens
 from .remote import folders_in, listed, local_folder
 from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
-__all__ = ["FORMATS", "WRITTEN", "SavedSAE", "detect", "local_folder", "read", "write"]
+__all__ = [
+    "FORMATS", "LENS", "WRITTEN", "SavedSAE", "detect", "folders_in", "lens_bytes", "lens_for",
+    "listed", "local_folder", "read", "read_lens", "write",
+]  # fmt: skip
 
 SETTINGS, CARRIED = "mlsae.json", "carried.safetensors"
 
@@ -75,6 +81,8 @@ FORMATS: dict[str, Format] = {
 def detect(path: Path) -> str:
     """The name of the format at `path`. Raises InputError if it is none of `FORMATS`."""
     try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # since Python 3.14, `is_file` is False where it may not look
         for name, form in FORMATS.items():
             if form.matches(path):
                 return name
@@ -121,8 +129,10 @@ def write(sae: SavedSAE, folder: Path | str, to: str) -> list[Path]:
     Returns the files written. Each is replaced whole or not at all. Raises InputError, and writes
     nothing, if the format cannot express what the SAE computes.
     """
-    if to != "mlsae" and (to, sae.activation) != ("saelens", "jumprelu"):
-        sae.require_topk(to)
+    if to != "mlsae":
+        sae.require_no_lens(to)
+        if (to, sae.activation) != ("saelens", "jumprelu"):
+            sae.require_topk(to)
     folder, files = Path(folder), WRITTEN[to].files(sae)
     if to != "mlsae":
         settings: dict[str, Any] = {

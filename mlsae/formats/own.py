@@ -2,7 +2,9 @@
 
 config.json          {d_in, n_latents, k, bias}; for an MLSAE also {layers, standardize, model} and
                      anything else known: training, versions, heldout; for one of batchtopk also
-                     {activation: "batchtopk", k_max, threshold}, of jumprelu {activation, k_max}
+                     {activation: "batchtopk", k_max, threshold}, of jumprelu {activation, k_max};
+                     for one with a lens {lens: its kind, its model, …, and the SHA-256 of its maps}
+lens.safetensors     the lens, if there is one: see `lens`
 model.safetensors    W_enc (M, D), W_dec (M, D), b_dec (D,), with `bias`, b_enc (M,) and, of
                      jumprelu, threshold () or (M,)
 
@@ -17,11 +19,13 @@ from typing import Any
 
 import safetensors.torch
 
+from ..basis import Lens
 from ..errors import InputError
-from .saved import THRESHOLD, SavedSAE, layers_in, read_json, read_tensors
+from . import lens as lenses
+from .saved import THRESHOLD, SavedSAE, layers_in, object_in, read_json, read_tensors
 
 _THRESHOLDED = ("activation", "k_max", "threshold")
-CONFIG = ("d_in", "n_latents", "k", "layers", "standardize", "model", "bias", *_THRESHOLDED)
+CONFIG = ("d_in", "n_latents", "k", "layers", "standardize", "model", "bias", "lens", *_THRESHOLDED)
 
 
 def matches(folder: Path) -> bool:
@@ -54,6 +58,7 @@ def read(folder: Path) -> SavedSAE:
         {name: value for name, value in config.items() if name not in CONFIG},
         k_max=None if activation == "topk" else config.get("k_max", 0),
         threshold=config.get("threshold", -1) if activation == "batchtopk" else None,
+        lens=_lens(folder, object_in(config, "lens", folder / "config.json")),
     )
     for name in ("d_in", "n_latents"):
         if config.get(name) != getattr(sae, name):
@@ -81,9 +86,24 @@ def files(sae: SavedSAE) -> dict[str, bytes]:
         "model": sae.model,
         "bias": "b_enc" in sae.weights,
         **more,
+        **({"lens": {**sae.lens.about, "sha256": sae.lens.digest}} if sae.lens else {}),
         **sae.about,
     }
     return {
+        **({lenses.FILE: lenses.lens_bytes(sae.lens)} if sae.lens else {}),
         "model.safetensors": safetensors.torch.save(weights),
         "config.json": json.dumps(config, indent=2).encode(),
     }
+
+
+def _lens(folder: Path, described: dict[str, Any]) -> Lens | None:
+    """The lens that config.json describes. Raises InputError if it is not the one in the folder."""
+    if not described:
+        return None
+    lens = lenses.read_lens(folder / lenses.FILE)
+    if lens.digest != described.get("sha256"):
+        raise InputError(
+            f"{folder / lenses.FILE} must be the lens that config.json beside it names, and its "
+            "maps have another SHA-256; put back the one it was trained with"
+        )
+    return lens

@@ -13,7 +13,8 @@ Most standardize as we do (unbiased σ, plus 1e-5), some not at all. The norms o
 only approximately 1, and are kept. A plain checkpoint names its model only on its model card
 (`base_model`), and mostly does not name its layers, which are all of the model's. `…-lens`
 checkpoints were trained on residuals transformed by a tuned lens that they do not contain (in a
--tfm config: `tuned_lens`).
+-tfm config: `tuned_lens`), and whose translators they take at other layers than it has them for:
+see `tuned_lens`.
 
 Legend: D inputs, M latents, R = M / D.
 """

@@ -17,6 +17,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from ..basis import Lens
 from ..errors import InputError, first_line
 
 WEIGHTS = ("W_enc", "W_dec", "b_dec")  # and b_enc, if latents have a bias
@@ -58,6 +59,8 @@ class SavedSAE:
     """The most active latents per token, with batchtopk and jumprelu; None with topk."""
     threshold: float | None = None
     """What an activation must exceed, with batchtopk; None otherwise."""
+    lens: Lens | None = None
+    """What carries each layer's residuals x into the basis that it works in, if that is another."""
 
     def __post_init__(self) -> None:
         missing = [name for name in WEIGHTS if name not in self.weights]
@@ -94,6 +97,8 @@ class SavedSAE:
                 raise InputError(f"{name} must be {rule}, got {getattr(self, name)!r}")
         if self.activation != "topk":
             self._check_threshold()
+        if self.lens is not None and self.lens.d_in != D:
+            raise InputError(f"the lens must be of width {D}, as the SAE, got {self.lens.d_in}")
 
     @property
     def activation(self) -> str:
@@ -166,6 +171,14 @@ class SavedSAE:
             raise InputError(
                 f"--to {to} must not be given for an SAE of --sae.activation batchtopk, since that "
                 f"format has no threshold below which the {self.k_max} largest (k_max) are cut, "
+                "and the outputs would differ; give --to mlsae"
+            )
+
+    def require_no_lens(self, to: str) -> None:
+        """Raise InputError if the SAE has a lens, which format `to` cannot express."""
+        if self.lens is not None:
+            raise InputError(
+                f"--to {to} must not be given for an SAE with a lens, since that format has none "
                 "and the outputs would differ; give --to mlsae"
             )
 

@@ -24,7 +24,7 @@ class _Vectors(NamedTuple):
     sigma: Tensor
     """What an activation of 1 adds: σ, or 1 if the MLSAE does not standardize."""
     spread: Tensor
-    """The standard deviation of the vector's elements."""
+    """The standard deviation of the vector's elements, in the basis that the MLSAE works in."""
 
 
 def changed_residual(
@@ -33,10 +33,13 @@ def changed_residual(
     positions: Positions,
     mlsae: MLSAE,
     activations: Activations | None,
+    layer: int,
 ) -> Tensor | None:
-    """x (B, T, D) with the changes of its layer, in its dtype; None if none of them applies here.
+    """x (B, T, D), of `layer`, with the changes of that layer, in its dtype; None if none of them
+    applies here.
 
-        x' = x + Σ_j δ_j · W_dec[j],    δ_j = σ · (change of h_j)
+        x' = x + Σ_j δ_j · W_dec[j],           δ_j = σ · (change of h_j)
+        x' = x + A_ℓ⁻¹ Σ_j δ_j · W_dec[j]      with a lens, σ then being that of z
 
     or x̂ + … where x is replaced. δ and the sum are in float32, or float64 if x is. Vectors in which
     nothing changes keep their bits. All activations are those of x: that the edits of a latent come
@@ -50,7 +53,9 @@ def changed_residual(
     v = x[touched_x]  # (N, D)
     masks = [mask[touched].to(x.device)[:, None] for mask in where]  # of (N, 1)
     with torch.autocast(x.device.type, enabled=False):
-        replaced, delta = _change(v, list(zip(changes, masks, strict=True)), mlsae, activations)
+        replaced, delta = _change(
+            v, list(zip(changes, masks, strict=True)), mlsae, activations, layer
+        )
     base = v if replaced is None else replaced
     if delta is not None:
         base = torch.where((delta != 0).any(-1, keepdim=True), base + delta.to(v.dtype), base)
@@ -64,12 +69,13 @@ def _change(
     changes: list[tuple[Change, Tensor]],
     mlsae: MLSAE,
     activations: Activations | None,
+    layer: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     """What to take in the place of v (N, D), if it is replaced anywhere; and what to add, (N, D) in
     float32 or more, if anything is edited. Changes come with where they apply, (N, 1)."""
     found = None
     if any(isinstance(c, Replace) or c.op != "add" for c, _ in changes):
-        found = mlsae.reconstruct(v.to(mlsae.sae.W_dec.device))
+        found = mlsae.reconstruct(v.to(mlsae.sae.W_dec.device), layer)
     replaced = None
     edits: dict[int, list[tuple[Edit, Tensor]]] = {}
     for change, mask in changes:
@@ -81,16 +87,20 @@ def _change(
             )
     if not edits:
         return replaced, None
-    wide = v.to(torch.promote_types(v.dtype, torch.float32))
-    spread = wide.std(-1, keepdim=True)
+    carried = mlsae.carry(v if mlsae.lens is None else v.to(mlsae.sae.W_dec.device), layer)
+    z = carried.z.to(v.device)
+    spread = z.std(-1, keepdim=True)
     sigma = spread if mlsae.config.standardize else torch.ones_like(spread)
     vectors = _Vectors(sigma, spread)
     deltas = [
         _delta(_coefficient(found, latent, vectors), own, vectors, activations)
         for latent, own in edits.items()
     ]
-    rows = mlsae.sae.W_dec[list(edits)].to(wide)  # (J, D)
-    return replaced, torch.cat(deltas, 1) @ rows
+    rows = mlsae.sae.W_dec[list(edits)].to(z)  # (J, D)
+    moved = torch.cat(deltas, 1) @ rows  # of z
+    if mlsae.lens is None:
+        return replaced, moved
+    return replaced, carried.change(moved.to(carried.z.device)).to(v.device)
 
 
 def _coefficient(found: Reconstruction | None, latent: int, vectors: _Vectors) -> Tensor:

@@ -51,7 +51,7 @@ def intervene(
     _check_model(model, mlsae, sorted(by_layer))
     tracker = PositionTracker(model)
 
-    def hook_for(changes: Sequence[Change]) -> Any:
+    def hook_for(layer: int, changes: Sequence[Change]) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             if tracker.positions is None:
                 raise InputError(
@@ -64,7 +64,7 @@ def intervene(
                     f"blocks must return a vector for each of the {tuple(positions.at.shape)} "
                     f"tokens, and return {tuple(x.shape)}"
                 )
-            changed = changed_residual(x, changes, positions, mlsae, activations)
+            changed = changed_residual(x, changes, positions, mlsae, activations, layer)
             return None if changed is None else with_residual(output, changed)
 
         return hook
@@ -73,7 +73,7 @@ def intervene(
     with tracker.following():
         try:
             for layer, changes in by_layer.items():
-                handles.append(blocks[layer].register_forward_hook(hook_for(changes)))
+                handles.append(blocks[layer].register_forward_hook(hook_for(layer, changes)))
             yield
         finally:
             for handle in handles:

@@ -96,7 +96,7 @@ def _latent_changes(
 ) -> list[LatentChange]:
     """The n latents that differ most between residuals x and y (T, D) of a layer."""
     n_latents = mlsae.config.n_latents
-    before, after = mlsae.encode(x.float()), mlsae.encode(y.float())  # (T, K)
+    before, after = (mlsae.encode(part.float(), layer) for part in (x, y))  # (T, K)
     token = torch.arange(len(x), device=x.device)[:, None] * n_latents
     place = torch.cat([(token + codes.indices).flatten() for codes in (before, after)])
     values = torch.cat([-before.values.flatten(), after.values.flatten()]).double()

@@ -15,12 +15,12 @@ import tyro
 from torch import Tensor
 
 from ..data.config import DataConfig
+from ..data.model_id import check_lens_model
 from ..data.residuals import ResidualReader
 from ..data.transformer import check_token_ids, load_tokenizer, load_transformer
 from ..distributed import choose_device
 from ..errors import InputError
-from ..evaluation.heldout import check_trained
-from ..formats.places import check_residual
+from ..evaluation.trained import load_run
 from ..model import MLSAE
 
 
@@ -30,6 +30,9 @@ class OpenConfig:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a trained MLSAE, or its name on the Hugging Face hub."""
+    lens: Path | None = None
+    """The lens of a released checkpoint whose files do not hold it, as for mlsae.evaluate. None:
+    the run's own, if it has one."""
     model: str | None = None
     """The transformer. None: the one that the MLSAE was trained on."""
     revision: str | None = None
@@ -83,10 +86,8 @@ def open_run(config: OpenConfig) -> Opened:
 def read_run(config: OpenConfig) -> tuple[MLSAE, DataConfig]:
     """The MLSAE of a run, on its device, and which transformer it is of: the one that it was
     trained on, or that is given."""
-    mlsae = MLSAE.from_pretrained(config.run, choose_device(config.device)).requires_grad_(False)
-    check_residual(mlsae.about, f"RUN {config.run}")
+    mlsae = load_run(config.run, choose_device(config.device), config.lens)
     trained = mlsae.about.get("training", {})
-    check_trained(trained, config.run)
     name = config.model or mlsae.config.model
     if not name:
         raise InputError(
@@ -102,6 +103,8 @@ def read_run(config: OpenConfig) -> tuple[MLSAE, DataConfig]:
         model_device_map=trained.get("model_device_map"),
         model_quantize=trained.get("model_quantize"),
     )
+    if mlsae.lens is not None:
+        check_lens_model(mlsae.lens, data, mlsae.config.d_in)
     return mlsae, data
 
 

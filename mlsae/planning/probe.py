@@ -26,7 +26,7 @@ from ..distributed import ALONE
 from ..model import MLSAEConfig
 from ..training.loop import train_step
 from ..training.needs import Needs
-from ..training.start import initialize, new_state
+from ..training.start import initialize, lens_of, new_state
 from ..training.state import TrainState
 from ..training.validation import validate
 from .gpus import DISK_RATE
@@ -118,8 +118,9 @@ def probe(
         rests_on.append("on random token ids, as the text is not on this machine")
         check_text(config.data, shape.seq_len)
         heldout, first = _random_rows(stream, config, batch_rows)
+    lens = lens_of(config, shape, None)
     states = [
-        new_state(each, sae, device, ALONE, config.tokens)
+        new_state(each, sae, device, ALONE, config.tokens, lens=lens and lens.to(device))
         for each, sae in zip(configs, saes, strict=True)
     ]
     small = first[:micro_rows]  # a part: a whole batch may take minutes
@@ -134,8 +135,7 @@ def probe(
     written = needs.disk.checkpoint / DISK_RATE  # the others, while training goes on
     once["last checkpoint"] = Span(written, written)
     rests_on.append(f"a checkpoint at {DISK_RATE / 1e9:.1f} GB/s, which is no measurement of here")
-    encoding = step.sae * (2 * len(small) / len(first))
-    once["report"] = _FINISH + encoding
+    once["report"] = _FINISH
     return Times("probe", step, needs.steps, needs.step_tokens, once, rests_on, queued_share)
 
 
@@ -175,7 +175,8 @@ def _steps(
         run(rows)
         n_steps += 1
     once, whole = 1 / n_steps, len(first) / len(rows) / n_steps
-    model, sae = spans["model"] * whole, spans["SAE"] * whole
+    sae = (spans["encode"] + spans["rest of the SAE"]) * whole
+    model = spans["model"] * whole
     return StepTime(model, sae, spans["optimizer"] * once), n_steps
 
 

@@ -164,7 +164,8 @@ def flow(statistics: dict[str, Any], layers: Sequence[int]) -> go.Figure:
 def training(
     log: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], layers: Sequence[int]
 ) -> go.Figure:
-    """FVU during training, per layer, their mean and held-out; and the share of dead latents.
+    """FVU during training, per layer, their mean and held-out; and the share of dead latents. With
+    a lens, all of it is in the lens's basis, as the losses are.
 
     `log` and `validation`: entries of metrics.jsonl.
     """
@@ -189,7 +190,7 @@ def training(
     traces.append(
         go.Scatter(
             x=[entry["tokens"] for entry in validation],
-            y=[entry["heldout"]["fvu"] for entry in validation],
+            y=[e["heldout"].get("fvu_lens", e["heldout"]["fvu"]) for e in validation],
             name="mean, held-out",
             mode="markers",
             marker={"size": 10, "symbol": "diamond", "color": RED},

@@ -120,6 +120,9 @@ def _facts(run: RunData) -> dict[str, str]:
         "latents": f"{config['n_latents']:,} ({run.expansion:g} × d_model)",
         "k": f"{number} active per token and layer{more}",
     }
+    if lens := config.get("lens"):
+        facts["basis"] = f"the last layer's, by a lens ({lens.get('kind')}); the curves of training"
+        facts["basis"] += " and “FVU, lens's” are in it, all else in the model's own"
     if run.dataset:
         facts["text"] = run.dataset
     if run.dropped:

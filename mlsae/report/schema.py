@@ -59,6 +59,7 @@ OBJECT = Rule("an object", lambda value: isinstance(value, dict))
 CONFIG = {
     "d_in": POSITIVE, "n_latents": POSITIVE, "k": POSITIVE, "layers": Each(COUNT),
     "model": Optional(TEXT_OR_NULL), "training": Optional(OBJECT), "k_max": Optional(POSITIVE),
+    "lens": Optional(OBJECT),
 }  # fmt: skip
 _INTERVAL = {"value": NUMBER_OR_NULL, "low": NUMBER_OR_NULL, "high": NUMBER_OR_NULL}
 _RATIOS = {
@@ -102,6 +103,7 @@ def validation(n_layers: int) -> dict[str, Any]:
     layers = {f"{name}_layers": Each(NUMBER_OR_NULL, n_layers) for name in means}
     newer = {
         "fvu_all": Optional(NUMBER_OR_NULL),
+        "fvu_lens": Optional(NUMBER_OR_NULL),
         "top_share_layers": Optional(Each(NUMBER_OR_NULL, n_layers)),
     }
     return {"tokens": COUNT, "heldout": {**means, **layers, **newer}}
@@ -118,6 +120,7 @@ def evaluation(n_layers: int) -> dict[str, Any]:
     figures = dict.fromkeys(EVALUATED, metric) | {
         **dict.fromkeys(JOINT, Optional(metric)),
         "fvu_all": Optional(metric),
+        "fvu_lens": Optional(metric),
         "top_share": Optional({"layers": Each(NUMBER_OR_NULL, n_layers)}),
     }
     return {"tokens": COUNT, "ce_true": NUMBER_OR_NULL, "figures": figures}

@@ -25,6 +25,7 @@ dead latents.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,12 +58,19 @@ class _Weights(NamedTuple):
 
 
 @torch.no_grad()
-def forward_backward(state: TrainState, step: Step, x: Tensor, mask: Tensor | None = None) -> None:
+def forward_backward(
+    state: TrainState,
+    step: Step,
+    x: Tensor,
+    mask: Tensor | None = None,
+    lap: Callable[[str], None] = lambda stage: None,
+) -> None:
     """Add the gradient of a part of the batch to the parameters' `grad`, and its metrics to `step`.
 
     Residuals x (L, N, D) in any floating-point dtype, of which the tokens where `mask` (N,) is
     False have no part in anything, whatever their residuals are; None: all have. Computed in
-    `state.dtype`, with sums in float32 at least. Collective when sharded.
+    `state.dtype`, with sums in float32 at least. `lap` is told when a stage ends. Collective when
+    sharded.
     """
     mlsae, sae = state.mlsae, state.mlsae.sae
     eps = SIGMA_EPS if mlsae.config.standardize else None
@@ -73,6 +81,7 @@ def forward_backward(state: TrainState, step: Step, x: Tensor, mask: Tensor | No
     centered, mean, std, moments = standardize(x, sae.b_dec, mask, state.dtype, eps)
     k = min(mlsae.config.k_max or mlsae.config.k, len(weights.W_enc))
     values, indices = ops.topk_encode(centered, weights.W_enc, weights.b_enc, k, relu=True)
+    lap("encode")
     selected = None
     if mlsae.config.k_max is not None:
         values, selected = keep_largest(values, mask, len(x), mlsae.config.k, sae.n_latents)
@@ -94,6 +103,7 @@ def forward_backward(state: TrainState, step: Step, x: Tensor, mask: Tensor | No
     step.metrics.add_part(loss, aux, sq_error, moments, error_moments, selected)
     now = state.tokens + step.n_tokens
     note_active_(state.last_active, values, indices, mask, ACTIVE, now)
+    lap("rest of the SAE")
 
 
 def _add_gradients(

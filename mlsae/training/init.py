@@ -49,7 +49,8 @@ class FirstBatch(NamedTuple):
 
 
 def init_stats(mlsae: MLSAE, parts: Iterable[Tensor], data: Group = ALONE.data) -> FirstBatch:
-    """What residuals (L, N, D) that come in parts tell, standardized by `mlsae`.
+    """What residuals (L, N, D) that come in parts tell, standardized by `mlsae`, in whose basis all
+    of it is.
 
     Each process of the group `data` has the parts of its own tokens, lower ranks the earlier ones;
     all get the same moments and center, as one process would with all the tokens.
@@ -62,9 +63,9 @@ def init_stats(mlsae: MLSAE, parts: Iterable[Tensor], data: Group = ALONE.data) 
     room = max(1, _MEDIAN_VECTORS // len(config.layers))  # tokens
     for x in parts:
         left = max(0, room - int(moments.n_tokens))
-        moments.update(x)
+        moments.update(mlsae.carry(x, config.layers).z)
         if left > 0:
-            standard.append(mlsae.standardize(x[:, :left])[0])
+            standard.append(mlsae.standardize(x[:, :left], config.layers).x)
     counts = data.all_gather(moments.n_tokens).tolist()
     own = max(0, room - int(sum(counts[: data.rank])))  # tokens that lower ranks leave to take
     first = torch.cat(standard, dim=1)[:, :own].flatten(0, 1)

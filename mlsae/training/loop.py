@@ -45,17 +45,19 @@ def train_step(
     lap: Callable[[str], None] = lambda stage: None,
 ) -> list[StepMetrics]:
     """One optimizer step of each SAE on the same batch: residuals (L, N, D) and their masks (N,) in
-    parts, of `n_tokens` tokens in all parts of all processes. `lap` is told when a stage ends.
+    parts, of `n_tokens` tokens in all parts of all processes. With a lens, the losses are in its
+    basis. `lap` is told when a stage ends.
     Returns each SAE's metrics of the step.
 
     Raises NonFiniteError, in every process, if a loss is not finite; no weight has changed then.
     """
     steps = [state.begin_step(n_tokens) for state in states]
-    for x, mask in parts:
+    mlsae = states[0].mlsae  # all have one lens
+    for residuals, mask in parts:
+        x = residuals if mlsae.lens is None else mlsae.carry(residuals, mlsae.config.layers).z
         lap("model")
         for state, step in zip(states, steps, strict=True):
-            forward_backward(state, step, x, mask)
-        lap("SAE")
+            forward_backward(state, step, x, mask, lap)
     for state, step in zip(states, steps, strict=True):
         all_reduce_grads(state)
         if state.data.size > 1:
@@ -220,6 +222,7 @@ class TrainLoop:
         Rank 0 writes it; the processes with the same rows send it their shards of the latents."""
         if self.mesh.data.rank > 0:
             return
+        lens = self.states[0].mlsae.lens
         state = {
             "settings": joint_settings(self.configs),
             **self.history._asdict(),
@@ -228,6 +231,7 @@ class TrainLoop:
             "stages": self.timer.seconds(),
             "batches": self.batches.state_dict(),
             "dropped": self.stream.drop.as_dict(),
+            "lens": lens and lens.digest,
             "model_dtype": str(self.stream.dtype).removeprefix("torch."),
             "processes": self.mesh.data.size,
             "runs": {run_dir.name: run_dir.state_dict() for run_dir in self.run_dirs},
@@ -271,6 +275,7 @@ class TrainLoop:
         sys.exit(128 + caught)
 
     def _progress(self) -> tqdm[None]:
+        quiet: dict[str, Any] = {} if is_rank0() else {"disable": True}  # {}: as TQDM_DISABLE says
         return tqdm(
             total=self.config.tokens,
             initial=self.tokens,
@@ -278,7 +283,7 @@ class TrainLoop:
             unit_scale=True,
             desc="training",
             dynamic_ncols=True,
-            disable=not is_rank0(),
+            **quiet,
         )
 
     @contextmanager

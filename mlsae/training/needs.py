@@ -105,6 +105,12 @@ def needs_of(
         device_type=device.type, batch_tokens=step_tokens // (processes // config.shard_latents),
         model_dtype=model_dtype,
     )  # fmt: skip
+    if config.lens is not None:  # maps and inverses; z, while it is put together
+        n, d_in = len(shape.layers), shape.d_in
+        memory = memory._replace(
+            state=memory.state + 8 * n * d_in**2,
+            residuals=memory.residuals + 8 * n * micro_tokens * d_in,
+        )
     steps = n_steps(config.tokens, step_tokens)
     disk = disk_of(configs, saes, shape.seq_len)
     return Needs(memory, transformer, free, steps, step_tokens, _when(config), disk)
@@ -147,7 +153,8 @@ def disk_of(configs: Sequence[TrainConfig], saes: Iterable[MLSAEConfig], seq_len
         for name in optimizers_of(each, each.tokens)[:2]:
             moments += matrix + (sae.n_latents if name == "normuon" else matrix)
         sums = 8 * sae.n_latents + 32 * len(sae.layers) * sae.d_in
-        models += 4 * (2 * matrix + vectors)
+        maps = 0 if config.lens is None else len(sae.layers) * sae.d_in**2
+        models += 4 * (2 * matrix + vectors + maps)
         checkpoint += 4 * (2 * matrix + vectors + moments) + sums
         rest += 12 * sae.n_latents * len(sae.layers) + _REPORT
     return Disk(checkpoint, config.keep_checkpoints, models, rest)

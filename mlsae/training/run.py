@@ -18,6 +18,7 @@ from torch import Tensor
 from sparse_topk import backend_name
 
 from .. import distributed
+from ..basis import Lens
 from ..config import TrainConfig, check_config, heldout_tokens, shared_folder
 from ..data.sinks import DropRule
 from ..data.stream import DataStream, read_shape
@@ -42,9 +43,9 @@ from .run_dir import (
     load_checkpoint,
     newest_checkpoint,
 )
-from .settings import History, check_processes, history_of, model_dtype_of
-from .start import initialize, new_state
-from .summary import encode_seconds, log_extension, print_summary, write_csv
+from .settings import History, check_lens, check_processes, history_of, model_dtype_of
+from .start import initialize, lens_of, new_state
+from .summary import log_extension, print_summary, write_csv
 from .validation import Validation
 
 
@@ -76,6 +77,8 @@ class _Start(NamedTuple):
     saes: list[MLSAEConfig]
     initial: SavedSAE | None
     """The SAE of --init_from."""
+    lens: Lens | None
+    """That of --lens."""
     stream: DataStream
     batch_rows: int
     heldout: Tensor | None
@@ -99,7 +102,7 @@ def _train(configs: Sequence[TrainConfig], world: Group) -> dict[Path, MLSAE]:
     states = []
     for each, sae in zip(configs, start.saes, strict=True):
         first_tokens = start.history.first_tokens(each)
-        states.append(new_state(each, sae, device, mesh, first_tokens, start.initial))
+        states.append(new_state(each, sae, device, mesh, first_tokens, start.initial, start.lens))
     batches = stream.batches(start.batch_rows, saved["batches"] if saved else None)
     first: list[Tensor] = []
     if saved:
@@ -149,6 +152,9 @@ def _load(
         check_processes(configs, saved.get("processes", 1), mesh.data.size)
     initial = load_initial(configs) if saved is None else None
     shape = read_shape(config.data)
+    lens = lens_of(config, shape, initial)
+    if saved:
+        check_lens(saved, lens)
     batch_rows, micro_rows = rows_of(config, shape.seq_len, mesh)
     saes = []
     for each in configs:
@@ -184,19 +190,20 @@ def _load(
     _log_backend(stream, optimizers)
     for line in needs.lines(device.type):
         log_rank0(line)
-    return _Start(saved, history, saes, initial, stream, batch_rows, heldout)
+    lens = lens and lens.to(device)
+    return _Start(saved, history, saes, initial, lens, stream, batch_rows, heldout)
 
 
 def _finish(loop: TrainLoop, run_dirs: Sequence[RunDir], validations: Sequence[Validation]) -> None:
     """Leave folders that stand alone, print what came out, and push what is to be pushed."""
     for run_dir, validation in zip(run_dirs, validations, strict=True):
         run_dir.finish(validation, **loop.about())
-    dead, encoding = [state.dead_share() for state in loop.states], encode_seconds(loop)
+    dead = [state.dead_share() for state in loop.states]
     if loop.stream.mesh.world.rank != 0:
         return
     if len(loop.configs) > 1:
         write_csv(shared_folder(loop.configs) / "runs.csv", loop, validations, dead)
-    print_summary(loop, validations, dead, encoding)
+    print_summary(loop, validations, dead)
     for each in loop.configs:
         if each.push_to_hub is not None:
             log_rank0(f"pushed: {push_run(each.out, each.push_to_hub, PUSHED_FILES)}")

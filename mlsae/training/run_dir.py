@@ -28,6 +28,7 @@ from ..files import (
     locked,
     write_file,
 )
+from ..formats import LENS
 from ..model import MLSAEConfig
 from ..report import write_report
 from . import checkpoint, previous
@@ -41,6 +42,7 @@ from .validation import Validation
 PUSHED_FILES = (  # what others can use of a run
     "config.json",
     "model.safetensors",
+    LENS,
     "latents.safetensors",
     "metrics.jsonl",
     "report.html",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from ..basis import Lens
 from ..config import TrainConfig, shared_folder
 from ..errors import InputError
 from .inputs import INPUTS, Fingerprints
@@ -27,6 +28,8 @@ _FREE = (  # what may differ from the run that is resumed, since the result does
     "micro_tokens",
     # when it gives up: bad records are skipped, whatever share is allowed
     "max_bad_records",
+    # where the lens is: its maps are compared
+    "lens",
     # how its text is read, which gives the same rows
     "token_cache",
     "no_token_cache",
@@ -152,6 +155,18 @@ def differ_in_weights_seed(one: dict[str, Any], other: dict[str, Any]) -> bool:
         and one.get("extensions") == other.get("extensions")
         and all(settings[0].get(name) == settings[1].get(name) for name in names)
     )
+
+
+def check_lens(saved: dict[str, Any], lens: Lens | None) -> None:
+    """Raise InputError unless the run of the `saved` checkpoint began with the maps of `lens`."""
+    before: str | None = saved.get("lens")
+    now = None if lens is None else lens.digest
+    if before != now:
+        began, given = ("without a lens" if x is None else f"with {x[:12]}…" for x in (before, now))
+        raise InputError(
+            f"--lens must be that which this run began with to resume it: it began {began} "
+            f"(SHA-256 of the maps), got {given.replace('without a lens', 'none')}"
+        )
 
 
 def check_processes(configs: Sequence[TrainConfig], before: int, now: int) -> None:

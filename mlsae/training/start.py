@@ -11,10 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..basis import Lens
 from ..config import TrainConfig, learning_rate
-from ..data.stream import DataStream
+from ..data.model_id import check_lens_model
+from ..data.stream import DataStream, Shape
 from ..distributed import ALONE, Group, Mesh, log_rank0
-from ..formats import SavedSAE
+from ..errors import InputError
+from ..formats import SavedSAE, read_lens
 from ..model import MLSAE, MLSAEConfig
 from .init import FirstBatch, draw_linear_, fit_scale_, init_stats
 from .init_from import set_weights
@@ -29,11 +32,12 @@ def new_state(
     mesh: Mesh,
     first_tokens: int,
     initial: SavedSAE | None = None,
+    lens: Lens | None = None,
 ) -> TrainState:
     """The state of an SAE before its training, of `first_tokens` tokens; its weights are those of
-    `initial` if given."""
+    `initial` if given, and its basis that of `lens`."""
     torch.manual_seed(config.weights_seed)  # so that no SAE's weights depend on what else there is
-    mlsae = MLSAE(sae, device, mesh.latents)
+    mlsae = MLSAE(sae, device, mesh.latents, lens)
     if initial:
         set_weights(mlsae, initial)
     elif config.sae.init == "linear":
@@ -49,6 +53,27 @@ def new_state(
         data=mesh.data,
         name=str(config.out),
     )
+
+
+def lens_of(config: TrainConfig, shape: Shape, initial: SavedSAE | None) -> Lens | None:
+    """The lens of --lens; None without. Raises InputError if it cannot be read, is not of the
+    model and its layers, or is not that of `initial`, the SAE of --init_from."""
+    lens = None if config.lens is None else read_lens(config.lens)
+    if lens is not None:
+        check_lens_model(lens, config.data, shape.d_in)
+        lens.check_layers(shape.layers)
+        worst = max(lens.condition, key=lens.condition.__getitem__)
+        log_rank0(
+            f"lens: {lens.about.get('kind')}; condition numbers up to {lens.condition[worst]:.3g} "
+            f"(layer {worst}), so much more may an error weigh on the way back"
+        )
+    if initial is not None and (initial.lens and initial.lens.digest) != (lens and lens.digest):
+        has = "another lens" if initial.lens else "no lens"
+        raise InputError(
+            f"--lens must be that of --init_from {config.init_from}, which has {has}; a run's "
+            "folder can be given as its lens"
+        )
+    return lens
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,17 +19,16 @@ from ..distributed import log_rank0
 from ..files import write_file
 from ..memory import peak
 from .loop import TrainLoop
-from .timer import StageTimer
 from .validation import Validation
 
 _COLUMNS = ("run", "n_latents", "k", "seed", "fvu", "fvu_paper", "l0", "fvu_all", "dead")
 
 
 def print_summary(
-    loop: TrainLoop, validations: Sequence[Validation], dead: Sequence[float], encoding: float
+    loop: TrainLoop, validations: Sequence[Validation], dead: Sequence[float]
 ) -> None:
     """Print the table of a single SAE's layers, or a row for each of several; then where the time
-    went. `dead` are the shares of dead latents, `encoding` the seconds that went into encoding."""
+    went. `dead` are the shares of dead latents."""
     console = Console(highlight=False)
     single = len(loop.configs) == 1
     if single:
@@ -45,8 +43,6 @@ def print_summary(
             console.print(word, soft_wrap=True)
     stages = loop.timer.seconds()
     total = sum(stages.values())
-    stages["encode"] = min(stages.pop("SAE"), encoding)
-    stages["rest of the SAE"] = total - sum(stages.values())
     sorted_stages = sorted(stages.items(), key=lambda stage: -stage[1])
     n_latents = loop.states[0].mlsae.config.n_latents
     out, processes = loop.out, loop.mesh.world.size
@@ -65,23 +61,6 @@ def print_summary(
         sep="\n",
         soft_wrap=True,
     )
-
-
-@torch.no_grad()
-def encode_seconds(loop: TrainLoop) -> float:
-    """How long encoding took in the training, estimated from how long it takes now on a part of
-    the held-out text: within a step it cannot be told from the rest of the SAE. Rank 0 always has
-    some of that text; the other processes take part."""
-    x = next(loop.stream.residuals(loop.heldout), None)
-    if x is None:
-        return 0.0
-    timer = StageTimer(loop.stream.device)
-    for state in loop.states:
-        with state.autocast():
-            for stage in ("first", "second"):  # the first one compiles and allocates
-                state.mlsae.encode(x)
-                timer.lap(stage)
-    return timer.seconds()["second"] * loop.tokens / loop.mesh.data.size / x.shape[1]
 
 
 def write_csv(

@@ -38,6 +38,8 @@ class Validation(NamedTuple):
     """(M, L) Σ_n h_j(n, ℓ)."""
     counts: Tensor
     """(M, L) tokens with h_j(n, ℓ) > 0."""
+    fvu_lens: Tensor | None = None
+    """(L,) `fvu` in the basis of the lens, of z and ẑ; None without a lens."""
 
     def as_dict(self) -> dict[str, Any]:
         """The metrics, as means and lists over layers; JSON-serializable."""
@@ -74,7 +76,8 @@ class Validation(NamedTuple):
     def _metrics(self) -> dict[str, str]:
         """The headings of the metrics by name."""
         everything = {"fvu_all": "FVU with tokens left out"} if self.n_dropped else {}
-        return {"fvu": "FVU", "fvu_paper": "FVU as in the paper", "l0": "L0", **everything}
+        lens = {} if self.fvu_lens is None else {"fvu_lens": "FVU in the lens's basis"}
+        return {"fvu": "FVU", "fvu_paper": "FVU as in the paper", "l0": "L0", **lens, **everything}
 
 
 class _ValidationSums:
@@ -86,6 +89,8 @@ class _ValidationSums:
         self.mlsae = mlsae
         self.moments = metrics.Moments(n_layers, mlsae.config.d_in, device)
         self.sq_error = torch.zeros(n_layers, dtype=torch.float64, device=device)
+        self.lens_moments = metrics.Moments(n_layers, mlsae.config.d_in, device)  # of z
+        self.lens_sq_error = torch.zeros_like(self.sq_error)
         self.dropped_moments = metrics.Moments(n_layers, mlsae.config.d_in, device)
         self.dropped_sq_error = torch.zeros_like(self.sq_error)
         self.totals = torch.zeros(n_latents, n_layers, dtype=torch.float64, device=device)
@@ -93,21 +98,25 @@ class _ValidationSums:
 
     def update(self, x: Tensor, dropped: Tensor) -> None:
         """Add residuals x (L, N, D), and those of dropped tokens, float32."""
+        layers = self.mlsae.config.layers
         if dropped.shape[1]:
-            error = self.mlsae.reconstruct(dropped).error
+            error = self.mlsae.reconstruct(dropped, layers).error
             self.dropped_moments.update(dropped)
             self.dropped_sq_error += error.square().sum((1, 2))
-        reconstruction = self.mlsae.reconstruct(x)
+        reconstruction = self.mlsae.reconstruct(x, layers)
         self.moments.update(x)
         self.sq_error += reconstruction.error.square().sum((1, 2))
+        if self.mlsae.lens is not None:
+            self.lens_moments.update(reconstruction.standard.carried.z)
+            self.lens_sq_error += reconstruction.error_in_basis.square().sum((1, 2))
         totals, counts = metrics.latent_layer_totals(*reconstruction.codes, len(self.totals))
         self.totals += totals
         self.counts += counts
 
     def validation(self, top_share: Tensor, data: Group) -> Validation:
         """The metrics of all residuals added in any process of the group `data`."""
-        sums = [self.sq_error, self.dropped_sq_error, self.totals, self.counts]
-        metrics.reduce([self.moments, self.dropped_moments], sums, data)
+        sums = [self.sq_error, self.lens_sq_error, self.dropped_sq_error, self.totals, self.counts]
+        metrics.reduce([self.moments, self.lens_moments, self.dropped_moments], sums, data)
         active = self.mlsae.shards.sum_(self.counts.sum(0))
         n_tokens = int(self.moments.n_tokens)
         if n_tokens == 0:
@@ -126,6 +135,9 @@ class _ValidationSums:
             top_share,
             gather_rows(self.totals),
             gather_rows(self.counts),
+            None
+            if self.mlsae.lens is None
+            else metrics.fvu(self.lens_sq_error, n_tokens, self.lens_moments),
         )
 
 

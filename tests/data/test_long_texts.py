@@ -54,6 +54,8 @@ def long_text(line, size):
 
 @settings(max_examples=100)
 @given(lines(), st.integers(1, 20))
+@example(b'{"text": "a", "id": "b", "te\\u0078t": "c"}', 5)
+@example(b'{"text": "a", "text": null}', 5)
 def test_a_long_line_has_the_text_that_json_finds(line, size):
     members = json.loads(line, object_pairs_hook=list)
     texts = [value for key, value in members if key == "text"]
@@ -139,7 +141,6 @@ def test_records_are_the_same_whether_lines_are_long_or_not(tmp_path, suffix, mo
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
 @pytest.mark.parametrize("dictionary", [False, True])
 def test_a_long_cell_is_its_parts(tmp_path, kind, dictionary, monkeypatch):
-    """Of slices of an array too; and one that is not UTF-8, anywhere in it, is bad as a whole."""
     monkeypatch.setattr(columnar, "_PART_BYTES", 7)
     texts = ["short", None, "é日🎉" * 20, "", "a" * 30]
     pq.write_table(
@@ -154,6 +155,13 @@ def test_a_long_cell_is_its_parts(tmp_path, kind, dictionary, monkeypatch):
         record.value for _, record in LocalFiles(tmp_path / "a.parquet", "text").read([0, 4, 0])
     ]
     assert "".join(last[0]) == texts[4]
+
+
+def test_a_long_cell_of_a_slice_is_its_own(monkeypatch):
+    monkeypatch.setattr(columnar, "_PART_BYTES", 7)
+    for kind in (pa.string(), pa.large_string()):
+        cells = pa.array(["a" * 30, "é" * 20, "b" * 10], kind)[1:]
+        assert "".join(columnar._long_text(cells, 0)) == "é" * 20
 
 
 def test_a_long_cell_that_is_not_utf_8_to_its_end_is_bad(tmp_path, monkeypatch):

@@ -122,7 +122,7 @@ def test_the_hooks_are_removed_if_a_pass_fails(monkeypatch):
     model = make(CONFIGS["gpt_neox"])
     mlsae, reader = make_sae(), ResidualReader(model)
 
-    def fail(_self, _x):
+    def fail(_self, _x, _layers):
         raise RuntimeError("stop")
 
     monkeypatch.setattr(MLSAE, "forward", fail)

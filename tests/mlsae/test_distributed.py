@@ -193,7 +193,7 @@ def test_an_unknown_device_is_named():
 def found_massive(world, model, shards):
     """The rule, its line, and the residuals that this process keeps of 10 rows."""
     mesh = make_mesh(world, torch.device("cpu"), shards, timeout=30) if world.size > 1 else ALONE
-    config = DataConfig(model, "builtin")
+    config = DataConfig(model, "builtin", model_dtype="float32")
     device = torch.device("cpu")
     stream = DataStream(config, read_shape(config), device, mesh, micro_rows=2, whole=False)
     input_ids = torch.arange(640).view(10, 64) % 300 + 10

@@ -271,6 +271,16 @@ def test_a_sparse_topk_sae_does_not_load_one_that_standardizes(tmp_path):
     assert SparseTopKSAE.from_pretrained(tmp_path / "b").b_enc is None
 
 
+def test_a_folder_of_several_runs_is_refused_with_their_names(tmp_path):
+    for name in ("a", "b"):
+        MLSAE(MLSAEConfig(D, M, 3, (0,))).save_pretrained(tmp_path / name)
+    (tmp_path / "a" / "checkpoints").mkdir()
+    (tmp_path / "a" / "checkpoints" / "1.safetensors").touch()
+    with pytest.raises(InputError) as refused:
+        MLSAE.from_pretrained(tmp_path)
+    assert str(refused.value).endswith(f"give one of these: {tmp_path}/a, {tmp_path}/b")
+
+
 def test_a_card_that_is_there_is_kept(tmp_path):
     """And what config.json says beside the config stays with the MLSAE."""
     mlsae = MLSAE(MLSAEConfig(D, M, 3, (0,)))

@@ -3,8 +3,10 @@
 import importlib
 import importlib.util
 import json
+import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,20 @@ def test_the_repository_is_laid_out_as_the_hub_asks(builds):
 def test_a_build_exports_what_the_package_does(loaded):
     assert loaded[0].__all__ == sparse_topk.__all__
     assert not hasattr(loaded[0].SparseTopKSAE, "from_pretrained")
+
+
+def test_the_example_of_the_card_runs(builds, loaded, monkeypatch):
+    card = (builds[0] / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    for shown, small in (('device="cuda"', 'device="cpu"'), ("4096", "64"), ("32768", "256")):
+        assert shown in example
+        example = example.replace(shown, small)
+    hub = types.SimpleNamespace(get_kernel=lambda name, version, trust_remote_code: loaded[0])
+    monkeypatch.setitem(sys.modules, "kernels", hub)
+    scope = {}
+    exec(example, scope)
+    assert scope["codes"].values.shape == (64, 32)
+    assert scope["W_enc"].grad.any()
 
 
 def test_the_kernels_package_loads_it(builds):

@@ -98,6 +98,14 @@ def test_the_decoder_stays_on_the_unit_sphere():
         torch.testing.assert_close(norms, torch.ones(M))
 
 
+def test_a_step_tells_when_each_of_its_stages_ends():
+    laps: list[str] = []
+    state = make()
+    train_step([state, make()], map(unmasked, residuals(0).tensor_split(2, dim=1)), N, laps.append)
+    of_sae = ["encode", "rest of the SAE"]
+    assert laps == 2 * ["model", *of_sae, *of_sae] + ["optimizer"]
+
+
 def test_the_loss_falls():
     state = make()
     losses = [take(state, [residuals(0)], lr=1e-2).loss.item() for _ in range(60)]
