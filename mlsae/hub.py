@@ -199,9 +199,8 @@ class HubFiles(ModelHubMixin):
             hub.pop("config", None)  # the mixin has read it; `formats` reads it anew
             folder = Path(snapshot_download(model_id, allow_patterns=_FILES, **hub))
         saved = formats.read(folder)
-        theirs = saved.settings_of("released")
-        if theirs and "-lens" in Path(model_id).name:
-            theirs["tuned_lens"] = True  # a plain checkpoint's config does not say it
+        if formats.released.had_tuned_lens(saved, model_id):
+            saved.settings_of("released")["tuned_lens"] = True  # what only the name may tell
         return cls.from_saved(saved, device, dtype)
 
 
