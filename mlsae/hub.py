@@ -208,8 +208,10 @@ def _check_one(folder: Path) -> None:
     """Raise InputError if a local folder is no run, and has some in it."""
     if (folder / "config.json").is_file() or not folder.is_dir():
         return
-    inside = [path for path in formats.folders_in(folder) if not path.endswith("checkpoints")]
-    if inside and "." not in inside:
+    inside = [
+        path for path in formats.folders_in(folder) if (folder / path / "config.json").is_file()
+    ]
+    if inside:
         raise InputError(
             f"RUN must be the folder of one MLSAE, and {folder} has none but in folders of its "
             f"own; give one of these: {formats.listed([str(folder / path) for path in inside])}"
