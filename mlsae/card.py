@@ -40,6 +40,7 @@ def model_card(settings: dict[str, Any]) -> ModelCard:
         tags=["arxiv:2409.04185", "interpretability", "mlsae", "sparse-autoencoder"],
     )
     layers = settings.get("layers", ())
+    number, more = how_many_active(settings)
     codes = "k" if settings.get("k_max") is None else "k_max"
     lens = settings.get("lens")
     shape, given = ("(…, d_in)", "") if lens is None else ("(layers, …, d_in)", ", layers")
@@ -48,7 +49,7 @@ def model_card(settings: dict[str, Any]) -> ModelCard:
         f"# A multi-layer SAE of {_named(model)}",
         f"One TopK sparse autoencoder for the residual stream of {_named_layers(layers)} "
         f"([Lawson et al., ICLR 2025]({PAPER})): {settings['n_latents']:,} latents, "
-        f"{settings['k']} of them active for each token and layer{in_the_mean(settings)}.",
+        f"{number} of them active for each token and layer{more}.",
         "```python\nfrom mlsae import MLSAE\n\n"
         'mlsae = MLSAE.from_pretrained("this repository")\n'
         f"values, indices = mlsae.encode(residuals{given})  # {shape} → (…, {codes})\n"
@@ -87,10 +88,17 @@ def layer_range(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-def in_the_mean(settings: dict[str, Any]) -> str:
-    """What is to be said after k by batchtopk; nothing with topk."""
-    k_max = settings.get("k_max")
-    return "" if k_max is None else f" in the mean, {k_max:,} at most (BatchTopK)"
+def how_many_active(settings: dict[str, Any]) -> tuple[str, str]:
+    """How many latents are active, and what is to be said after it by batchtopk and jumprelu; the
+    files of a JumpReLU SAE need not tell more than how many a code has room for."""
+    k, k_max = settings["k"], settings.get("k_max")
+    if k_max is None:
+        return f"{k:,}", ""
+    if settings.get("activation") != "jumprelu":
+        return f"{k:,}", f" in the mean, {k_max:,} at most (BatchTopK)"
+    if k == k_max:
+        return f"at most {k_max:,}", " (JumpReLU)"
+    return f"{k:,}", f" in the mean, {k_max:,} at most (JumpReLU)"
 
 
 def _named_layers(layers: Sequence[int]) -> str:
@@ -101,12 +109,12 @@ def _named_layers(layers: Sequence[int]) -> str:
 def _settings(settings: dict[str, Any]) -> list[tuple[object, ...]]:
     """Rows: what it is, then every setting of its training, then the versions."""
     d_in, n_latents = settings["d_in"], settings["n_latents"]
-    batchtopk = () if settings.get("k_max") is None else ("k_max", "threshold")
+    more = [name for name in ("k_max", "threshold") if settings.get(name) is not None]
     rows: list[tuple[object, ...]] = [
         ("d_in", d_in),
         ("n_latents", f"{n_latents} ({n_latents / d_in:g} × d_in)"),
         ("k", settings["k"]),
-        *((name, settings[name]) for name in batchtopk),
+        *((name, settings[name]) for name in more),
         ("standardize", settings["standardize"]),
         ("model", settings.get("model") or "not known"),
     ]

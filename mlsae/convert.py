@@ -13,6 +13,10 @@ The formats:
     dictionary_learning  ae.pt, config.json: AutoEncoderTopK
     openai               openai/sparse_autoencoder: autoencoder.pt
 
+Read only: Gemma Scope (params.npz, params.safetensors), Llama Scope (hyperparams.json), Qwen-Scope
+(layerN.sae.pt), and of dictionary_learning BatchTopKSAE, MatryoshkaBatchTopKSAE and
+JumpReluAutoEncoder.
+
 The weights stay bit-identical and the outputs the same; an SAE that the target format cannot
 express is an error. What it cannot store (layers, model, settings, counters of dead latents) is
 written beside its files, in mlsae.json and carried.safetensors, and read back from there. Pickled
@@ -74,8 +78,7 @@ def convert(config: ConvertConfig) -> str:
             config.dst.rmdir()
         raise
     lines = [
-        f"{source}: {sae.d_in} inputs, {sae.n_latents:,} latents, k = {sae.k}"
-        f"{'' if sae.k_max is None else f' in the mean, {sae.k_max} at most'}, "
+        f"{source}: {sae.d_in} inputs, {sae.n_latents:,} latents, {_codes(sae)}, "
         f"{'standardized' if sae.standardize else 'plain'} inputs",
         f"{config.to}: {', '.join(str(path) for path in written)}",
     ]
@@ -85,6 +88,12 @@ def convert(config: ConvertConfig) -> str:
             "counters of dead latents), which only --resume reads"
         )
     return "\n".join(lines)
+
+
+def _codes(sae: formats.SavedSAE) -> str:
+    if sae.activation == "jumprelu":
+        return f"JumpReLU with room for {sae.k_max} active ones"
+    return f"k = {sae.k}" + ("" if sae.k_max is None else f" in the mean, {sae.k_max} at most")
 
 
 def main() -> None:

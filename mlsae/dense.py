@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparse_topk import SparseTopKSAE
 
 from .batchtopk import BatchTopKSAE
+from .jumprelu import JumpReLUSAE
 from .model import MLSAE, Standardized
 
 
@@ -76,6 +77,8 @@ class DenseSAE(nn.Module):
         if isinstance(self.sae, BatchTopKSAE):
             activation = "batchtopk"
             kwargs |= {"k_max": self.sae.k_max, "threshold": self.sae.threshold.item()}
+        elif isinstance(self.sae, JumpReLUSAE):
+            activation, kwargs = "jumprelu", {}  # dense activations have room for all
         standardize = self.mlsae is not None and self.mlsae.config.standardize
         return DenseConfig(
             **about,

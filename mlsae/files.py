@@ -66,6 +66,35 @@ def write_file(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
+@contextmanager
+def new_folder(folder: Path, argument: str = "--out") -> Iterator[Path]:
+    """Make `folder` as a whole or not at all:
+
+        with new_folder(folder) as partial:
+            (partial / "name").write_bytes(content)
+
+    Yields the folder to write to, `folder` with ".partial" appended, which becomes `folder` at the
+    end of the block; on an error it is removed. What a killed process left of it is replaced.
+    Raises InputError if `folder`, which `argument` names, has files in it, or cannot be made.
+    """
+    check_folder(folder, argument)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"{argument} must be a new or empty folder, and {folder} is not; choose another"
+        )
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Sync the entries of `folder` to the disk: a file's own sync does not cover its name. Windows
     cannot do that, and there it does nothing."""

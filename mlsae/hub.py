@@ -199,9 +199,8 @@ class HubFiles(ModelHubMixin):
             hub.pop("config", None)  # the mixin has read it; `formats` reads it anew
             folder = Path(snapshot_download(model_id, allow_patterns=_FILES, **hub))
         saved = formats.read(folder)
-        theirs = saved.settings_of("released")
-        if theirs and "-lens" in Path(model_id).name:
-            theirs["tuned_lens"] = True  # a plain checkpoint's config does not say it
+        if formats.released.had_tuned_lens(saved, model_id):
+            saved.settings_of("released")["tuned_lens"] = True  # what only the name may tell
         return cls.from_saved(saved, device, dtype)
 
 
@@ -209,8 +208,10 @@ def _check_one(folder: Path) -> None:
     """Raise InputError if a local folder is no run, and has some in it."""
     if (folder / "config.json").is_file() or not folder.is_dir():
         return
-    inside = [path for path in formats.folders_in(folder) if not path.endswith("checkpoints")]
-    if inside and "." not in inside:
+    inside = [
+        path for path in formats.folders_in(folder) if (folder / path / "config.json").is_file()
+    ]
+    if inside:
         raise InputError(
             f"RUN must be the folder of one MLSAE, and {folder} has none but in folders of its "
             f"own; give one of these: {formats.listed([str(folder / path) for path in inside])}"

@@ -5,7 +5,7 @@ Legend: L layers, N tokens, D inputs, M latents, K active latents per token; "â€
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -21,7 +21,9 @@ from .batchtopk import BatchTopKSAE
 from .distributed import ALONE, Group
 from .errors import InputError
 from .formats import SavedSAE
+from .formats.saved import THRESHOLD
 from .hub import HubFiles
+from .jumprelu import JumpReLUSAE
 from .sharding import ShardedSAE
 
 SIGMA_EPS = 1e-5
@@ -48,13 +50,14 @@ class MLSAEConfig:
     bias: bool = False
     """Whether latents have a bias, `b_enc`. The paper's have none."""
     k_max: int | None = None
-    """The most latents that batchtopk activates per token and layer; None: the activation is
-    topk."""
+    """The most latents active per token and layer, with batchtopk and jumprelu; None with topk."""
+    activation: str = ""
+    """Its name: "topk", "batchtopk" or "jumprelu"; if empty the first, or with k_max the second."""
 
-    @property
-    def activation(self) -> str:
-        """The activation's name: "topk" or "batchtopk"."""
-        return "topk" if self.k_max is None else "batchtopk"
+    def __post_init__(self) -> None:
+        if not self.activation:
+            default = "topk" if self.k_max is None else "batchtopk"
+            object.__setattr__(self, "activation", default)
 
 
 class Standardized(NamedTuple):
@@ -146,7 +149,8 @@ class MLSAE(nn.Module, HubFiles):
         shape = (config.d_in, config.n_latents, config.k)
         self.sae: SparseTopKSAE
         if config.k_max is not None:
-            self.sae = BatchTopKSAE(*shape, config.k_max, bias=config.bias, device=device)
+            kind = JumpReLUSAE if config.activation == "jumprelu" else BatchTopKSAE
+            self.sae = kind(*shape, config.k_max, bias=config.bias, device=device)
         elif shards.size == 1:
             self.sae = SparseTopKSAE(*shape, bias=config.bias, device=device)
         else:
@@ -154,7 +158,7 @@ class MLSAE(nn.Module, HubFiles):
 
     @property
     def threshold(self) -> float | None:
-        """What an activation must exceed, with batchtopk; None with topk."""
+        """What an activation must exceed, with batchtopk; None otherwise."""
         return self.sae.threshold.item() if isinstance(self.sae, BatchTopKSAE) else None
 
     def carry(self, x: Tensor, layers: Layers | None = None) -> Carried:
@@ -200,6 +204,8 @@ class MLSAE(nn.Module, HubFiles):
         """What the files of any format are made of. Collective when sharded, as `weights`."""
         config = self.config
         weights = {name: p.detach().cpu() for name, p in self.weights().items()}
+        if config.activation == "jumprelu":
+            weights[THRESHOLD] = self.sae.get_buffer("threshold").cpu()
         return SavedSAE(
             weights, config.k, config.standardize, config.layers, config.model, self.about,
             k_max=config.k_max, threshold=self.threshold, lens=self.lens,
@@ -222,24 +228,33 @@ class MLSAE(nn.Module, HubFiles):
             saved.model,
             "b_enc" in saved.weights,
             saved.k_max,
+            saved.activation,
         )
         mlsae = cls(config, device="meta", lens=saved.lens and saved.lens.to(device))
         weights = {name: w.to(device, dtype or w.dtype) for name, w in saved.weights.items()}
+        threshold = weights.pop(THRESHOLD, saved.threshold)
         mlsae.sae.load_state_dict(weights, assign=True)
-        if saved.threshold is not None:
-            mlsae.sae.threshold = torch.tensor(saved.threshold, device=device)
+        if threshold is not None:
+            mlsae.sae.threshold = torch.as_tensor(threshold, dtype=torch.float32, device=device)
         mlsae.about = dict(saved.about)
         return mlsae.requires_grad_()
 
 
 def load_sae(
-    path: Path | str, device: torch.device | str = "cpu", *, hookpoint: str | None = None
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    *,
+    hookpoint: str | None = None,
+    k_max: int | None = None,
 ) -> SparseTopKSAE:
-    """The SAE in a folder or file of any of `formats.FORMATS`, or in a repository of the hub (in
-    its folder `hookpoint`, if it has several): ready to use and to train on.
+    """The SAE in a folder or file of any of `formats.FORMATS`, or in a repository of the hub (its
+    part `hookpoint`, if it has several): ready to use and to train on.
 
-    Raises InputError if it cannot be read, or standardizes its inputs, or has a threshold: an MLSAE
-    does that.
+    One with thresholds is a `JumpReLUSAE`, whose codes have room for `k_max` latents; by default
+    four times as many as its files say are active in the mean, and 512 at least.
+
+    Raises InputError if it cannot be read, or standardizes its inputs: an MLSAE does that; or if
+    k_max is not in [1, M], or is given for another activation.
     """
     saved = formats.read(path, hookpoint)
     if saved.standardize:
@@ -247,14 +262,18 @@ def load_sae(
             f"PATH must hold an SAE that takes its inputs as they are, and that in {path} "
             "standardizes them; load it with MLSAE.from_saved(formats.read(PATH))"
         )
-    if saved.k_max is not None:
+    if k_max is not None and saved.activation != "jumprelu":
         raise InputError(
-            f"PATH must hold an SAE that keeps the k largest activations, and that in {path} keeps "
-            "those above a threshold; load it with MLSAE.from_saved(formats.read(PATH))"
+            f"k_max is for SAEs with thresholds that leave open how many latents are active, got "
+            f"{k_max} with {path}, whose activation is {saved.activation}; leave it out"
         )
     if saved.lens is not None:
         raise InputError(
             f"PATH must hold an SAE that takes its inputs as they are, and that in {path} has a "
             "lens; load it with MLSAE.from_saved(formats.read(PATH))"
         )
+    if k_max is not None:
+        if not 1 <= k_max <= saved.n_latents:
+            raise InputError(f"k_max must be in [1, {saved.n_latents}], got {k_max}")
+        saved = replace(saved, k_max=k_max, k=min(saved.k, k_max))
     return MLSAE.from_saved(saved, device).sae

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Test converted SAEs against the real classes of sparsify, SAELens, dictionary_learning and SAEBench.
+# Test converted SAEs and exports against the real classes of sparsify, SAELens, dictionary_learning,
+# SAEBench, sae-probes and delphi.
 #     bash scripts/check_peers.sh [PYTHON]
 # PYTHON belongs to an environment that can run the tests (default: .venv). Each library gets its own
 # environment in the folder $PEERS (default: .venv/peers), which is kept for the next run.
@@ -17,7 +18,7 @@ environment() { # NAME PACKAGE…
 
 environment sparsify eai-sparsify==1.3.3 && touch "$PEERS/sparsify/ready"
 
-environment saelens sae-lens==6.54.12 tabulate
+environment saelens sae-lens==6.54.12 sae-probes==0.4.2 tabulate
 # SAEBench requires older versions of numpy and datasets than SAELens does; the parts tested here need
 # neither.
 "$PEERS/saelens/bin/python" -m pip install --quiet --no-deps sae-bench==0.6.0
@@ -28,5 +29,10 @@ environment dictionary_learning dictionary-learning==0.1.0
 "$PEERS/dictionary_learning/bin/python" -m pip uninstall --quiet --yes torchvision
 touch "$PEERS/dictionary_learning/ready"
 
+environment delphi eai-delphi==0.1.3
+# Its explainers need packages that are built for another torch, which transformers would import.
+"$PEERS/delphi/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+touch "$PEERS/delphi/ready"
+
 cd "$here"
-"$python" -m pytest -p no:benchmark tests/formats/test_peers.py -q -s
+"$python" -m pytest -p no:benchmark tests/formats/test_peers.py tests/exports -q -s

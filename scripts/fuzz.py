@@ -69,7 +69,7 @@ def make_material(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     weights = {"W_enc": draw(24, 6), "W_dec": draw(24, 6), "b_dec": draw(6)}
-    for name in formats.FORMATS:
+    for name in formats.WRITTEN:
         standardize = name in ("mlsae", "released", "openai")
         sae = SavedSAE(weights, 3, standardize, (1,), "builtin", {"training": {"seed": 1}})
         formats.write(sae, folder / "sae" / name, name)

@@ -54,7 +54,7 @@ PATHS = (
     "/dev/null/x", "/proc",  # and not "/": as root the programs would write there
     "run", "other", "damaged", "model",
 )  # fmt: skip
-SAES = (*formats.FORMATS, "saelens5", "converted")  # folders in "sae"
+SAES = (*formats.WRITTEN, "saelens5", "converted")  # folders in "sae"
 # A huge one is right, and takes for ever.
 ENDLESS = {"tokens", "eval_tokens", "keep_checkpoints", "check", "edges"}
 
@@ -125,7 +125,7 @@ def _right_arguments(random: Random, program: str) -> list[str]:
             what = random.choice((["--edges", "3"], ["--latent", "3", "--at_layer", "1"]))
             return [random.choice(("run", "damaged")), "--prompt", "def f(x):", *what, *files]
         case "convert":
-            to = random.choice(list(formats.FORMATS))
+            to = random.choice(list(formats.WRITTEN))
             several = ["sae", "new", "--hookpoint", random.choice(SAES), "--to", to]
             one = [f"sae/{random.choice(SAES)}", "new", "--to", to]
             return random.choice((one, one, several))

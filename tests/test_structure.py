@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"train", "plan", "evaluate", "analyze", "steer", "trace", "compare", "convert"}
+PROGRAMS = {"train", "plan", "evaluate", "analyze", "steer", "trace", "compare", "convert",
+            "export"}  # fmt: skip
 FLOORS = [
     "builtin", "formats", "data", "report", "training", "evaluation", "analysis", "intervention",
-    "planning", "lens", "attribution", "app",
+    "planning", "lens", "attribution", "exports", "app",
 ]  # fmt: skip
 """The packages of mlsae from the ground up: each may import those before it."""
 

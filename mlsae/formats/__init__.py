@@ -21,15 +21,25 @@ import safetensors.torch
 
 from ..errors import InputError
 from ..files import write_file
-from . import dictionary_learning, openai, own, released, saelens, sparsify
+from . import (
+    dictionary_learning,
+    gemmascope,
+    llamascope,
+    openai,
+    own,
+    qwenscope,
+    released,
+    saelens,
+    sparsify,
+)
 from .lens import FILE as LENS
 from .lens import lens_bytes, lens_for, read_lens
 from .remote import folders_in, listed, local_folder
 from .saved import SavedSAE, check_finite, layers_in, object_in, read_json, read_tensors
 
 __all__ = [
-    "FORMATS", "LENS", "SavedSAE", "detect", "folders_in", "lens_bytes", "lens_for", "listed",
-    "local_folder", "read", "read_lens", "write",
+    "FORMATS", "LENS", "WRITTEN", "SavedSAE", "detect", "folders_in", "lens_bytes", "lens_for",
+    "listed", "local_folder", "read", "read_lens", "write",
 ]  # fmt: skip
 
 SETTINGS, CARRIED = "mlsae.json", "carried.safetensors"
@@ -44,17 +54,27 @@ class Format(Protocol):
     def read(self, path: Path, /) -> SavedSAE:
         """Read the SAE at `path`."""
 
+
+class WrittenFormat(Format, Protocol):
+    """What it provides if SAEs are written in it, too."""
+
     def files(self, sae: SavedSAE, /) -> dict[str, bytes]:
         """The files of `sae` in this format, by name."""
 
 
-FORMATS: dict[str, Format] = {
+WRITTEN: dict[str, WrittenFormat] = {
     "mlsae": own,
     "released": released,
     "sparsify": sparsify,
     "saelens": saelens,
     "dictionary_learning": dictionary_learning,
     "openai": openai,
+}
+FORMATS: dict[str, Format] = {
+    "gemmascope": gemmascope,
+    "llamascope": llamascope,
+    "qwenscope": qwenscope,
+    **WRITTEN,  # openai last: any file is taken for it
 }
 
 
@@ -110,9 +130,10 @@ def write(sae: SavedSAE, folder: Path | str, to: str) -> list[Path]:
     nothing, if the format cannot express what the SAE computes.
     """
     if to != "mlsae":
-        sae.require_topk(to)
         sae.require_no_lens(to)
-    folder, files = Path(folder), FORMATS[to].files(sae)
+        if (to, sae.activation) != ("saelens", "jumprelu"):
+            sae.require_topk(to)
+    folder, files = Path(folder), WRITTEN[to].files(sae)
     if to != "mlsae":
         settings: dict[str, Any] = {
             "layers": sae.layers,

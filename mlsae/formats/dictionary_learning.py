@@ -7,8 +7,18 @@ config.json    {trainer: {dict_class: "AutoEncoderTopK", trainer_class: "TopKTra
 
 It applies ReLU before it selects, as sparsify does. AutoEncoderTopK selects by k; `threshold` is a
 running mean that only its `encode(use_threshold=True)` reads, so no output depends on it and it is
-carried along. BatchTopKSAE has the same tensors but selects by `threshold`. Only config.json tells
-the two apart, so it is required. Checked against dictionary-learning 0.1.0.
+carried along. BatchTopKSAE has the same tensors but selects by `threshold`; below 0, as it begins,
+that is ReLU. Only config.json tells the two apart, so it is required.
+
+    dict_class                the tensors of ae.pt                                      read as
+    AutoEncoderTopK           as above                                                  topk
+    BatchTopKSAE              as above                                                  jumprelu
+    MatryoshkaBatchTopKSAE    W_enc (D, M), W_dec (M, D), b_enc (M,), b_dec (D,), k (),
+                              threshold (), group_sizes (G,)                            jumprelu
+    JumpReluAutoEncoder       W_enc (D, M), W_dec (M, D), b_enc (M,), b_dec (D,),
+                              threshold (M,); it does not subtract b_dec                jumprelu
+
+Written as AutoEncoderTopK. Checked against dictionary-learning 0.1.0.
 
 Legend: D inputs, M latents.
 """
@@ -33,6 +43,7 @@ from .saved import (
     rename_weights,
     unsupported,
 )
+from .thresholds import center, thresholded
 
 _NAMES = {
     "encoder.weight": "W_enc",
@@ -40,6 +51,8 @@ _NAMES = {
     "decoder.weight": "W_dec",
     "b_dec": "b_dec",
 }
+_PARAMETERS = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+_CLASSES = ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")
 _THRESHOLD = "dictionary_learning.threshold"
 
 
@@ -49,35 +62,43 @@ def matches(folder: Path) -> bool:
 
 
 def read(folder: Path) -> SavedSAE:
-    """Read the SAE. Raises InputError if it is damaged, or not an AutoEncoderTopK."""
+    """Read the SAE. Raises InputError if it is damaged, or of another class than those above."""
     config = read_json(folder / "config.json")
     trainer = object_in(config, "trainer", folder / "config.json")
-    if trainer.get("dict_class") != "AutoEncoderTopK":
+    kind = trainer.get("dict_class")
+    if kind not in _CLASSES:
         raise unsupported(
-            folder / "config.json", "trainer.dict_class", "'AutoEncoderTopK'",
-            trainer.get("dict_class"), "the other classes have no counterpart here",
+            folder / "config.json", "trainer.dict_class", f"one of {', '.join(_CLASSES)}", kind,
+            "the other classes have no counterpart here",
         )  # fmt: skip
     path = folder / "ae.pt"
     tensors = read_pickle(path)
-    k = tensors.pop("k", trainer.get("k", 0))
+    k = tensors.pop("k", trainer.get("k"))
     if isinstance(k, Tensor):
         k = k.tolist()
     if k != trainer.get("k", k):
         raise InputError(f"k in {path} must be {trainer['k']!r}, as in config.json, got {k!r}")
     threshold = tensors.pop("threshold", None)
-    weights = rename_weights(tensors, _NAMES, path)
-    weights["W_dec"] = weights["W_dec"].T.contiguous()
+    if kind == "MatryoshkaBatchTopKSAE":
+        tensors.pop("group_sizes", None)  # of the training: it decodes with all groups
+    by_rows = kind in ("AutoEncoderTopK", "BatchTopKSAE")
+    weights = rename_weights(tensors, _NAMES if by_rows else _PARAMETERS, path)
+    turned = "W_dec" if by_rows else "W_enc"
+    weights[turned] = weights[turned].T.contiguous()
     submodule = trainer.get("submodule_name")
     residual = layer_of(submodule)
-    return SavedSAE(
-        weights,
-        k,
-        standardize=False,
-        layers=() if residual is None else (residual,),
-        model=trainer.get("lm_name") or "",
-        about={"dictionary_learning": config, **place(submodule)},
-        carried={_THRESHOLD: threshold} if isinstance(threshold, Tensor) else {},
-    )
+    told: dict[str, Any] = {
+        "standardize": False,
+        "layers": () if residual is None else (residual,),
+        "model": trainer.get("lm_name") or "",
+        "about": {"dictionary_learning": config, **place(submodule)},
+    }
+    if kind == "AutoEncoderTopK":
+        carried = {_THRESHOLD: threshold} if isinstance(threshold, Tensor) else {}
+        return SavedSAE(weights, 0 if k is None else k, carried=carried, **told)
+    if kind == "JumpReluAutoEncoder":
+        weights = center(weights)
+    return SavedSAE(**thresholded(weights, threshold, path, k), **told)
 
 
 def files(sae: SavedSAE) -> dict[str, bytes]:

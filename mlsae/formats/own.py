@@ -2,10 +2,11 @@
 
 config.json          {d_in, n_latents, k, bias}; for an MLSAE also {layers, standardize, model} and
                      anything else known: training, versions, heldout; for one of batchtopk also
-                     {activation: "batchtopk", k_max, threshold}; for one with a lens {lens:
-                     its kind, its model, …, and the SHA-256 of its maps}
+                     {activation: "batchtopk", k_max, threshold}, of jumprelu {activation, k_max};
+                     for one with a lens {lens: its kind, its model, …, and the SHA-256 of its maps}
 lens.safetensors     the lens, if there is one: see `lens`
-model.safetensors    W_enc (M, D), W_dec (M, D), b_dec (D,) and, with `bias`, b_enc (M,)
+model.safetensors    W_enc (M, D), W_dec (M, D), b_dec (D,), with `bias`, b_enc (M,) and, of
+                     jumprelu, threshold () or (M,)
 
 Legend: D inputs, M latents.
 """
@@ -21,10 +22,10 @@ import safetensors.torch
 from ..basis import Lens
 from ..errors import InputError
 from . import lens as lenses
-from .saved import SavedSAE, layers_in, object_in, read_json, read_tensors
+from .saved import THRESHOLD, SavedSAE, layers_in, object_in, read_json, read_tensors
 
-_BATCHTOPK = ("activation", "k_max", "threshold")
-CONFIG = ("d_in", "n_latents", "k", "layers", "standardize", "model", "bias", "lens", *_BATCHTOPK)
+_THRESHOLDED = ("activation", "k_max", "threshold")
+CONFIG = ("d_in", "n_latents", "k", "layers", "standardize", "model", "bias", "lens", *_THRESHOLDED)
 
 
 def matches(folder: Path) -> bool:
@@ -36,21 +37,27 @@ def matches(folder: Path) -> bool:
 def read(folder: Path) -> SavedSAE:
     """Read the SAE. Raises InputError if a file is missing or damaged, or the files disagree."""
     config = read_json(folder / "config.json")
-    if config.get("activation", "topk") not in ("topk", "batchtopk"):
+    activation = config.get("activation", "topk")
+    if activation not in ("topk", "batchtopk", "jumprelu"):
         raise InputError(
-            f"activation in {folder / 'config.json'} must be topk or batchtopk, got "
-            f"{config['activation']!r}"
+            f"activation in {folder / 'config.json'} must be topk, batchtopk or jumprelu, got "
+            f"{activation!r}"
         )
-    is_topk = config.get("activation", "topk") == "topk"
+    weights = read_tensors(folder / "model.safetensors")
+    if (activation == "jumprelu") != (THRESHOLD in weights):
+        raise InputError(
+            f"threshold must be in {folder / 'model.safetensors'} if and only if the activation in "
+            f"config.json is jumprelu, got {activation}"
+        )
     sae = SavedSAE(
-        read_tensors(folder / "model.safetensors"),
+        weights,
         config.get("k", 0),
         config.get("standardize", False),  # absent for a SparseTopKSAE, which never standardizes
         layers_in(config, folder / "config.json"),
         config.get("model", ""),
         {name: value for name, value in config.items() if name not in CONFIG},
-        k_max=None if is_topk else config.get("k_max", 0),
-        threshold=None if is_topk else config.get("threshold", -1),
+        k_max=None if activation == "topk" else config.get("k_max", 0),
+        threshold=config.get("threshold", -1) if activation == "batchtopk" else None,
         lens=_lens(folder, object_in(config, "lens", folder / "config.json")),
     )
     for name in ("d_in", "n_latents"):
@@ -65,7 +72,11 @@ def read(folder: Path) -> SavedSAE:
 def files(sae: SavedSAE) -> dict[str, bytes]:
     """The files of `sae`, by name."""
     weights = {name: w.contiguous() for name, w in sae.weights.items()}
-    batchtopk = {"activation": "batchtopk", "k_max": sae.k_max, "threshold": sae.threshold}
+    more: dict[str, Any] = {} if sae.k_max is None else {"activation": sae.activation}
+    if sae.k_max is not None:
+        more["k_max"] = sae.k_max
+    if sae.threshold is not None:
+        more["threshold"] = sae.threshold
     config = {
         "d_in": sae.d_in,
         "n_latents": sae.n_latents,
@@ -74,7 +85,7 @@ def files(sae: SavedSAE) -> dict[str, bytes]:
         "standardize": sae.standardize,
         "model": sae.model,
         "bias": "b_enc" in sae.weights,
-        **(batchtopk if sae.k_max is not None else {}),
+        **more,
         **({"lens": {**sae.lens.about, "sha256": sae.lens.digest}} if sae.lens else {}),
         **sae.about,
     }

@@ -72,6 +72,13 @@ def read(folder: Path) -> SavedSAE:
     )
 
 
+def had_tuned_lens(sae: SavedSAE, name: str) -> bool:
+    """Whether the checkpoint `name` was trained on residuals that a tuned lens had transformed. Of
+    a plain one, only the name tells it."""
+    theirs = sae.settings_of("released")
+    return bool(theirs) and (bool(theirs.get("tuned_lens")) or "-lens" in Path(name).name)
+
+
 def files(sae: SavedSAE) -> dict[str, bytes]:
     """The files of `sae` as a plain checkpoint, by name. Raises InputError if latents have a bias.
 

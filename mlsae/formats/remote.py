@@ -1,4 +1,5 @@
-"""SAEs of other libraries on the Hugging Face hub, one of a repository's folders at a time."""
+"""SAEs of other libraries on the Hugging Face hub, one of a repository's folders at a time; or one
+of its files, where each is an SAE of its own (layer12.sae.pt)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from huggingface_hub import HfApi, snapshot_download
 from ..errors import InputError, first_line
 
 _SHOWN = 24  # hookpoints in a message
-_DEPTH = 2  # folders between a local folder and the weights in it
+_DEPTH = 3  # folders between a local folder and the weights in it
+_WEIGHTS = (".safetensors", ".pt", ".npz")
+_INNER = "checkpoints"  # a folder of an SAE's own: of Llama Scope, with the weights in it
+_ALONE = ".sae.pt"  # the end of a file that is an SAE by itself
 
 
 def local_folder(name: Path | str, hookpoint: str | None = None) -> Path:
@@ -33,11 +37,11 @@ def local_folder(name: Path | str, hookpoint: str | None = None) -> Path:
         only: dict[str, Any] = (
             {"ignore_patterns": ["*/*"]}
             if folder == "."
-            else {"allow_patterns": [glob.escape(folder) + "/*"]}
+            else {"allow_patterns": [glob.escape(folder) + ("" if _is_file(folder) else "/*")]}
         )
         snapshot = Path(snapshot_download(text, **only))
         found = snapshot / folder
-        inside = found.is_dir() and found.resolve().is_relative_to(snapshot.resolve())
+        inside = found.exists() and found.resolve().is_relative_to(snapshot.resolve())
         folders = [] if inside else _folders(text)
     except InputError:
         raise
@@ -49,7 +53,7 @@ def local_folder(name: Path | str, hookpoint: str | None = None) -> Path:
     if not inside:
         raise InputError(
             f"--hookpoint must be a folder of {text}, got {hookpoint!r}; its SAEs are: "
-            f"{listed(folders)}"
+            f"{listed(_below(hookpoint, folders))}"
         )
     return found
 
@@ -66,7 +70,7 @@ def _folder_in(path: Path, hookpoint: str) -> Path:
     if hookpoint not in folders:
         raise InputError(
             f"--hookpoint must be a folder of {path} that holds an SAE, got {hookpoint!r}; its "
-            f"SAEs are: {listed(folders) or 'none'}"
+            f"SAEs are: {listed(_below(hookpoint, folders)) or 'none'}"
         )
     return path / hookpoint
 
@@ -77,9 +81,28 @@ def _folders(name: str) -> list[str]:
 
 
 def _with_weights(files: Iterable[PurePath]) -> list[str]:
-    """The folders of those of `files` that hold weights, layers.2 before layers.10."""
-    folders = {file.parent.as_posix() for file in files if file.suffix in (".safetensors", ".pt")}
+    """The folders of those of `files` that hold weights, and the files that are SAEs alone;
+    layers.2 before layers.10."""
+    weights = [file for file in files if file.suffix in _WEIGHTS]
+    folders = {_sae_of(file).as_posix() for file in weights}
     return sorted(folders, key=lambda name: [(len(p), p) for p in re.split(r"([0-9]+)", name)])
+
+
+def _sae_of(file: PurePath) -> PurePath:
+    """The folder, or the file, that an SAE with the weights `file` is named by."""
+    if _is_file(file.name):
+        return file
+    return file.parent.parent if file.parent.name == _INNER else file.parent
+
+
+def _is_file(hookpoint: str) -> bool:
+    return hookpoint.endswith(_ALONE)
+
+
+def _below(hookpoint: str | None, folders: list[str]) -> list[str]:
+    """Those of `folders` in the folder `hookpoint`, if there are any; else all."""
+    inside = [name for name in folders if name.startswith(f"{hookpoint}/")]
+    return inside or folders
 
 
 def _only_folder(name: str) -> str:

@@ -21,6 +21,7 @@ from ..basis import Lens
 from ..errors import InputError, first_line
 
 WEIGHTS = ("W_enc", "W_dec", "b_dec")  # and b_enc, if latents have a bias
+THRESHOLD = "threshold"  # the weight that an SAE of jumprelu has in addition
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,19 @@ class SavedSAE:
         x̃ = (x − μ) / (σ + 1e-5) with `standardize`, else x
         x̂ = Σ ReLU(TopK(W_enc (x̃ − b_dec) + b_enc)) · W_dec rows + b_dec, de-standardized
 
-    and with `k_max`, TopK is of the k_max largest, of which those above `threshold` stay.
+    With `k_max` and `threshold` (batchtopk), TopK is of the k_max largest, of which those above
+    `threshold` stay. With the weight "threshold", θ, (jumprelu), a latent is active where its score
+    exceeds θ ≥ 0, and k_max is how many a sparse code has room for.
 
     Raises InputError if the shapes of the weights do not match, k is not in [1, M], or a setting
     is of the wrong type, as in a damaged file.
     """
 
     weights: dict[str, Tensor]
-    """W_enc (M, D), W_dec (M, D), b_dec (D,) and, if latents have a bias, b_enc (M,); in the
-    files' dtype."""
+    """W_enc (M, D), W_dec (M, D), b_dec (D,), if latents have a bias b_enc (M,), and of jumprelu
+    threshold () or (M,); in the files' dtype."""
     k: int
-    """Active latents per token; with k_max, their mean."""
+    """Active latents per token; with k_max, their mean; of jumprelu k_max, if no file tells it."""
     standardize: bool
     """Whether each vector is standardized before encoding."""
     layers: tuple[int, ...] = ()
@@ -53,15 +56,15 @@ class SavedSAE:
     carried: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that no output depends on, such as counters of dead latents: "format.name"."""
     k_max: int | None = None
-    """The most active latents per token, with batchtopk; None with topk."""
+    """The most active latents per token, with batchtopk and jumprelu; None with topk."""
     threshold: float | None = None
-    """What an activation must exceed, with batchtopk; None with topk."""
+    """What an activation must exceed, with batchtopk; None otherwise."""
     lens: Lens | None = None
     """What carries each layer's residuals x into the basis that it works in, if that is another."""
 
     def __post_init__(self) -> None:
         missing = [name for name in WEIGHTS if name not in self.weights]
-        extra = [name for name in self.weights if name not in (*WEIGHTS, "b_enc")]
+        extra = [name for name in self.weights if name not in (*WEIGHTS, "b_enc", THRESHOLD)]
         if missing or extra:
             raise InputError(
                 f"an SAE must have the weights {', '.join(WEIGHTS)} and b_enc or none, and it "
@@ -69,13 +72,14 @@ class SavedSAE:
             )
         W_enc = self.weights["W_enc"]
         M, D = W_enc.shape if W_enc.ndim == 2 and W_enc.numel() else (-1, -1)
-        shapes = {"W_enc": (M, D), "W_dec": (M, D), "b_dec": (D,), "b_enc": (M,)}
+        shapes = {"W_enc": (M, D), "W_dec": (M, D), "b_dec": (D,), "b_enc": (M,), THRESHOLD: (M,)}
         if M < 1:
             raise InputError(
                 f"W_enc must have latents and inputs, (M, D), got {tuple(W_enc.shape)}"
             )
         for name, weight in self.weights.items():
-            if tuple(weight.shape) != shapes[name]:
+            one_for_all = name == THRESHOLD and weight.ndim == 0
+            if tuple(weight.shape) != shapes[name] and not one_for_all:
                 raise InputError(
                     f"{name} must have the shape {shapes[name]} to match W_enc, "
                     f"got {tuple(weight.shape)}"
@@ -91,10 +95,17 @@ class SavedSAE:
         ):
             if not holds:
                 raise InputError(f"{name} must be {rule}, got {getattr(self, name)!r}")
-        if self.k_max is not None or self.threshold is not None:
+        if self.activation != "topk":
             self._check_threshold()
         if self.lens is not None and self.lens.d_in != D:
             raise InputError(f"the lens must be of width {D}, as the SAE, got {self.lens.d_in}")
+
+    @property
+    def activation(self) -> str:
+        """The activation's name: "topk", "batchtopk" or "jumprelu"."""
+        if THRESHOLD in self.weights:
+            return "jumprelu"
+        return "topk" if self.k_max is None and self.threshold is None else "batchtopk"
 
     def _check_threshold(self) -> None:
         if not is_integer(self.k_max) or not self.k <= self.k_max <= self.n_latents:
@@ -102,6 +113,10 @@ class SavedSAE:
                 f"k_max must be in [{self.k}, {self.n_latents}] (k to the number of latents), got "
                 f"{self.k_max!r}"
             )
+        if self.activation == "jumprelu":
+            if (self.weights[THRESHOLD] < 0).any():
+                raise InputError("threshold must be 0 or more, since ReLU makes 0 of what is less")
+            return
         is_number = is_integer(self.threshold) or isinstance(self.threshold, float)
         if not is_number or not 0 <= self.threshold < math.inf:  # type: ignore[operator]
             raise InputError(f"threshold must be a number, 0 or more, got {self.threshold!r}")
@@ -146,6 +161,12 @@ class SavedSAE:
 
     def require_topk(self, to: str) -> None:
         """Raise InputError if the SAE has a threshold, which format `to` cannot express."""
+        if self.activation == "jumprelu":
+            raise InputError(
+                f"--to {to} must not be given for an SAE of the activation jumprelu, since that "
+                "format keeps the k largest, and the outputs would differ; give --to mlsae or "
+                "saelens"
+            )
         if self.k_max is not None:
             raise InputError(
                 f"--to {to} must not be given for an SAE of --sae.activation batchtopk, since that "

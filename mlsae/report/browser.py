@@ -14,6 +14,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from ..errors import InputError, first_line
 from .labels import Labels, shown_labels
 from .pack import pack_json, rounded
 from .run_data import Analysis
@@ -102,8 +103,14 @@ class _ExampleOrder:
     """The examples, sorted by their latent's place in the list and their rank in that latent."""
 
     def __init__(self, analysis: Analysis, listed: Integers) -> None:
-        # Contiguous, since rows are taken from it hundreds of times.
-        self.table = pyarrow.parquet.read_table(analysis.examples).combine_chunks()
+        try:
+            table = pyarrow.parquet.read_table(analysis.examples)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise InputError(
+                f"{analysis.examples} cannot be read: {first_line(error)}; measure it again with "
+                "mlsae.analyze"
+            ) from error
+        self.table = table.combine_chunks()  # since rows are taken from it hundreds of times
         check_example_values(self.table, analysis.latents.num_rows, str(analysis.examples))
         latent = self.table["latent"].to_numpy()
         layer = self.table["layer"].to_numpy()

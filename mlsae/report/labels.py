@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import threading
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,43 @@ def write_label(folder: Path, latent: int, label: str, notes: str) -> Labels:
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 labels[latent] = {"label": label, "notes": notes, "changed": now}
             labels = dict(sorted(labels.items()))
-            content = {str(each): entry for each, entry in labels.items()}
-            text = json.dumps(content, indent=1, ensure_ascii=False)
-            write_file(folder / LABELS, text.encode("utf-8", "replace"))
+            _write(folder, labels)
     except OSError as error:
-        raise InputError(
-            f"labels must be written to {folder / LABELS}, and cannot be: {first_line(error)}"
-        ) from error
+        raise _unwritable(folder, error) from error
     return labels
+
+
+def add_labels(folder: Path, found: Mapping[int, tuple[str, str]]) -> int:
+    """Give each latent of `found` its label and notes there, but those that have some keep them:
+    how many were given.
+
+    Raises InputError if the file is damaged, or the folder cannot be written to.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        with _one_at_a_time, locked(folder, _PATIENCE):
+            labels = read_labels(folder)
+            new = {
+                latent: {"label": label, "notes": notes, "changed": now}
+                for latent, (label, notes) in found.items()
+                if latent not in labels
+            }
+            _write(folder, labels | new)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return len(new)
+
+
+def _write(folder: Path, labels: Labels) -> None:
+    content = {str(latent): entry for latent, entry in sorted(labels.items())}
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_file(folder / LABELS, text.encode("utf-8", "replace"))
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"labels must be written to {folder / LABELS}, and cannot be: {first_line(error)}"
+    )
 
 
 def labels_csv(labels: Labels) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ..card import in_the_mean, layer_range
+from ..card import how_many_active, layer_range
 from ..data.sinks import DropRule, describe_top_share
 from ..files import write_file
 from ..metrics import mean_layer, normalized_entropy
@@ -113,11 +113,12 @@ def _column_note(run: RunData) -> str:
 
 def _facts(run: RunData) -> dict[str, str]:
     config = run.config
+    number, more = how_many_active(config)
     facts = {
         "model": run.model,
         "layers": layer_range(run.layers) or "not named",  # in the files of some libraries
         "latents": f"{config['n_latents']:,} ({run.expansion:g} × d_model)",
-        "k": f"{config['k']:,} active per token and layer{in_the_mean(config)}",
+        "k": f"{number} active per token and layer{more}",
     }
     if lens := config.get("lens"):
         facts["basis"] = f"the last layer's, by a lens ({lens.get('kind')}); the curves of training"

@@ -39,6 +39,11 @@ def load_initial(configs: Sequence[TrainConfig]) -> SavedSAE | None:
         )
     saved = read_initial(name)
     check_residual(saved.about, f"--init_from {name}")
+    if saved.activation == "jumprelu":
+        raise InputError(
+            f"--init_from must be an SAE of topk or batchtopk, which are what is trained here, and "
+            f"{name} has a threshold per latent (jumprelu); load_sae uses it as it is"
+        )
     return saved
 
 

@@ -28,7 +28,7 @@ def sized_as_init(default: TrainArguments, arguments: Sequence[str]) -> TrainArg
     with suppress(InputError):  # training says what is wrong, in one line for all processes
         saved = read_initial(given.init_from)
         sizes: dict[str, Any] = {"k": (saved.k,), "standardize": saved.standardize}
-        if saved.k_max is not None:
+        if saved.activation == "batchtopk":
             sizes |= {"activation": "batchtopk", "k_max": saved.k_max}
         expansion, rest = divmod(saved.n_latents, saved.d_in)
         if not rest:

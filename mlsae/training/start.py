@@ -17,7 +17,7 @@ from ..data.model_id import check_lens_model
 from ..data.stream import DataStream, Shape
 from ..distributed import ALONE, Group, Mesh, log_rank0
 from ..errors import InputError
-from ..formats import SavedSAE, read_lens
+from ..formats import SavedSAE, read_lens, released
 from ..model import MLSAE, MLSAEConfig
 from .init import FirstBatch, draw_linear_, fit_scale_, init_stats
 from .init_from import set_weights
@@ -66,6 +66,13 @@ def lens_of(config: TrainConfig, shape: Shape, initial: SavedSAE | None) -> Lens
         log_rank0(
             f"lens: {lens.about.get('kind')}; condition numbers up to {lens.condition[worst]:.3g} "
             f"(layer {worst}), so much more may an error weigh on the way back"
+        )
+    name = config.init_from or ""
+    if initial is not None and initial.lens is None and released.had_tuned_lens(initial, name):
+        raise InputError(
+            f"--init_from must hold its lens, and {name}, which was trained with one, does not; "
+            "save it with that: MLSAE.from_pretrained(NAME, lens=FOLDER).save_pretrained(RUN), and "
+            "give --init_from RUN --lens RUN"
         )
     if initial is not None and (initial.lens and initial.lens.digest) != (lens and lens.digest):
         has = "another lens" if initial.lens else "no lens"

@@ -240,8 +240,8 @@ def test_a_folder_of_several_seeds_names_its_runs(seeds):
     result = program(seeds, *ANALYZED, module="mlsae.analyze")
     assert result.returncode == 2
     error = result.stderr.strip().splitlines()[-1]
-    assert error.startswith("error: RUN must be the folder of a trained MLSAE")
-    assert "one of: x2-k8-s0, x2-k8-s1" in error
+    assert error.startswith("error: RUN must be the folder of one MLSAE")
+    assert f"{seeds / 'x2-k8-s0'}, {seeds / 'x2-k8-s1'}" in error
 
 
 def test_only_runs_of_other_seeds_are_siblings(seeds, tmp_path):

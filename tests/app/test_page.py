@@ -95,7 +95,7 @@ def test_a_prompt_is_read_steered_and_its_latent_labeled(reader, site):
     reader.until(f"document.querySelector('.written [name=label]').value === {json.dumps(NASTY)}")
     assert reader.find("onerror") == 1
     assert reader.texts("#rows .label") == [NASTY]
-    assert reader.js("return document.documentElement.scrollWidth <= innerWidth")
+    reader.until("document.documentElement.scrollWidth <= innerWidth")  # once plots are drawn
     assert "pwned" not in reader.driver.title
     assert not reader.complaints(url)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlsae import MLSAE, formats, load_sae
 from mlsae.convert import ConvertConfig, convert
 from mlsae.errors import InputError
-from mlsae.formats import FORMATS, SavedSAE
+from mlsae.formats import SavedSAE
 from tests.helpers.peer_files import D, K, M, build, load, sae, same, save
 
 N = 40
@@ -67,8 +67,8 @@ def test_a_round_trip_keeps_every_bit(tmp_path, name, dtype):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from(list(FORMATS)), st.integers(1, 9), st.integers(1, 20), st.data(), st.booleans(),
-    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(["mlsae", *PEERS]), st.integers(1, 9), st.integers(1, 20), st.data(),
+    st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
 def test_ours_to_theirs_and_back(tmp_path_factory, name, D, M, data, bias, dtype):
     weights = sae(data.draw(st.integers(0, 99)), D, M, dtype)
@@ -129,12 +129,11 @@ def test_plain_inputs_and_biases_are_refused_if_the_format_cannot_express_them(t
         ("sparsify", "cfg.json", {"transcode": True}),
         ("sparsify", "cfg.json", {"skip_connection": True}),
         ("sparsify", "cfg.json", {"k": M + 1}),
-        ("saelens", "cfg.json", {"architecture": "jumprelu"}),
+        ("saelens", "cfg.json", {"architecture": "gated"}),
         ("saelens", "cfg.json", {"normalize_activations": "constant_norm_rescale"}),
         ("saelens", "cfg.json", {"reshape_activations": "hook_z"}),
-        ("saelens", "cfg.json", {"apply_b_dec_to_input": False}),
         ("saelens", "cfg.json", {"rescale_acts_by_decoder_norm": True}),
-        ("dictionary_learning", "config.json", {"trainer": {"dict_class": "BatchTopKSAE"}}),
+        ("dictionary_learning", "config.json", {"trainer": {"dict_class": "GatedAutoEncoder"}}),
         ("dictionary_learning", "config.json", {"trainer": {}}),
         ("dictionary_learning", "ae.pt", {"k": torch.tensor(K + 1)}),
         ("openai", "autoencoder.pt", {"activation": "ReLU"}),

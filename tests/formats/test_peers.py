@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mlsae import MLSAE, DenseSAE, formats
+from mlsae import MLSAE, DenseSAE, MLSAEConfig, formats
 from mlsae.formats import SavedSAE
 from tests.helpers.peer_files import sae
 
@@ -64,6 +64,30 @@ def test_outputs_agree_in_both_directions(tmp_path, library):
         assert torch.equal(f > 0, theirs["f"] > 0)
 
 
+@pytest.mark.parametrize(("library", "n_kinds"), [("saelens", 11), ("dictionary_learning", 4)])
+def test_their_saes_with_thresholds_compute_the_same_here(tmp_path, library, n_kinds):
+    """Sparse and dense activations, and reconstructions; the codes are as wide as the SAE."""
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(0)) * 2 + 1
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    run(python_of(library), HELPERS / "peer_thresholds.py", library, tmp_path)
+    kinds = [path.stem for path in tmp_path.glob("*.path")]
+    assert len(kinds) == n_kinds
+    for kind in kinds:
+        theirs = load_file(tmp_path / f"{kind}.safetensors")
+        mlsae = MLSAE.from_saved(formats.read(tmp_path / (tmp_path / f"{kind}.path").read_text()))
+        values, indices = mlsae.encode(x)
+        sparse = torch.zeros_like(theirs["f"]).scatter(1, indices, values)
+        view = DenseSAE(mlsae)
+        found = ((sparse, "f"), (view.encode(x), "f"), (view(x), "x_hat"), (mlsae(x), "x_hat"))
+        errors = [
+            ((actual - theirs[name]).abs().max() / theirs[name].abs().max()).item()
+            for actual, name in found
+        ]
+        print(f"{library}, {kind}: largest differences {', '.join(f'{e:.1e}' for e in errors)}")
+        assert max(errors) < 1e-5, "relative to the largest output"
+        assert torch.equal(sparse > 0, theirs["f"] > 0)
+
+
 def test_saebench_takes_the_dense_view():
     """SAEBench's check of norms, its test of an SAE in a transformer, its metrics of weights."""
     out = run(
@@ -72,3 +96,16 @@ def test_saebench_takes_the_dense_view():
     )  # fmt: skip
     assert "average l0: 6.0" in out
     assert out.endswith("ok\n")
+
+
+def test_sae_probes_takes_the_dense_view(tmp_path):
+    """Its probes of one latent and of 16, on a dataset that it ships. Even an SAE that was not
+    trained has a latent that tells its classes."""
+    torch.manual_seed(0)
+    MLSAE(MLSAEConfig(192, 512, 16, (1, 3), model="builtin")).save_pretrained(tmp_path / "run")
+    out = run(
+        python_of("saelens"), HELPERS / "peer_probes.py", tmp_path / "run", 3,
+        PYTHONPATH=f"{ROOT}/kernels:{ROOT}",
+    )  # fmt: skip
+    print(out[out.index("k = 1:") :])
+    assert all(float(line.split()[-1]) > 0.6 for line in out.splitlines() if line.startswith("k ="))

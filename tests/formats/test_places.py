@@ -117,7 +117,7 @@ def test_the_name_of_a_place_is_kept_where_it_is_right(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation_fn_str": "relu"}, "activation_fn_str"),
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn_str"),
         ({"architecture": "gated"}, "activation_fn_str .* gated"),
         ({"architecture": "jumprelu"}, "jumprelu"),
         ({"normalize_activations": "expected_average_only_in"}, "normalize_activations"),
@@ -268,7 +268,9 @@ def test_one_of_several_saes_in_a_folder(tmp_path):
     there = "layers.2, layers.10, resid/trainer_0$"
     with pytest.raises(InputError, match=rf"give --hookpoint, one of: {there}"):
         formats.read(tmp_path)
-    for wrong in ("layers.3", "", "resid", "..", "../x", "layers.2/", str(tmp_path)):
+    with pytest.raises(InputError, match=r"got 'resid'; its SAEs are: resid/trainer_0$"):
+        formats.read(tmp_path, "resid")
+    for wrong in ("layers.3", "", "..", "../x", "layers.2/", str(tmp_path)):
         with pytest.raises(InputError, match=rf"must be a folder of .* its SAEs are: {there}"):
             formats.read(tmp_path, wrong)
     with pytest.raises(InputError, match="its SAEs are: none"):

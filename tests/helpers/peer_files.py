@@ -26,8 +26,12 @@ def sae(seed=0, D=D, M=M, dtype=torch.float32):
 def build(name, folder, weights):
     """Write the files of format `name`, with its own config and counters."""
     w = {key: value.clone() for key, value in weights.items()}
-    folder.mkdir(parents=True)
-    for file, content in FILES[name](w).items():
+    return write(folder, FILES[name](w))
+
+
+def write(folder, files):
+    for file, content in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         save(folder / file, content)
     return folder
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch.multiprocessing
 
+from mlsae.data import dtypes
+
 SMALL = (
     "--tokens 4000 --batch_tokens 512 --seq_len 64 --sae.expansion 2 --sae.k 8 "
     "--eval_tokens 512 --log_tokens 1000"
@@ -54,6 +56,7 @@ def _run(command, environment, cwd, files, before):
     os.chdir(cwd)
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    dtypes.multiplies_bfloat16 = lambda: False  # as in the tests' own process, by conftest
     if before is not None:
         before()
     _, _, module, *arguments = command

@@ -13,11 +13,14 @@ import safetensors.torch
 import torch
 
 from mlsae import MLSAE, MLSAEConfig, formats, load_sae
+from mlsae.config import TrainConfig
 from mlsae.data.config import DataConfig
 from mlsae.data.model_id import check_lens_model, model_id
 from mlsae.data.residuals import ResidualReader
+from mlsae.data.stream import Shape
 from mlsae.errors import InputError
 from mlsae.evaluation.trained import load_run
+from mlsae.training.start import lens_of
 from tests.helpers.lenses import random_lens, save_tuned_lens, translators
 from tests.helpers.models import CONFIGS, make
 
@@ -199,6 +202,18 @@ def test_a_lens_checkpoint_without_its_lens_is_told(tmp_path):
     with_lens(None).save_pretrained(tmp_path / "run", training={"dataset": "builtin"})
     with pytest.raises(InputError, match="was trained without one; leave it out"):
         load_run(tmp_path / "run", CPU, tmp_path / "lens")
+
+
+def test_training_goes_on_from_a_lens_checkpoint_only_with_its_lens(tmp_path):
+    folder, _ = released(tmp_path / "mlsae-model-x4-k4-lens")
+    shape = Shape(D, (0, 1, 2), 64)
+    config = TrainConfig(DataConfig("lab/model"), init_from=str(folder))
+    with pytest.raises(InputError, match=r"--init_from must hold its lens, and .* does not; save"):
+        lens_of(config, shape, formats.read(folder))
+    lens = save_tuned_lens(tmp_path / "lens", L, D)
+    MLSAE.from_pretrained(folder, lens=lens).save_pretrained(tmp_path / "run")
+    kept = replace(config, init_from=str(tmp_path / "run"), lens=tmp_path / "run")
+    assert lens_of(kept, shape, formats.read(tmp_path / "run")).layers == (0, 1, 2)
 
 
 def test_a_lens_of_another_model_is_refused(tmp_path):
