@@ -29,10 +29,11 @@ def reader(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The address, and the folders of two runs, of which the second is not analyzed."""
+    """The address, and the folders of two runs with long names, of which the second is not
+    analyzed."""
     runs = [
-        app_run(tmp_path_factory.mktemp(name), analyzed=name == "analyzed")
-        for name in ("analyzed", "plain")
+        app_run(tmp_path_factory.mktemp(name + "-with-a-long-name" * 4), analyzed=not i)
+        for i, name in enumerate(("analyzed", "plain"))
     ]
     with served(*runs) as (_, port):
         yield f"http://127.0.0.1:{port}/", runs
@@ -95,7 +96,7 @@ def test_a_prompt_is_read_steered_and_its_latent_labeled(reader, site):
     reader.until(f"document.querySelector('.written [name=label]').value === {json.dumps(NASTY)}")
     assert reader.find("onerror") == 1
     assert reader.texts("#rows .label") == [NASTY]
-    reader.until("document.documentElement.scrollWidth <= innerWidth")  # once plots are drawn
+    reader.until("document.documentElement.scrollWidth <= innerWidth")
     assert "pwned" not in reader.driver.title
     assert not reader.complaints(url)
 
