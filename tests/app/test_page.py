@@ -97,6 +97,8 @@ def test_a_prompt_is_read_steered_and_its_latent_labeled(reader, site):
     assert reader.find("onerror") == 1
     assert reader.texts("#rows .label") == [NASTY]
     reader.until("document.documentElement.scrollWidth <= innerWidth")
+    reader.until("document.getElementById('histogram-plot').dataset.drawn")
+    assert reader.js("return document.getElementById('histogram-plot').offsetHeight") > 300
     assert "pwned" not in reader.driver.title
     assert not reader.complaints(url)
 
