@@ -98,7 +98,12 @@ def test_a_prompt_is_read_steered_and_its_latent_labeled(reader, site):
     assert reader.texts("#rows .label") == [NASTY]
     reader.until("document.documentElement.scrollWidth <= innerWidth")
     reader.until("document.getElementById('histogram-plot').dataset.drawn")
-    assert reader.js("return document.getElementById('histogram-plot').offsetHeight") > 300
+    turned = {"width": 600, "height": 390, "deviceScaleFactor": 1, "mobile": False}
+    reader.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", turned)
+    reader.until("document.querySelector('#histogram-plot .main-svg').clientWidth > 400")
+    caption = "document.querySelector('#histogram-plot + figcaption').getBoundingClientRect().top"
+    plot = "document.querySelector('#histogram-plot .main-svg').getBoundingClientRect().bottom"
+    assert reader.js(f"return {caption} - {plot}") > -5
     assert "pwned" not in reader.driver.title
     assert not reader.complaints(url)
 
