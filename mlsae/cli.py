@@ -83,9 +83,8 @@ def run_program(
             with raise_out_of_memory():
                 run()
             sys.stdout.flush()  # here, where a full disk is told in one line
-        except BrokenPipeError:
-            # What reads the output has ended: `| head`. Python flushes stdout again at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # what reads the output has ended: `| head`
+            _drop_unwritten()
             sys.exit(1)
         except LostContactError as error:
             # Every process loses contact when one fails; only the launcher knows which one it was.
@@ -98,6 +97,9 @@ def run_program(
         except KeyboardInterrupt:
             log_rank0(interrupted)
             sys.exit(130)
+        except OSError:  # told in one line by `exit_on_bad_input`
+            _drop_unwritten()
+            raise
 
 
 @contextmanager
@@ -129,6 +131,15 @@ def _too_large(error: BaseException) -> InputError:
         f"there is too little memory: {first_line(error)}; take less at a time with "
         "--micro_tokens, or less in all: fewer --tokens, a smaller SAE, fewer --layers"
     )
+
+
+def _drop_unwritten() -> None:
+    """Drop what stdout cannot write: Python would try once more at its end, fail with a message of
+    its own, and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _escape_unprintable() -> None:

@@ -277,8 +277,9 @@ def test_output_that_nobody_reads_is_no_traceback(run):
         ("/other > /dev/full", 2, "error: cannot write the output: No space left on device"),
     ):
         result = subprocess.run(
-            ["bash", "-c", command + end], capture_output=True, text=True, check=False, timeout=240
-        )
+            ["bash", "-c", command + end], capture_output=True, text=True, check=False, timeout=240,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},  # as a shell's: written at the end
+        )  # fmt: skip
         assert result.returncode in (0, code), result.stderr  # 0: read before `true` ended
         assert "Traceback" not in result.stderr
         assert "Exception ignored" not in result.stderr
