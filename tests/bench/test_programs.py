@@ -90,7 +90,9 @@ def test_tiles_are_compiled_without_a_gpu():
 
 def test_a_tile_that_does_not_compile_is_a_result(monkeypatch):
     code = """
+import multiprocessing
 from bench import tuning, tune_table
+multiprocessing.set_start_method("fork")  # so that they see the broken tile, also on 3.14
 tile = next(t for t in tune_table.TUNABLES if t.kernel == "adam_rows")
 broken = tile._replace(candidates=lambda shape: [(shape.d + 1, 4)])
 tuning.TUNABLES = (broken,)

@@ -172,7 +172,8 @@ def test_what_is_not_finite_stops_all_and_names_whose_it_is(tmp_path, monkeypatc
 
     monkeypatch.setattr(start, "learning_rate", too_high)
     with pytest.raises(NonFiniteError, match=f"in .*x3-k4, ({message})") as stopped:
-        train(*settings(tmp_path / "run"))
+        # A checkpoint at every step, however many tokens the text of this Python gives one.
+        train(*settings(tmp_path / "run", checkpoint_tokens=256))
     path = checkpoint.newest(tmp_path / "run", print)
     state = checkpoint.load(path)
     assert str(stopped.value).endswith(f"; the last good checkpoint is {path}")
