@@ -2,6 +2,7 @@
 # make test             run the tests
 # make check            run ruff, ruff format, mypy, and make docs
 # make docs             build the documentation as a site: build/site
+# make notebooks        run the notebooks, offline: build/notebooks
 # make bench            run the benchmarks
 # make gpu              on a GPU, in five minutes: the kernels' tests, a step's time, the tiles' times
 # make check-release    build a release, install it into an empty environment, use it there
@@ -13,7 +14,7 @@
 
 PYTHON ?= python3
 
-.PHONY: train test check docs bench gpu check-release check-kernels check-install
+.PHONY: train test check docs notebooks bench gpu check-release check-kernels check-install
 
 train: .venv/installed
 	.venv/bin/python -m mlsae.train --out runs/demo --overwrite
@@ -28,6 +29,9 @@ check: .venv/installed docs
 
 docs: .venv/installed
 	.venv/bin/python -m scripts.build_docs
+
+notebooks: .venv/installed
+	.venv/bin/python -m scripts.run_notebooks
 
 bench: .venv/installed
 	.venv/bin/python -m pytest bench/ --benchmark-only

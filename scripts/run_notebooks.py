@@ -1,6 +1,6 @@
 """Run the notebooks from start to end, offline, as a reader would.
 
-    pip install nbclient ipykernel matplotlib
+    make notebooks
     python -m scripts.run_notebooks                    # all; or the names of some
 
 The executed copies are left in build/notebooks, and the seconds that each took are printed. It
