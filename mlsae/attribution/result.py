@@ -14,7 +14,7 @@ from .gradient import Attribution
 from .targets import LogitTarget, Target
 
 
-class Flow(NamedTuple):
+class LatentFlow(NamedTuple):
     """A latent at a token, along the layers. Its attributions are not summands: see `gradient`."""
 
     token: int
@@ -50,7 +50,7 @@ class Trace:
     checks: list[Check]
     """Of the strongest latents, then of the strongest errors."""
 
-    def flows(self, n: int | None = None) -> list[Flow]:
+    def flows(self, n: int | None = None) -> list[LatentFlow]:
         """The n strongest flows, by their largest |attribution|; all if None."""
         nodes = self.attribution.nodes
         groups: dict[tuple[int, int], list[tuple[int, float, float]]] = {}
@@ -63,7 +63,7 @@ class Trace:
             known.append((layer, h, effect))
         chosen = list(groups.items())[:n]
         return [
-            Flow(token, latent, *(list(part) for part in zip(*sorted(own), strict=True)))
+            LatentFlow(token, latent, *(list(part) for part in zip(*sorted(own), strict=True)))
             for (token, latent), own in chosen
         ]
 

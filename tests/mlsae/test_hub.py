@@ -10,9 +10,9 @@ import sys
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, constants
+from huggingface_hub import ModelHubMixin, constants
 
-from mlsae import MLSAE, MLSAEConfig, card, load_sae
+from mlsae import MLSAE, MLSAEConfig, load_sae
 from mlsae.config import TrainConfig
 from mlsae.errors import InputError
 from mlsae.hub import check_push, push_run
@@ -279,30 +279,3 @@ def test_a_folder_of_several_runs_is_refused_with_their_names(tmp_path):
     with pytest.raises(InputError) as refused:
         MLSAE.from_pretrained(tmp_path)
     assert str(refused.value).endswith(f"give one of these: {tmp_path}/a, {tmp_path}/b")
-
-
-def test_a_card_that_is_there_is_kept(tmp_path):
-    """And what config.json says beside the config stays with the MLSAE."""
-    mlsae = MLSAE(MLSAEConfig(D, M, 3, (0,)))
-    (tmp_path / "README.md").write_text("mine")
-    mlsae.save_pretrained(tmp_path, training={"lr": 0.5})
-    assert (tmp_path / "README.md").read_text() == "mine"
-    MLSAE.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
-    assert "| `--lr` | 0.5 |" in (tmp_path / "again" / "README.md").read_text()
-
-
-def test_the_card_tells_the_hub_what_it_tells_of(tmp_path):
-    settings = {"d_in": D, "n_latents": M, "k": 3, "standardize": True, "layers": (0, 1)}
-    made = card.model_card({**settings, "model": "openai/some", "training": {"dataset": "a/text"}})
-    data = ModelCard(str(made)).data
-    assert (data.base_model, data.datasets, data.library_name) == (
-        "openai/some",
-        ["a/text"],
-        "mlsae",
-    )
-    assert "arxiv:2409.04185" in data.tags
-    local = card.model_card(
-        {**settings, "model": str(tmp_path), "training": {"dataset": "builtin"}}
-    )
-    assert ModelCard(str(local)).data.base_model is None
-    assert ModelCard(str(local)).data.datasets is None
