@@ -10,7 +10,7 @@ SETTINGS = {
     "tokens": 6000, "batch_tokens": 512, "micro_tokens": 256, "seq_len": 64, "eval_tokens": 512,
     "log_tokens": 1000, "checkpoint_tokens": 512, "max_grad_norm": 1.0,
 }  # fmt: skip
-SAE = {"expansion": 2, "k": 8, "dead_tokens": 1000}
+SAE = {"expansion": 2, "k": 8, "dead_tokens": 500}
 
 
 def torchrun(out, *arguments, processes=2):

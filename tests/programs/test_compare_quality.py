@@ -83,7 +83,7 @@ def test_our_trainer_ends_where_the_training_program_does(
     tmp_path, vectors, monkeypatch, trainer, settings, tolerance
 ):
     """The study trains by the program's own loop, on residuals straight from the transformer."""
-    (line,) = compare(tmp_path / "ours", vectors, "--trainer", f"{trainer}=0.1", "--seed", "1")
+    (line,) = compare(tmp_path / "ours", vectors, "--trainer", f"{trainer}=0.2", "--seed", "1")
     monkeypatch.setattr(study, "SLICE_TOKENS", SLICE)
     factor = str(line["lr"] / law(line))
     study.main([str(tmp_path / "study"), *SIZES, "--seed", "1", "--factor", factor, *settings])
@@ -94,8 +94,7 @@ def test_our_trainer_ends_where_the_training_program_does(
     layers = expected["fvu_layers"]
     assert line["fvu_layers"] == pytest.approx(layers, abs=2 * tolerance + 1e-4)
     assert line["never_active"] == expected["never_active"]
-    # So that there is something to be equal in; 0.952 on Python 3.14, whose texts are others.
-    assert line["fvu"] < 0.96
+    assert line["fvu"] < 0.9  # so that there is something to be equal in
 
 
 def test_factor_one_is_the_rate_of_the_training_program():
