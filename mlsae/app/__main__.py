@@ -40,6 +40,9 @@ class AppConfig:
     """Open the page in a browser."""
     model: str | None = None
     """The transformer. None: the one that each run was trained on."""
+    lens: Path | None = None
+    """The lens of released checkpoints whose files do not hold it, as for mlsae.evaluate. None:
+    each run's own, if it has one."""
     revision: str | None = None
     """The model's branch, tag or commit on the hub. None: as in the run, or the newest with
     --model."""

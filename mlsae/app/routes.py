@@ -4,8 +4,9 @@
 /runs/N/                            the page of the N-th run
 /runs/N/data/{latents,plots,examples-I}
 /runs/N/status                      answers once the models are loaded
-/runs/N/{prompt,next,generate}      POST, see `requests`; generate answers with a line of JSON
-                                    for each event, as they come
+/runs/N/{prompt,next,trace}         POST, see `requests`
+/runs/N/generate                    the same, answered with a line of JSON for each event, as they
+                                    come
 /runs/N/labels, labels.json, labels.csv, PUT labels/LATENT
 /plotly.js
 """

@@ -70,6 +70,7 @@ class Session:
             # No text is read, but where norms that are dropped have to be measured.
             dataset=None if names_text else builtin.NAME,
             model=config.model,
+            lens=config.lens,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )

@@ -24,7 +24,8 @@ from mlsae import MLSAE
 from mlsae.app.__main__ import AppConfig
 from mlsae.app.runs import Runs
 from mlsae.intervention import Edit, intervene
-from tests.helpers.app_run import K, L, M, app_run, guarded, served
+from tests.helpers.app_run import D, K, L, M, app_run, guarded, served
+from tests.helpers.lenses import save_tuned_lens
 from tests.helpers.models import forward_with_hook
 
 TEXT = "def main(argv):"
@@ -273,6 +274,24 @@ def test_streams_of_two_tabs_take_turns(run):
 
 def tab(port):
     return closing(http.client.HTTPConnection("127.0.0.1", port))
+
+
+def test_a_checkpoint_without_its_lens_is_given_it(run, client, tmp_path):
+    mlsae = MLSAE.from_pretrained(run)
+    mlsae.about = {"released": {"tuned_lens": True}}
+    mlsae.save_pretrained(tmp_path / "run")
+    folder = save_tuned_lens(tmp_path / "lens", L, D, model="model")
+
+    def ask(lens):
+        app = guarded(Runs(AppConfig((tmp_path / "run",), lens=lens, device="cpu")))
+        asker = TestClient(app, base_url="http://127.0.0.1:1")
+        return asker.post("/runs/0/prompt", json={"text": TEXT})
+
+    assert "--lens must be given" in ask(None).json()["error"]
+    plain = client.post("/runs/0/prompt", json={"text": TEXT}).json()["entries"]
+    carried = ask(folder).json()["entries"]
+    assert carried["latent"]
+    assert carried != plain
 
 
 def test_runs_of_one_transformer_hold_it_once(run):
